@@ -20,6 +20,9 @@ MAX_POSITIONS = 128
 # Families that transformers runs with eager attention only.
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt", "xglm"})
 
+# Mixtures of experts batch tokens by expert: other tokens of a batch reach a token's last bits (1e-6), nothing else of it.
+MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
 # What is the same in every family; a family's own row wins.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

@@ -1,0 +1,55 @@
+"""calmlm: compose two frozen language models through trained cross-attentions.
+
+    model = calmlm.compose("anchor-id-or-folder", "augmenting-id-or-folder", connections="every-4")
+
+The names below are imported on first use, so that `import calmlm` costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from calmlm.errors import CalmError, CheckpointError, ConfigError, DataError, MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    from calmlm.cache import CalmCache
+    from calmlm.compose import compose
+    from calmlm.config import CalmConfig
+    from calmlm.modeling import CalmForCausalLM, CalmModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalmCache",
+    "CalmConfig",
+    "CalmError",
+    "CalmForCausalLM",
+    "CalmModel",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingExtraError",
+    "ModelError",
+    "compose",
+]
+
+_HOMES = {
+    "CalmCache": "calmlm.cache",
+    "CalmConfig": "calmlm.config",
+    "CalmForCausalLM": "calmlm.modeling",
+    "CalmModel": "calmlm.modeling",
+    "compose": "calmlm.compose",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'calmlm' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from calmlm.errors import CalmError, CheckpointError, ConfigError, DataError, Mi
 
 if TYPE_CHECKING:
     from calmlm.cache import CalmCache
-    from calmlm.compose import compose
+    from calmlm.composing import compose
     from calmlm.config import CalmConfig
     from calmlm.modeling import CalmForCausalLM, CalmModel
 
@@ -39,7 +39,7 @@ _HOMES = {
     "CalmConfig": "calmlm.config",
     "CalmForCausalLM": "calmlm.modeling",
     "CalmModel": "calmlm.modeling",
-    "compose": "calmlm.compose",
+    "compose": "calmlm.composing",
 }
 
 

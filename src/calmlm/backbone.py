@@ -1,0 +1,309 @@
+"""What differs from one model family to the next: loading, finding layers and widths, freezing, fingerprints.
+
+No other file of the library knows model families.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from calmlm.errors import CheckpointError, ModelError
+
+LAYER_NAMES = ("layers", "h", "blocks")
+POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
+SAMPLE = 256  # values per tensor that go into a fingerprint
+PROBE_TOLERANCE = 1e-2  # relative; a leak from the future is of order one, kernels' rounding is far below this
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The decoder inside a causal language model, as a composition sees it.
+
+    Attributes:
+        decoder: the module that maps ids to the last hidden state.
+        layers: its layers, in order.
+        size: width of the states between layers, D_A or D_B.
+        num_heads: its self-attention heads.
+        vocab_size: rows of its input embedding.
+        takes_positions: whether ``decoder`` accepts ``position_ids``.
+        absolute_positions: whether it adds an embedding of the absolute position to its input.
+        cache_argument: the name under which it takes a cache, or None.
+    """
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    size: int
+    num_heads: int
+    vocab_size: int
+    takes_positions: bool
+    absolute_positions: bool
+    cache_argument: str | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
+        """Find the decoder and its layers.
+
+        Args:
+            model: a causal language model.
+            role: ``"anchor"`` or ``"augmenting model"``, for messages.
+            layers_path: where the layers are, for a model in which they are not found by themselves.
+
+        Raises:
+            ModelError: when ``model`` is no causal language model or its layers are not found.
+        """
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+            raise ModelError(
+                f"The {role} must be a causal language model of transformers, but got {name}: "
+                f"load it with AutoModelForCausalLM."
+            )
+        if model.config.is_encoder_decoder:
+            raise ModelError(
+                f"The {role} must be a decoder-only model, but {name} is an encoder-decoder: choose a decoder."
+            )
+        config = text_config(model)
+        decoder, layers = _find_layers(model, config, role, layers_path)
+        embedding = model.get_input_embeddings()
+        return cls(
+            decoder=decoder,
+            layers=layers,
+            size=config.hidden_size,
+            num_heads=getattr(config, "num_attention_heads", None) or 1,
+            vocab_size=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
+            takes_positions=accepts(decoder, "position_ids"),
+            absolute_positions=_has_absolute_positions(decoder, layers),
+            cache_argument=next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None),
+        )
+
+    def probe(self, role: str) -> None:
+        """Run six tokens through the decoder once and look at what its layers give.
+
+        Raises:
+            ModelError: when a layer does not give states of shape (batch, length, size), or when an earlier state
+                depends on a later token.
+        """
+        ids = torch.arange(6, device=_device(self.decoder)).view(2, 3) % self.vocab_size
+        first = self._layer_outputs(ids, role)
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
+        second = self._layer_outputs(changed, role)
+        name = type(self.decoder).__name__
+        for index, (a, b) in enumerate(zip(first, second, strict=True)):
+            if not isinstance(a, Tensor) or a.shape != (2, 3, self.size):
+                shape = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
+                raise ModelError(
+                    f"Layer {index} of the {role} must give states of shape (batch, length, {self.size}), but in {name} "
+                    f"it gives {shape} for a batch of 2 and a length of 3: this architecture cannot be composed."
+                )
+            past_a, past_b = a[:, :-1].float(), b[:, :-1].float()
+            if (past_a - past_b).abs().max() > PROBE_TOLERANCE * past_a.abs().max().clamp(min=1e-6):
+                raise ModelError(
+                    f"The {role} must be a causal decoder, but in {name} an earlier position sees a later token: "
+                    f"use a decoder, or set is_decoder=True in its configuration if it has that setting."
+                )
+
+    def _layer_outputs(self, ids: Tensor, role: str) -> list[Any]:
+        outputs: list[Any] = []
+        handles = [
+            layer.register_forward_hook(lambda _m, _a, out: outputs.append(state_of(out))) for layer in self.layers
+        ]
+        training = self.decoder.training
+        self.decoder.eval()
+        try:
+            with torch.no_grad():
+                self.decoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except Exception as error:
+            raise ModelError(
+                f"The {role} must run on token ids alone, but {type(self.decoder).__name__} failed with "
+                f"{type(error).__name__} ({first_line(error)}): this architecture cannot be composed."
+            ) from error
+        finally:
+            self.decoder.train(training)
+            for handle in handles:
+                handle.remove()
+        if len(outputs) != len(self.layers):
+            raise ModelError(
+                f"Each of the {len(self.layers)} layers of the {role} must run once per call, but "
+                f"{type(self.decoder).__name__} ran {len(outputs)}: this architecture cannot be composed."
+            )
+        return outputs
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the text decoder in ``model``."""
+    return model.config.get_text_config(decoder=True)
+
+
+def state_of(output: Any) -> Any:
+    """The hidden state in a layer's output: older architectures return a tuple that begins with it."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_state(output: Any, state: Tensor) -> Any:
+    """``output`` with its hidden state replaced."""
+    return (state, *output[1:]) if isinstance(output, (tuple, list)) else state
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether ``module.forward`` names ``argument``."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def freeze(model: nn.Module) -> None:
+    """No gradients, no dropout."""
+    model.requires_grad_(False)
+    model.eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its final full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(". ")
+
+
+def load_base(source: str, role: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """Load one base model from a hub id or a folder.
+
+    Args:
+        source: id or folder.
+        role: ``"anchor"`` or ``"augmenting model"``, for messages.
+        trust_remote_code: whether code that comes with the model may run.
+        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None.
+
+    Raises:
+        ModelError: when there is no such model, or it is no causal language model.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"The {role} must be the id or folder of a causal language model, but {str(source)!r} could not be loaded "
+            f"({first_line(error)}): check the name, the revision and your access to it."
+        ) from error
+    except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
+            raise
+        raise ModelError(
+            f"The {role} must have readable weights, but those of {str(source)!r} are damaged "
+            f"({first_line(error)}): fetch or save the model again."
+        ) from error
+
+
+def _find_layers(
+    model: PreTrainedModel, config: PreTrainedConfig, role: str, layers_path: str | None
+) -> tuple[nn.Module, nn.ModuleList]:
+    if layers_path is not None:
+        return _layers_at(model, role, layers_path)
+    candidates = []
+    for decoder in (model.get_decoder(), model.base_model):
+        if isinstance(decoder, nn.Module) and decoder is not model and decoder not in candidates:
+            candidates.append(decoder)
+    for decoder in candidates:
+        for name in LAYER_NAMES:
+            layers = getattr(decoder, name, None)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                return decoder, layers
+    for decoder in candidates:
+        queue = deque([decoder])
+        while queue:
+            module = queue.popleft()
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return decoder, module
+            queue.extend(module.children())
+    raise ModelError(
+        f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
+        f"{config.num_hidden_layers}: name it with layers_path."
+    )
+
+
+def _layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(
+            f"layers_path must name a list of layers in the {role}, but {path!r} is none in {type(model).__name__}: "
+            f"look at its named_modules()."
+        )
+    return model.base_model, layers
+
+
+def _has_absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> bool:
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for owner in decoder.modules():
+        if id(owner) in inside:
+            continue
+        names = [name for name, _ in owner.named_children()] + [name for name, _ in owner.named_buffers(recurse=False)]
+        if any(name in POSITION_NAMES for name in names):
+            return True
+    return False
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+# Fingerprints
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a base model: its architecture, the shapes of its tensors and a sample of their values.
+
+    The sample is rounded to bfloat16 first, so that a model loaded in float32 or bfloat16 keeps its fingerprint.
+
+    Returns:
+        ``{"architecture", "shapes", "values", "dtype"}``: a class name, two sha256 digests, and the dtype of the
+        weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser.
+    """
+    shapes, values, quantised = hashlib.sha256(), hashlib.sha256(), getattr(model, "hf_quantizer", None) is not None
+    for name, tensor in sorted(model.named_parameters()):
+        shapes.update(f"{name}:{tuple(tensor.shape)};".encode())
+        if quantised or tensor.is_meta:
+            quantised = True
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
+        values.update(sample.view(torch.int16).numpy().tobytes())
+    return {
+        "architecture": type(model).__name__,
+        "shapes": None if quantised else shapes.hexdigest(),
+        "values": None if quantised else values.hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def check_fingerprint(
+    model: PreTrainedModel, expected: dict[str, Any] | None, role: str, wanted: str, got: str
+) -> None:
+    """Raise unless ``model`` is the base that a composition was made on.
+
+    Values are compared where both sides are float32 or bfloat16; other dtypes round differently, so that only
+    architecture and shapes can be held against each other.
+
+    Raises:
+        CheckpointError: naming both models.
+    """
+    if not expected:
+        return
+    found = fingerprint(model)
+    keys = ["architecture", "shapes"]
+    if {found["dtype"], expected.get("dtype")} <= {"float32", "bfloat16"}:
+        keys.append("values")
+    for key in keys:
+        if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
+            raise CheckpointError(
+                f"This composition was made on the {role} {wanted!r} ({expected['architecture']}), but got {got!r} "
+                f"({found['architecture']}) with other {key}: load it on the model that it was made on."
+            )

@@ -1,0 +1,145 @@
+"""The cache of a composition: the anchor's own, each augmenting model's own, and the cross-attention's keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache, StaticLayer
+
+from calmlm.errors import ModelError
+
+
+def like(cache: Cache, config: PreTrainedConfig) -> Cache:
+    """An empty cache of the same kind as ``cache`` (dynamic, static, offloaded), sized for the model of ``config``."""
+    if isinstance(cache, StaticCache):
+        return StaticCache(config=config, max_cache_len=_static_length(cache), offloading=cache.offloading)
+    offloading = not isinstance(cache, QuantizedCache) and cache.offloading
+    return DynamicCache(config=config, offloading=offloading)
+
+
+def cross_cache(cache: Cache, connections: int) -> Cache:
+    """An empty cache for ``connections`` cross-attentions, static exactly when ``cache`` is."""
+    if isinstance(cache, StaticCache):
+        length = _static_length(cache)
+        return Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(connections)])
+    return Cache(layers=[DynamicLayer() for _ in range(connections)])
+
+
+def _static_length(cache: StaticCache) -> int:
+    return int(cache.get_max_length())
+
+
+class CalmCache(Cache):
+    """Several caches that move together.
+
+    Everything that generation does to a cache (reorder, crop, repeat, select, reset, ...) reaches each of them; what it
+    asks of a cache (its layers, its length) is answered by the anchor's.
+
+    Args:
+        anchor: the anchor's cache.
+        augmenting: the augmenting models' caches, by name.
+        cross: the cross-attention caches, by name; layer ``c`` belongs to connection ``c``.
+    """
+
+    def __init__(self, anchor: Cache, augmenting: dict[str, Cache], cross: dict[str, Cache]) -> None:
+        self.anchor = anchor
+        self.augmenting = augmenting
+        self.cross = cross
+
+    @classmethod
+    def around(cls, anchor: Cache, configs: dict[str, PreTrainedConfig], connections: dict[str, int]) -> CalmCache:
+        """A cache for a composition around the anchor's own empty one.
+
+        Args:
+            anchor: an empty cache made for the anchor.
+            configs: the augmenting models' configurations, by name.
+            connections: how many connections each has.
+
+        Raises:
+            ModelError: when ``anchor`` already holds tokens, which the augmenting model has not seen.
+        """
+        if int(_length(anchor) or 0) > 0:
+            raise ModelError(
+                "past_key_values must come from this composition or be empty, but it holds tokens that the augmenting "
+                "model has not seen: pass the past_key_values that the composition returned."
+            )
+        return cls(
+            anchor,
+            {name: like(anchor, config) for name, config in configs.items()},
+            {name: cross_cache(anchor, count) for name, count in connections.items()},
+        )
+
+    def parts(self) -> Iterator[Cache]:
+        """Every cache in it: the anchor's, the augmenting models', the cross-attentions'."""
+        yield self.anchor
+        yield from self.augmenting.values()
+        yield from self.cross.values()
+
+    # What generation asks of a cache: the anchor answers.
+
+    @property
+    def layers(self) -> list:  # type: ignore[override]
+        return self.anchor.layers
+
+    @property
+    def offloading(self) -> bool:  # type: ignore[override]
+        return self.anchor.offloading
+
+    @property
+    def layer_class_to_replicate(self) -> Any:  # type: ignore[override]
+        return self.anchor.layer_class_to_replicate
+
+    @property
+    def is_compileable(self) -> bool:
+        return all(part.is_compileable for part in self.parts())
+
+    @property
+    def is_croppable(self) -> bool:
+        return all(part.is_croppable for part in self.parts())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        length = _length(self.anchor, layer_idx)
+        # An anchor without attention layers does not count its tokens; the cross-attentions do.
+        return next(iter(self.cross.values())).get_seq_length() if length is None else length
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.anchor.update(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"CalmCache(anchor={self.anchor!r}, augmenting={self.augmenting!r}, cross={self.cross!r})"
+
+    # What generation does to a cache: all parts follow.
+
+    def reset(self) -> None:
+        for part in self.parts():
+            part.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for part in self.parts():
+            part.reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for part in self.parts():
+            part.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for part in self.parts():
+            part.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        for part in self.parts():
+            part.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        for part in self.parts():
+            part.activate_past_recording()
+
+
+def _length(cache: Cache, layer_idx: int = 0) -> Any:
+    try:
+        return cache.get_seq_length(layer_idx)
+    except ValueError:
+        return None  # only linear-attention layers

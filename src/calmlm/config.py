@@ -1,0 +1,192 @@
+"""What a composition is made of, as data: its connections, its connector's options and its configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from calmlm.errors import ConfigError
+
+Pairs = tuple[tuple[int, int], ...]
+"""Connections as ``(augmenting_layer, anchor_layer)``, both 0-based indices of decoder layers.
+
+The pair ``(i, j)`` reads the output of the augmenting model's layer ``i`` and adds to the output of the anchor's
+layer ``j``, which is the input of layer ``j + 1`` (paper, section 3.1).
+"""
+
+EVERY = 4  # N_A / n in all experiments of the paper
+
+
+def resolve_connections(
+    connections: str | int | Sequence[Sequence[int]], augmenting_layers: int, anchor_layers: int
+) -> Pairs:
+    """Turn what a user may write into explicit pairs.
+
+    Args:
+        connections: one of
+
+            * ``"every-4"``: every 4th layer of the augmenting model (3, 7, 11, ...; its last layer where it has fewer
+              than four), spread evenly over the anchor, the last one on the anchor's last layer (paper, section 4);
+            * ``"top"``: as many as ``"every-4"``, on the topmost layers of both models: the backward pass is short;
+            * an integer ``n``: ``n`` connections spread evenly over both models;
+            * pairs ``(augmenting_layer, anchor_layer)``, 0-based.
+        augmenting_layers: number of layers of the augmenting model, N_A.
+        anchor_layers: number of layers of the anchor, N_B.
+
+    Returns:
+        the pairs, in the order of the anchor's layers.
+
+    Raises:
+        ConfigError: for an unknown form, no connection, an index out of range or a pair given twice.
+    """
+    if isinstance(connections, str):
+        count = min(max(1, augmenting_layers // EVERY), anchor_layers)
+        if connections == f"every-{EVERY}":
+            if augmenting_layers < EVERY:
+                return ((augmenting_layers - 1, anchor_layers - 1),)
+            return tuple((EVERY * (k + 1) - 1, (k + 1) * anchor_layers // count - 1) for k in range(count))
+        if connections == "top":
+            return tuple((augmenting_layers - count + k, anchor_layers - count + k) for k in range(count))
+        raise ConfigError(
+            f"connections must be 'every-{EVERY}', 'top', a number or pairs (augmenting_layer, anchor_layer), "
+            f"but got {connections!r}: use one of these."
+        )
+    if isinstance(connections, int) and not isinstance(connections, bool):
+        if not 1 <= connections <= min(augmenting_layers, anchor_layers):
+            raise ConfigError(
+                f"The number of connections must lie between 1 and {min(augmenting_layers, anchor_layers)} (the layers "
+                f"of the shallower model), but got {connections}: choose a number in that range."
+            )
+        return tuple(
+            ((k + 1) * augmenting_layers // connections - 1, (k + 1) * anchor_layers // connections - 1)
+            for k in range(connections)
+        )
+    return _explicit_pairs(connections, augmenting_layers, anchor_layers)
+
+
+def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int) -> Pairs:
+    try:
+        pairs = [tuple(pair) for pair in connections]
+    except TypeError:
+        pairs = [()]
+    if not pairs:
+        raise ConfigError("At least one connection is needed, but got none: give pairs, a number or 'every-4'.")
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(i, int) and not isinstance(i, bool) for i in pair):
+            raise ConfigError(
+                f"A connection must be a pair (augmenting_layer, anchor_layer) of whole numbers, but got "
+                f"{pair or connections!r}: write for example [[3, 7], [7, 15]]."
+            )
+        for index, count, role in zip(pair, (augmenting_layers, anchor_layers), ("augmenting model", "anchor")):
+            if not 0 <= index < count:
+                raise ConfigError(
+                    f"A connection's layer of the {role} must lie between 0 and {count - 1}, but got {index} in "
+                    f"{pair}: layers are counted from 0."
+                )
+        if pairs.count(pair) > 1:
+            raise ConfigError(f"Each connection may be given once, but {pair} is given twice: remove one of them.")
+    return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Options of one set of connectors; the formulas stand in ``calmlm.connector``.
+
+    ``CrossAttention`` with everything off is the paper's equation letter by letter.
+
+    Args:
+        num_heads: attention heads N_H; must divide the anchor's width.
+        norm: RMS-normalise both inputs first.
+        gate: scale the result by ``tanh(g)``, one learned scalar that starts at zero.
+        rotary: rotate queries and keys by their positions, so that attention knows distances.
+        query_key_bias: start of a learned bias on queries and keys; with ``rotary`` it favours nearby positions.
+        null_key: one learned key with a zero value, so that a position may attend to nothing.
+    """
+
+    num_heads: int
+    norm: bool = True
+    gate: bool = False
+    rotary: bool = False
+    query_key_bias: float | None = None
+    null_key: bool = False
+
+    @classmethod
+    def build(cls, options: dict[str, Any], anchor_size: int, default_heads: int) -> ConnectorConfig:
+        """Check ``options`` against the anchor's width and fill in the number of heads.
+
+        Raises:
+            ConfigError: for an unknown option or a number of heads that does not fit.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"Connector options must be among {', '.join(known)}, but got {', '.join(unknown)}.")
+        heads = options.get("num_heads")
+        if heads is None:
+            # The anchor's own number, as in the paper; the next smaller one that divides the width where it does not.
+            heads = next(h for h in range(min(default_heads, anchor_size), 0, -1) if anchor_size % h == 0)
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or anchor_size % heads:
+            raise ConfigError(
+                f"num_heads must be a whole number that divides the anchor's width {anchor_size}, but got {heads}: "
+                f"leave it out to take the anchor's own."
+            )
+        config = cls(**{**options, "num_heads": heads})
+        if config.rotary and (anchor_size // heads) % 2:
+            raise ConfigError(
+                f"rotary needs an even width per head, but {anchor_size} / {heads} is odd: choose another num_heads."
+            )
+        return config
+
+
+class CalmConfig(PreTrainedConfig):
+    """Configuration of a composition; what ``config.json`` beside its weights holds.
+
+    Args:
+        text_config: the anchor's configuration (so named that ``get_text_config()`` finds it).
+        anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
+        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "config",
+            "connections", "connector"}``; ``connections`` are explicit 0-based pairs.
+    """
+
+    model_type = "calm"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    anchor: dict | None = None
+    augmenting: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.anchor = dict(self.anchor or {})
+        self.augmenting = {name: dict(entry) for name, entry in (self.augmenting or {}).items()}
+        anchor, experts = self.text_config, None
+        if isinstance(anchor, PreTrainedConfig):
+            # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.
+            kwargs.setdefault("attn_implementation", anchor._attn_implementation)
+            experts = anchor._experts_implementation
+        super().__post_init__(**kwargs)
+        self.text_config._experts_implementation_internal = experts  # the composition itself has no experts
+
+    @property
+    def vocab_size(self) -> int:
+        return self.get_text_config(decoder=True).vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.get_text_config(decoder=True).hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.get_text_config(decoder=True).num_attention_heads
+
+    @property
+    def use_cache(self) -> bool:
+        return getattr(self.get_text_config(decoder=True), "use_cache", True)

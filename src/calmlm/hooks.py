@@ -1,0 +1,91 @@
+"""How a composition enters its base models: persistent forward hooks on their layers.
+
+The hooks are plain callable objects, so that a composition can be copied and pickled, and the bases' own state-dict
+names stay as they are. All state of a call lives in one ``Call`` object that the model puts into the ``Slot`` which its
+hooks share, and takes out when the call ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from calmlm.backbone import state_of, with_state
+from calmlm.connector import Attention, CrossAttention, Rotation
+
+
+@dataclass
+class Stream:
+    """One augmenting model's part of a call.
+
+    Attributes:
+        hidden: outputs of its connected layers, by layer, each (B, S_new, D_A).
+        mask: cross-attention mask in the form that ``attention`` takes, or None.
+        rotation: rotary angles of the new positions, or None.
+        cache: keys and values of earlier positions, one layer per connection, or None.
+        attention: the attention function.
+    """
+
+    mask: Tensor | None
+    rotation: Rotation | None
+    cache: Cache | None
+    attention: Attention
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """Everything that one forward call of a composition shares with its hooks: its streams, by name."""
+
+    streams: dict[str, Stream] = field(default_factory=dict)
+
+
+class Slot:
+    """Where hooks find the call in progress, if there is one."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        memo[id(self)] = copy = Slot()
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"call": None}
+
+
+class CaptureHook:
+    """On a layer of an augmenting model: keeps the layer's output for the connections that read it."""
+
+    def __init__(self, slot: Slot, name: str, layer: int) -> None:
+        self.slot, self.name, self.layer = slot, name, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self.slot.call
+        if call is not None and self.name in call.streams:
+            call.streams[self.name].hidden[self.layer] = state_of(output)
+
+
+class InjectHook:
+    """On a layer of the anchor: adds one connection's cross-attention to the layer's output."""
+
+    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: CrossAttention) -> None:
+        self.slot, self.name, self.connection, self.layer, self.connector = slot, name, connection, layer, connector
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        call = self.slot.call
+        if call is None or self.name not in call.streams:
+            return None
+        stream = call.streams[self.name]
+        state = state_of(output)
+        rotation = stream.rotation
+        if rotation is not None:
+            rotation = (rotation[0].to(state.device), rotation[1].to(state.device))
+        keys, values = self.connector.keys_values(stream.hidden[self.layer].to(state.device), rotation)
+        if stream.cache is not None:
+            keys, values = stream.cache.update(keys, values, self.connection)
+        mask = stream.mask if stream.mask is None else stream.mask.to(state.device)
+        return with_state(output, self.connector(state, keys, values, mask, rotation, stream.attention))

@@ -1,0 +1,126 @@
+"""Loading a saved composition: its configuration, its base models by id and revision, then its own tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from calmlm import storage
+from calmlm.backbone import check_fingerprint, first_line, load_base
+from calmlm.config import CalmConfig
+from calmlm.errors import CheckpointError
+
+HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def load_composition(
+    cls: type[Model],
+    source: str | Path,
+    *,
+    anchor: PreTrainedModel | str | None = None,
+    augmenting: PreTrainedModel | str | dict[str, PreTrainedModel | str] | None = None,
+    config: CalmConfig | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Model:
+    """Load the composition at ``source`` into a ``cls``; see ``CalmForCausalLM.from_pretrained``.
+
+    Raises:
+        CheckpointError: when ``source`` holds no composition, a damaged one, or one made on other bases.
+        ModelError: when a base model cannot be loaded.
+    """
+    hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
+    hub |= {"revision": revision, "subfolder": subfolder}
+    config = config if isinstance(config, CalmConfig) else read_config(source, hub)
+    weights = fetch(source, storage.WEIGHTS_NAME, hub)
+    folder = weights.parent
+    if not isinstance(augmenting, dict):
+        names = list(config.augmenting)
+        augmenting = {names[0]: augmenting} if augmenting is not None else {}
+    unknown = sorted(set(augmenting) - set(config.augmenting))
+    if unknown:
+        raise CheckpointError(
+            f"augmenting must name models of this composition ({', '.join(config.augmenting)}), "
+            f"but got {', '.join(unknown)}: use its names."
+        )
+
+    def base(given: PreTrainedModel | str | None, entry: dict[str, Any], role: str) -> PreTrainedModel:
+        recorded = entry.get("id") or ""
+        if given is None and not recorded:
+            raise CheckpointError(
+                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was composed from a model "
+                f"in memory that has no id: pass {'anchor' if role == 'anchor' else 'augmenting'}=..."
+            )
+        if isinstance(given, PreTrainedModel):
+            model, name = given, given.name_or_path or type(given).__name__
+        else:
+            name = str(given) if given is not None else storage.resolve_source(recorded, folder)
+            base_revision = entry.get("revision") if given is None else None
+            model = load_base(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
+        check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
+        return model
+
+    anchor_model = base(anchor, config.anchor, "anchor")
+    augmenting_models = {
+        name: base(
+            augmenting.get(name),
+            entry,
+            f"augmenting model {name!r}" if len(config.augmenting) > 1 else "augmenting model",
+        )
+        for name, entry in config.augmenting.items()
+    }
+    config.text_config = anchor_model.config.get_text_config(decoder=True)
+    model = cls(config, anchor_model, augmenting_models)
+    expected = model.composition_tensors()
+    tensors = storage.read_tensors(weights, expected.items(), str(source))
+    model.load_state_dict(tensors, strict=False)
+    model.name_or_path = str(source)
+    return model.eval()
+
+
+def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmConfig:
+    """The configuration of the composition at ``source``.
+
+    Raises:
+        CheckpointError: when there is none, or it is another model's.
+    """
+    path = fetch(source, "config.json", hub or {})
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable config.json, but it is damaged ({first_line(error)}): "
+            f"save the composition again or fetch it anew."
+        ) from error
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != CalmConfig.model_type or not data.get("augmenting"):
+        raise CheckpointError(
+            f"{str(source)!r} must hold a calmlm composition, but its config.json describes "
+            f"{kind or 'nothing known'!r}: give the folder that save_pretrained wrote."
+        )
+    return CalmConfig.from_dict(data)
+
+
+def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
+    """The local path of one of the composition's files, downloaded if ``source`` is a hub id.
+
+    Raises:
+        CheckpointError: when there is no such file.
+    """
+    try:
+        path = cached_file(str(source), name, **{k: v for k, v in hub.items() if v is not None})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"A saved composition must hold {name}, but none was found at {str(source)!r} ({first_line(error)}): "
+            f"give a folder that save_pretrained wrote, or a hub id that you can reach."
+        ) from error
+    if path is None:
+        raise CheckpointError(f"A saved composition must hold {name}, but none was found at {str(source)!r}.")
+    return Path(path)

@@ -1,0 +1,129 @@
+"""Writing and reading a composition's own files: safetensors and JSON, written atomically, read strictly."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calmlm.config import CalmConfig
+from calmlm.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the composition's tensors to ``folder`` atomically."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(
+        folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, str(temporary), metadata={"format": "pt"})
+    )
+
+
+def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str) -> dict[str, Tensor]:
+    """Read the composition's tensors, all of them and nothing else.
+
+    Args:
+        path: the safetensors file.
+        expected: names and tensors of the composition that is to be filled.
+        source: what to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: when the file is damaged or holds other tensors.
+    """
+    try:
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{source!r} must hold a readable {WEIGHTS_NAME}, but the file is damaged or cut short "
+            f"({str(error).strip().rstrip('.')}): save the composition again or fetch it anew."
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != found:
+        wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        name = wrong[0]
+        raise CheckpointError(
+            f"{source!r} must hold exactly the {len(shapes)} tensors of this composition, but {len(wrong)} differ, for "
+            f"example {name!r} (expected {shapes.get(name, 'none')}, got {found.get(name, 'none')}): "
+            f"it belongs to another composition."
+        )
+    return tensors
+
+
+def relative_source(source: str, folder: Path) -> str:
+    """How a composition saved in ``folder`` names the base model ``source``.
+
+    A folder that stands beside ``folder`` or below it is named relative to it, so that both can move together; any
+    other folder by its absolute path; a hub id as it is.
+    """
+    if not source or not Path(source).is_dir():
+        return source
+    base, folder = Path(source).resolve(), folder.resolve()
+    if folder == base or folder.parent not in base.parents:
+        return str(base)
+    return Path(os.path.relpath(base, folder)).as_posix()
+
+
+def resolve_source(source: str, folder: Path | None) -> str:
+    """The inverse of ``relative_source``: a name that can be loaded from here."""
+    if folder is not None and source.startswith("."):
+        return str((folder / source).resolve())
+    return source
+
+
+def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
+    """A copy of ``config`` for ``folder``: complete, and with the bases named so that they are found from there."""
+    config = copy.deepcopy(config)
+    config.architectures = ["CalmForCausalLM"]
+    config.text_config.name_or_path = ""
+    for entry in (config.anchor, *config.augmenting.values()):
+        entry["id"] = relative_source(entry.get("id") or "", folder)
+    return config
+
+
+def model_card(config: CalmConfig) -> str:
+    """The model card of a composition, as Markdown with the hub's metadata on top."""
+    sources = [config.anchor, *config.augmenting.values()]
+    ids = [entry["id"] for entry in sources if entry.get("id") and not entry["id"].startswith((".", "/"))]
+    head = "".join(f"- {name}\n" for name in ids)
+    rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
+    for name, entry in config.augmenting.items():
+        pairs = ", ".join(f"{i} → {j}" for i, j in entry["connections"])
+        rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
+    return (
+        "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"
+        + (f"base_model:\n{head}" if ids else "")
+        + "---\n\n# A composition of frozen language models\n\n"
+        "This folder holds the trained connections only (CALM, arXiv 2401.02412). Loading fetches the base models.\n\n"
+        "| role | model | revision | connections (augmenting layer → anchor layer, 0-based) |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n```python\nimport calmlm\n\nmodel = calmlm.CalmForCausalLM.from_pretrained(folder)\n```\n"
+    )

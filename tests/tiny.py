@@ -12,7 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 97
 MAX_POSITIONS = 128
@@ -20,7 +28,7 @@ MAX_POSITIONS = 128
 # Families that transformers runs with eager attention only.
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt", "xglm"})
 
-# Mixtures of experts batch tokens by expert: other tokens of a batch reach a token's last bits (1e-6), nothing else of it.
+# Mixtures of experts batch tokens by expert: other tokens reach the last bits (1e-6) of a token, and nothing else of it.
 MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 # What is the same in every family; a family's own row wins.
@@ -149,3 +157,29 @@ def tiny_tokens(batch: int = 2, length: int = 11, *, seed: int = 0) -> torch.Ten
     """(batch, length) int64 ids without the special ones (0, 1, 2)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (batch, length), generator=generator)
+
+
+CHAT_TEMPLATE = """{%- for message in messages -%}
+<{{ message['role'] }}> {{ message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor -%}
+{%- if add_generation_prompt %}<assistant> {% endif -%}"""
+
+
+def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerBase:
+    """One token per character, 97 in all, with ids 0, 1 and 2 for padding, beginning and end as in the tiny models."""
+    characters = [chr(code) for code in range(32, 127) if chr(code) not in "`|"] + ["\n"]
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    assert len(vocabulary) == VOCAB_SIZE
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="~",
+        chat_template=chat_template,
+        model_max_length=MAX_POSITIONS,
+    )

@@ -14,9 +14,10 @@ from calmlm.errors import CalmError, CheckpointError, ConfigError, DataError, Mi
 
 if TYPE_CHECKING:
     from calmlm.cache import CalmCache
+    from calmlm.causal_lm import CalmForCausalLM
     from calmlm.composing import compose
     from calmlm.config import CalmConfig
-    from calmlm.modeling import CalmForCausalLM, CalmModel
+    from calmlm.modeling import CalmModel
 
 __version__ = "0.1.0"
 
@@ -34,10 +35,11 @@ __all__ = [
     "compose",
 ]
 
+# No home may have the name of what lives in it: importing `calmlm.compose` would put the module where the function is.
 _HOMES = {
     "CalmCache": "calmlm.cache",
     "CalmConfig": "calmlm.config",
-    "CalmForCausalLM": "calmlm.modeling",
+    "CalmForCausalLM": "calmlm.causal_lm",
     "CalmModel": "calmlm.modeling",
     "compose": "calmlm.composing",
 }

@@ -1,0 +1,66 @@
+"""Where examples come from: JSONL files, and data sets by id or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from calmlm.data.formats import Example, read_examples
+from calmlm.data.jsonl import Record, read_jsonl
+from calmlm.errors import DataError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set for `datasets.load_dataset`.
+
+    Args:
+        dataset: its id, or a folder of data files.
+        split: its split; slices such as "train[:1000]" work.
+        name: its configuration, where it has several.
+        revision: a commit, branch or tag.
+    """
+
+    dataset: str
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+
+
+def load_examples(sources: Sequence[str | HubDataset]) -> list[Example]:
+    """The examples of all sources, in order, in one format.
+
+    Raises:
+        DataError: a source is missing, empty or malformed, or formats are mixed.
+        MissingExtraError: a data set is named and `datasets` is not installed.
+    """
+    records: list[Record] = []
+    for source in sources:
+        records += read_hub(source) if isinstance(source, HubDataset) else read_jsonl(source)
+    return read_examples(records)
+
+
+def read_hub(source: HubDataset) -> list[Record]:
+    """The records of a data set, each placed by its row, counted from 1."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "train", "Reading a data set by its id") from None
+    try:
+        loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # the loader raises whatever a data set's files and the network give rise to
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"Expected a data set '{source.dataset}' with the split '{source.split}', but it could not be loaded "
+            f"({reason[0] if reason else type(error).__name__}); check its id, name, split and revision."
+        ) from error
+    records = [
+        # Arrow gives every row every column: a field that a row lacks arrives as None.
+        Record({key: value for key, value in row.items() if value is not None}, f"{source.dataset}, row {number}")
+        for number, row in enumerate(loaded, start=1)
+    ]
+    if not records:
+        raise DataError(
+            f"Expected at least one row in {source.dataset}, split '{source.split}', but it is empty; name another."
+        )
+    return records

@@ -1,0 +1,41 @@
+"""The tokenizer of a composition: the first of several places that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from calmlm.errors import DataError
+
+
+def load_tokenizer(
+    places: Sequence[str | None], *, revision: str | None = None, trust_remote_code: bool = False, named: bool = False
+) -> Any:
+    """The tokenizer from the first of `places` (ids or folders; None is skipped) that has one.
+
+    Args:
+        places: where to look, in order.
+        revision: of the last place; the others are taken as they are.
+        trust_remote_code: whether code that comes with a tokenizer may run.
+        named: whether the user named the place; the message then says so.
+
+    Raises:
+        DataError: none has a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    tried = list(dict.fromkeys(str(place) for place in places if place))
+    for place in tried:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=revision if place == tried[-1] else None, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # What transformers raises depends on which file is missing and on the model's type.
+            continue
+        # For some types of model it makes up an empty tokenizer where a folder has none.
+        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            return tokenizer
+    where = " or ".join(tried) or "the models given"
+    advice = "name another" if named else "name a tokenizer's id or folder with --tokenizer, or `tokenizer:` in the file"
+    raise DataError(f"Text needs a tokenizer, but none was found in {where}; {advice}.")

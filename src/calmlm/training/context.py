@@ -1,0 +1,18 @@
+"""How many tokens a composition can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What architectures call it. Those with relative positions only (Bloom) state none.
+NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+
+
+def context_length(model: Any) -> int | None:
+    """The shortest context among the models of a composition; None where none of them states one."""
+    lengths = [_stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *model.augmenting.values())]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _stated(config: Any) -> int | None:
+    return next((value for name in NAMES if isinstance(value := getattr(config, name, None), int)), None)

@@ -1,0 +1,119 @@
+"""From a mapping, as YAML gives it, to a dataclass: every fault is collected, none stops the reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping", list: "a list"}
+
+
+def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -> T | None:
+    """An instance of the dataclass `cls` from `values`; None, with the reasons added to `faults`, where that fails.
+
+    Annotations may be str, int, float, bool, None, Literal, lists, dicts, other dataclasses and unions of these.
+
+    Args:
+        cls: a dataclass.
+        values: what stands in the file.
+        faults: one sentence for each fault is appended.
+        where: dotted path of `values` within the file.
+    """
+    if not isinstance(values, Mapping):
+        faults.append(f"{where or 'the file'}: expected a mapping, but got {show(values)}.")
+        return None
+    before = len(faults)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            faults.append(unknown_key(key, fields, where))
+    arguments = {}
+    for name, field in fields.items():
+        path = f"{where}.{name}" if where else name
+        if name in values:
+            arguments[name] = _read(hints[name], values[name], faults, path)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            faults.append(f"{path}: expected {describe(hints[name])}, but it is missing.")
+    return cls(**arguments) if len(faults) == before else None
+
+
+def unknown_key(key: Any, known: Collection[str], where: str) -> str:
+    """The fault of a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    place = f"in '{where}'" if where else "at the top of the file"
+    if near:
+        return f"'{key}' is no key {place}; did you mean '{near[0]}'?"
+    choice = f"there is {', '.join(sorted(known))}" if len(known) <= 20 else "remove it"
+    return f"'{key}' is no key {place}; {choice}."
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(part) for part in arguments if part is not type(None)))
+    if origin is typing.Literal:
+        return " or ".join(f"'{choice}'" for choice in arguments)
+    if origin is list:
+        return f"a list of {describe(arguments[0])}" if arguments else "a list"
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
+    return NAMES.get(origin or hint, str(hint))
+
+
+def show(value: Any) -> str:
+    """A value as it arrived, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read(hint: Any, value: Any, faults: list[str], path: str) -> Any:
+    """`value` as `hint` asks for it; a fault is added where it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return read_fields(hint, value, faults, path)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(hint, value, faults, path)
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], item, faults, f"{path}[{number}]") for number, item in enumerate(value)]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not _fits(hint, value):
+        faults.append(f"{path}: expected {describe(hint)}, but got {show(value)}.")
+    return value
+
+
+def _read_union(hint: Any, value: Any, faults: list[str], path: str) -> Any:
+    """The first member that fits; where none does, the faults of the one that comes nearest."""
+    attempts = []
+    for member in typing.get_args(hint):
+        found: list[str] = []
+        result = _read(member, value, found, path)
+        if not found:
+            return result
+        same_kind = isinstance(value, Mapping) and dataclasses.is_dataclass(member)
+        same_kind = same_kind or (isinstance(value, list) and typing.get_origin(member) is list)
+        if same_kind:
+            attempts.append(found)
+    faults += attempts[0] if len(attempts) == 1 else [f"{path}: expected {describe(hint)}, but got {show(value)}."]
+    return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if hint is type(None) or hint is None:
+        return value is None
+    if origin is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if hint in (int, float):
+        return isinstance(value, hint) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

@@ -1,0 +1,150 @@
+"""One training run: from a checked configuration to a composition on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calmlm.data.formats import Example
+from calmlm.data.sources import HubDataset, load_examples
+from calmlm.data.tokenizer import load_tokenizer
+from calmlm.data.tokenizing import encode_examples
+from calmlm.errors import ConfigError
+from calmlm.training.config import ModelConfig, TrainingConfig
+from calmlm.training.context import context_length
+from calmlm.training.output import RunFolder, replacing_folder
+from calmlm.training.trainers import Rows, make_arguments, make_trainer
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave: where its composition lies, and the mean loss over the steps that were trained."""
+
+    composition: Path
+    steps: int
+    loss: float
+
+
+def train(
+    config: TrainingConfig, *, resume: bool = False, overwrite: bool = False, report: Report = print
+) -> TrainingResult:
+    """Train a composition and save it in `<output>/composition`.
+
+    Everything that can be wrong with the configuration, the data and the models is found before anything is written.
+
+    Args:
+        config: what to train on what.
+        resume: go on from the last complete checkpoint in the output folder; from the start where there is none.
+        overwrite: replace an earlier run; its composition stays until the new one is complete.
+        report: takes a line of progress.
+
+    Raises:
+        CalmError: with one sentence about what is wrong.
+    """
+    folder = RunFolder(config.output)
+    folder.check(resume=resume, overwrite=overwrite)
+    arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
+    train_examples = load_examples(_listed(config.data.train))
+    eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    tokenizer = _tokenizer(config)
+    model = _model(config.model, tokenizer)
+
+    max_length = _max_length(config.data.max_length, context_length(model))
+    rows = _encode(train_examples, tokenizer, config, max_length, report)
+    eval_rows = _encode(eval_examples, tokenizer, config, max_length, report) if eval_examples is not None else None
+    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder, max_length)
+
+    trainable, total = model.get_nb_trainable_parameters()
+    report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
+    checkpoint = folder.last_checkpoint() if resume else None
+    if resume:
+        report(f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning.")
+    if trainer.is_world_process_zero():
+        folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
+    trainer.accelerator.wait_for_everyone()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        with replacing_folder(folder.composition) as fresh:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+    trainer.accelerator.wait_for_everyone()
+    return TrainingResult(folder.composition, outcome.global_step, outcome.training_loss)
+
+
+def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:
+    if sources is None:
+        return []
+    return sources if isinstance(sources, list) else [sources]
+
+
+def _tokenizer(config: TrainingConfig) -> Any:
+    model = config.model
+    if config.tokenizer is not None:
+        return load_tokenizer([config.tokenizer], trust_remote_code=model.trust_remote_code, named=True)
+    if model.composition is not None:
+        return load_tokenizer(
+            [model.composition, *_anchor_of(model.composition)], trust_remote_code=model.trust_remote_code
+        )
+    return load_tokenizer([model.anchor], revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def _anchor_of(composition: str) -> list[str]:
+    """The id of the anchor that a saved composition names."""
+    from calmlm.config import CalmConfig
+    from calmlm.loading import read_config
+
+    config = read_config(composition, {})
+    assert isinstance(config, CalmConfig)
+    return [config.anchor["id"]] if config.anchor and config.anchor.get("id") else []
+
+
+def _model(config: ModelConfig, tokenizer: Any) -> Any:
+    """The composition to train, from two models or from a saved one."""
+    import calmlm
+
+    options = {
+        key: value
+        for key in ("dtype", "device_map", "attn_implementation")
+        if (value := getattr(config, key)) is not None
+    }
+    if config.composition is not None:
+        return calmlm.CalmForCausalLM.from_pretrained(
+            config.composition, trust_remote_code=config.trust_remote_code, **options
+        )
+    assert config.anchor is not None
+    assert config.augmenting is not None
+    return calmlm.compose(
+        config.anchor,
+        config.augmenting,
+        config.connections,
+        config.num_heads,
+        revision=config.revision,
+        augmenting_revision=config.augmenting_revision,
+        trust_remote_code=config.trust_remote_code,
+        **config.connector,
+        **options,
+    )
+
+
+def _max_length(wanted: int | None, context: int | None) -> int | None:
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            f"data.max_length: expected at most {context}, the shorter context of the two models, but got {wanted}; "
+            f"lower it or leave it out."
+        )
+    return wanted if wanted is not None else context
+
+
+def _encode(
+    examples: list[Example], tokenizer: Any, config: TrainingConfig, max_length: int | None, report: Report
+) -> Rows:
+    encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on=config.data.loss_on)
+    if encoded.truncated:
+        report(f"{encoded.truncated} of {len(encoded.rows)} examples were cut at {max_length} tokens.")
+    return encoded.rows

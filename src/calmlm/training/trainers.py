@@ -1,0 +1,137 @@
+"""The two trainers: TRL's SFTTrainer and transformers' Trainer, given the same ids and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from calmlm.errors import ConfigError, MissingExtraError
+from calmlm.training.output import RunFolder
+
+Rows = list[dict[str, list[int]]]
+
+
+def argument_names(backend: str) -> set[str]:
+    """The names of all arguments that a backend's configuration takes."""
+    return {field.name for field in dataclasses.fields(_arguments_class(backend)) if field.init}
+
+
+def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder, *, evaluates: bool) -> Any:
+    """SFTConfig or TrainingArguments, with calmlm's defaults below what the user set.
+
+    Raises:
+        ConfigError: an argument has a value that the class refuses.
+        MissingExtraError: the backend, or TensorBoard, is not installed.
+    """
+    import torch
+
+    # New layers with a zero output, not a whole network: they learn at rates that would break a pretrained model.
+    defaults: dict[str, Any] = {
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "logging_steps": 10,
+        "report_to": ["tensorboard"],
+        "save_total_limit": 2,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not arguments.get("fp16"),
+        # Frozen bases keep few activations; recomputing both of them costs more than it saves.
+        "gradient_checkpointing": False,
+        "eval_strategy": "epoch" if evaluates else "no",
+    }
+    cls = _arguments_class(backend)
+    merged = {**defaults, **arguments, "output_dir": str(folder.checkpoints)}
+    if backend == "sft":
+        merged["max_length"] = None  # rows are cut before they get there; packing sets it in make_trainer
+    if "tensorboard" in _as_list(merged["report_to"]):
+        _require_tensorboard()
+    try:
+        return cls(**merged)
+    except (TypeError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}") from error
+
+
+def make_trainer(
+    backend: str,
+    model: Any,
+    arguments: Any,
+    tokenizer: Any,
+    train: Rows,
+    evaluation: Rows | None,
+    folder: RunFolder,
+    max_length: int | None,
+) -> Any:
+    """A trainer over rows of `input_ids` and `labels`, ready for `train()`.
+
+    Raises:
+        ConfigError: packing is asked for and no length is known.
+    """
+    from transformers.integrations import TensorBoardCallback
+
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    build = _sft_trainer if backend == "sft" else _plain_trainer
+    trainer = build(model, arguments, tokenizer, train, evaluation, max_length)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(folder.logs)
+    return trainer
+
+
+def _sft_trainer(
+    model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None, max_length: int | None
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    if arguments.packing:
+        if max_length is None:
+            raise ConfigError("trainer.packing: expected data.max_length beside it, since the models state no context.")
+        arguments.max_length = max_length
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
+    )
+
+
+def _plain_trainer(
+    model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None, max_length: int | None
+) -> Any:
+    from transformers import DataCollatorForSeq2Seq, Trainer
+
+    return Trainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        # Despite its name the collator for any rows with labels: it pads those with -100.
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+
+
+def _arguments_class(backend: str) -> type:
+    if backend == "sft":
+        try:
+            from trl import SFTConfig
+        except ImportError:
+            raise MissingExtraError("trl", "train", "The training backend 'sft'") from None
+        return SFTConfig
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+def _require_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("tensorboard", "train", "Logging (trainer.report_to: tensorboard)") from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

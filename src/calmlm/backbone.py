@@ -100,8 +100,8 @@ class Backbone:
             if not isinstance(a, Tensor) or a.shape != (2, 3, self.size):
                 shape = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
                 raise ModelError(
-                    f"Layer {index} of the {role} must give states of shape (batch, length, {self.size}), but in {name} "
-                    f"it gives {shape} for a batch of 2 and a length of 3: this architecture cannot be composed."
+                    f"Layer {index} of the {role} must give states of shape (batch, length, {self.size}), but in "
+                    f"{name} it gives {shape} for a batch of 2 and a length of 3: this architecture cannot be composed."
                 )
             past_a, past_b = a[:, :-1].float(), b[:, :-1].float()
             if (past_a - past_b).abs().max() > PROBE_TOLERANCE * past_a.abs().max().clamp(min=1e-6):

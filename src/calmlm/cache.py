@@ -1,4 +1,4 @@
-"""The cache of a composition: the anchor's own, each augmenting model's own, and the cross-attention's keys and values."""
+"""The cache of a composition: the anchor's, each augmenting model's, and the cross-attentions' keys and values."""
 
 from __future__ import annotations
 

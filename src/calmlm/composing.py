@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.backbone import Backbone, fingerprint, load_base, text_config
+from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import ModelError
-from calmlm.modeling import CalmForCausalLM
 
 DEFAULT_NAME = "augmenting"
 
@@ -157,7 +157,7 @@ def check_vocabularies(
             token = min(set(ours.items()) ^ set(theirs.items()))[0]
             raise ModelError(
                 f"The anchor and the augmenting model must have the same tokenizer, but theirs differ, for example in "
-                f"{token!r} (ids {ours.get(token, 'none')} and {theirs.get(token, 'none')}): choose models of one family."
+                f"{token!r} (ids {ours.get(token, 'none')} and {theirs.get(token, 'none')}): choose others."
             )
         if augmenting.vocab_size >= len(ours):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -82,7 +82,8 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
                 f"A connection must be a pair (augmenting_layer, anchor_layer) of whole numbers, but got "
                 f"{pair or connections!r}: write for example [[3, 7], [7, 15]]."
             )
-        for index, count, role in zip(pair, (augmenting_layers, anchor_layers), ("augmenting model", "anchor")):
+        ranges = (("augmenting model", augmenting_layers), ("anchor", anchor_layers))
+        for index, (role, count) in zip(pair, ranges, strict=True):
             if not 0 <= index < count:
                 raise ConfigError(
                     f"A connection's layer of the {role} must lie between 0 and {count - 1}, but got {index} in "
@@ -154,15 +155,15 @@ class CalmConfig(PreTrainedConfig):
     """
 
     model_type = "calm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+    sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
 
-    text_config: dict | PreTrainedConfig | None = None
-    anchor: dict | None = None
-    augmenting: dict | None = None
+    text_config: Any = None
+    anchor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    augmenting: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.anchor = dict(self.anchor or {})
-        self.augmenting = {name: dict(entry) for name, entry in (self.augmenting or {}).items()}
+        self.anchor = dict(self.anchor)
+        self.augmenting = {name: dict(entry) for name, entry in self.augmenting.items()}
         anchor, experts = self.text_config, None
         if isinstance(anchor, PreTrainedConfig):
             # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.

@@ -55,8 +55,8 @@ def load_composition(
         recorded = entry.get("id") or ""
         if given is None and not recorded:
             raise CheckpointError(
-                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was composed from a model "
-                f"in memory that has no id: pass {'anchor' if role == 'anchor' else 'augmenting'}=..."
+                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was composed from a "
+                f"model in memory that has no id: pass {'anchor' if role == 'anchor' else 'augmenting'}=..."
             )
         if isinstance(given, PreTrainedModel):
             model, name = given, given.name_or_path or type(given).__name__

@@ -1,4 +1,4 @@
-"""The composition as a Hugging Face model: ``CalmModel`` gives states, ``CalmForCausalLM`` gives logits and a loss.
+"""``CalmModel``: frozen base models joined by connectors, giving the anchor's last hidden state.
 
 A call runs the augmenting models first (no gradients, outputs of the connected layers kept), then the anchor, whose
 hooks add the cross-attentions layer by layer. A position sees the augmenting model's states up to its own token and
@@ -7,32 +7,25 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm import storage
 from calmlm.backbone import Backbone, accepts, freeze, text_config
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
-from calmlm.errors import ConfigError, DataError, ModelError
+from calmlm.errors import DataError, ModelError
 from calmlm.hooks import Call, CaptureHook, InjectHook, Slot, Stream
-from calmlm.loading import load_composition
 
-# Arguments that belong to the loss, which the composition computes itself.
-LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 ATTENTION_FALLBACK = "sdpa"
 
 
@@ -157,7 +150,7 @@ class CalmModel(CalmPreTrainedModel):
         return CalmCache.around(
             anchor_cache,
             {name: text_config(model) for name, model in self.augmenting.items()},
-            {name: len(connectors) for name, connectors in self.connectors.items()},
+            {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
@@ -170,7 +163,7 @@ class CalmModel(CalmPreTrainedModel):
 
     def begin(
         self,
-        input_ids: Tensor | None,
+        input_ids: Tensor,
         attention_mask: Any,
         position_ids: Tensor | None,
         cache: CalmCache | None,
@@ -184,22 +177,17 @@ class CalmModel(CalmPreTrainedModel):
             cache: the composition's cache, or None.
 
         Raises:
-            DataError: when there are no token ids, or ids that the augmenting model does not have.
+            DataError: for ids that the augmenting model does not have.
         """
-        if input_ids is None:
-            raise DataError(
-                "A composition must be given input_ids, because the augmenting model reads the same tokens, but got "
-                "inputs_embeds alone: pass input_ids, or disable the composition."
-            )
         call = Call()
-        for name, model in self.augmenting.items():
+        for name in self.augmenting:
             backbone = self._backbones[name]
             self._check_ids(input_ids, name)
             cross = cache.cross[name] if cache is not None else None
             call.streams[name] = self._stream(name, input_ids, attention_mask, position_ids, cross)
             arguments = base_arguments(
                 backbone,
-                input_ids=input_ids.to(model.get_input_embeddings().weight.device),
+                input_ids=input_ids.to(next(backbone.decoder.parameters()).device),
                 attention_mask=_mask_of(attention_mask, f"augmenting.{name}"),
                 position_ids=position_ids,
                 cache=cache.augmenting[name] if cache is not None else None,
@@ -308,6 +296,11 @@ class CalmModel(CalmPreTrainedModel):
         cache = self.cache_for(past_key_values, use_cache and backbone.cache_argument is not None)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask)
+        if input_ids is None or inputs_embeds is not None:
+            raise DataError(
+                "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
+                "got inputs_embeds: pass input_ids, or disable the composition."
+            )
         call = self.begin(input_ids, attention_mask, position_ids, cache)
         arguments = base_arguments(
             backbone,
@@ -335,234 +328,6 @@ class CalmModel(CalmPreTrainedModel):
             return None
         positions = attention_mask.long().cumsum(-1) - 1
         return positions.clamp(min=0)[:, -input_ids.shape[1] :]
-
-
-class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
-    """A composition of frozen language models that trains, generates, saves and loads as one.
-
-    Only the connectors have ``requires_grad``. Make one with ``calmlm.compose`` or ``from_pretrained``.
-    """
-
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
-        super().__init__(config, anchor)
-        self.model = CalmModel(config, anchor, augmenting)
-        self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
-        if anchor.generation_config is not None:
-            self.generation_config = copy.deepcopy(anchor.generation_config)
-        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
-        self.post_init()
-
-    # What belongs to whom
-
-    @property
-    def anchor(self) -> PreTrainedModel:
-        """The frozen anchor."""
-        return self.model.anchor
-
-    @property
-    def augmenting(self) -> dict[str, PreTrainedModel]:
-        """The frozen augmenting models, by name."""
-        return dict(self.model.augmenting.items())
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """The anchor's output embeddings."""
-        return self.anchor.get_output_embeddings()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.anchor.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.anchor.get_output_embeddings()
-
-    def get_decoder(self) -> nn.Module:
-        return self.model
-
-    @staticmethod
-    def is_composition(name: str) -> bool:
-        """Whether the tensor of this name belongs to the composition rather than to a base."""
-        return name.startswith("model.connectors.")
-
-    def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The composition's own tensors, by name."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        return {name: tensor for name, tensor in state_dict.items() if self.is_composition(name)}
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many, and what share that is."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    @contextmanager
-    def disable_composition(self) -> Iterator[CalmForCausalLM]:
-        """Within this context the model is the anchor alone, bit for bit."""
-        before = self.model.enabled
-        self.model.enabled = False
-        try:
-            yield self
-        finally:
-            self.model.enabled = before
-
-    # Calls
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and a loss where labels are given.
-
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, past + T), 1 at real tokens; padding may stand on either side.
-            position_ids: (B or 1, T) int64; counted by the models themselves by default.
-            past_key_values: the ``CalmCache`` of an earlier call, or an empty cache.
-            labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
-            use_cache: whether to return a cache; by default in evaluation mode.
-            logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
-            kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
-
-        Returns:
-            loss (scalar float32 or None), logits (B, T or fewer, vocabulary), past_key_values.
-        """
-        loss_arguments = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if kwargs.get(key) is not None}
-        kwargs = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
-        kwargs.pop("return_dict", None)
-        keeps = accepts(self.anchor, "logits_to_keep")
-        if keeps:
-            kwargs["logits_to_keep"] = logits_to_keep
-        output, cache = self.model.run(
-            self.anchor, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
-        )
-        logits = output.logits if keeps else slice_logits_to_keep(output.logits, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache,
-            hidden_states=getattr(output, "hidden_states", None),
-            attentions=getattr(output, "attentions", None),
-        )
-
-    # Generation
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with the composition disabled, the anchor's own ``generate``."""
-        if not self.model.enabled:
-            return self.anchor.generate(*args, **kwargs)
-        return super().generate(*args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        if self.model.backbone().cache_argument is None:
-            generation_config.use_cache = model_kwargs["use_cache"] = False
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is None or isinstance(cache, CalmCache):
-            return
-        model_kwargs["past_key_values"] = self.model.new_cache(cache)
-        if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
-
-    def create_masks_for_generate(
-        self,
-        config: Any,
-        inputs_embeds: Tensor,
-        attention_mask: Any,
-        past_key_values: Cache | None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """All masks of a step in one flat dictionary, as generation with a compilable cache wants them."""
-        assert isinstance(past_key_values, CalmCache)
-        masks: dict[str, Any] = {}
-
-        def add(prefix: str, model: PreTrainedModel, cache: Cache) -> None:
-            create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-            made = create(
-                config=model.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-                **kwargs,
-            )
-            if isinstance(made, dict):
-                masks.update({f"{prefix}/{key}": value for key, value in made.items()})
-            else:
-                masks[prefix] = made
-
-        add("anchor", self.anchor, past_key_values.anchor)
-        for name, model in self.model.augmenting.items():
-            add(f"augmenting.{name}", model, past_key_values.augmenting[name])
-            masks[f"cross.{name}"] = self.model.cross_mask(
-                name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
-            )
-        return masks
-
-    # Files
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the composition's tensors, its configuration and a model card; the bases are named, not copied.
-
-        Args:
-            save_directory: folder, made if needed.
-            is_main_process: whether this process writes.
-            state_dict: tensors to save instead of the model's own (distributed trainers gather them first).
-            push_to_hub: whether to upload the folder afterwards; ``kwargs`` go to ``push_to_hub`` then.
-        """
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
-        config = storage.portable_config(self.config, folder)
-        storage.write_tensors(folder, self.composition_tensors(state_dict))
-        storage.write_text(folder / "config.json", config.to_json_string())
-        storage.write_text(folder / "generation_config.json", self.generation_config.to_json_string())
-        if not (folder / storage.CARD_NAME).exists():
-            storage.write_text(folder / storage.CARD_NAME, storage.model_card(config))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:
-        """Load a composition and, by their ids, its base models.
-
-        Args:
-            pretrained_model_name_or_path: folder or hub id of the composition.
-            kwargs: ``anchor``, ``augmenting`` (loaded models, ids or folders to use instead of the recorded ones; a
-                dictionary where there are several augmenting models), ``dtype``, ``device_map``,
-                ``attn_implementation``, ``trust_remote_code``, ``revision``, ``token``, ``cache_dir``,
-                ``local_files_only``, ``quantization_config``.
-
-        Raises:
-            CheckpointError: when the folder holds no composition, a damaged one, or one made on other bases.
-            ModelError: when a base model cannot be loaded.
-        """
-        return load_composition(cls, pretrained_model_name_or_path, **kwargs)
 
 
 def base_arguments(
@@ -597,7 +362,3 @@ def _has_dropout(config: Any) -> bool:
         for key, value in vars(config).items()
         if "drop" in key and "attention" not in key and "attn" not in key
     )
-
-
-AutoConfig.register(CalmConfig.model_type, CalmConfig)
-AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)

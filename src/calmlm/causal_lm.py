@@ -1,0 +1,259 @@
+"""``CalmForCausalLM``: a composition as a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+
+from calmlm import storage
+from calmlm.backbone import accepts
+from calmlm.cache import CalmCache
+from calmlm.config import CalmConfig
+from calmlm.errors import ConfigError
+from calmlm.loading import load_composition
+from calmlm.modeling import CalmModel, CalmPreTrainedModel
+
+# Arguments that belong to the loss, which the composition computes itself.
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+
+
+class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
+    """A composition of frozen language models that trains, generates, saves and loads as one.
+
+    Only the connectors have ``requires_grad``. Make one with ``calmlm.compose`` or ``from_pretrained``.
+    """
+
+    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
+        super().__init__(config, anchor)
+        self.model = CalmModel(config, anchor, augmenting)
+        self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
+        if anchor.generation_config is not None:
+            self.generation_config = copy.deepcopy(anchor.generation_config)
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
+        self.post_init()
+
+    # What belongs to whom
+
+    @property
+    def anchor(self) -> PreTrainedModel:
+        """The frozen anchor."""
+        return self.model.anchor
+
+    @property
+    def augmenting(self) -> dict[str, PreTrainedModel]:
+        """The frozen augmenting models, by name."""
+        return dict(self.model.augmenting.items())
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The anchor's output embeddings."""
+        return self.anchor.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.anchor.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.anchor.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    @staticmethod
+    def is_composition(name: str) -> bool:
+        """Whether the tensor of this name belongs to the composition rather than to a base."""
+        return name.startswith("model.connectors.")
+
+    def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The composition's own tensors, by name."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        return {name: tensor for name, tensor in state_dict.items() if self.is_composition(name)}
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many, and what share that is."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    @contextmanager
+    def disable_composition(self) -> Iterator[CalmForCausalLM]:
+        """Within this context the model is the anchor alone, bit for bit."""
+        before = self.model.enabled
+        self.model.enabled = False
+        try:
+            yield self
+        finally:
+            self.model.enabled = before
+
+    # Calls
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and a loss where labels are given.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, past + T), 1 at real tokens; padding may stand on either side.
+            position_ids: (B or 1, T) int64; counted by the models themselves by default.
+            past_key_values: the ``CalmCache`` of an earlier call, or an empty cache.
+            labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
+            use_cache: whether to return a cache; by default in evaluation mode.
+            logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
+            kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
+
+        Returns:
+            loss (scalar float32 or None), logits (B, T or fewer, vocabulary), past_key_values.
+        """
+        loss_arguments = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if kwargs.get(key) is not None}
+        kwargs = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
+        kwargs.pop("return_dict", None)
+        keeps = accepts(self.anchor, "logits_to_keep")
+        if keeps:
+            kwargs["logits_to_keep"] = logits_to_keep
+        output, cache = self.model.run(
+            self.anchor, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
+        )
+        logits = output.logits if keeps else slice_logits_to_keep(output.logits, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    # Generation
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with the composition disabled, the anchor's own ``generate``."""
+        if not self.model.enabled:
+            return self.anchor.generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if self.model.backbone().cache_argument is None:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or isinstance(cache, CalmCache):
+            return
+        model_kwargs["past_key_values"] = self.model.new_cache(cache)
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+    def create_masks_for_generate(
+        self,
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """All masks of a step in one flat dictionary, as generation with a compilable cache wants them."""
+        assert isinstance(past_key_values, CalmCache)
+        masks: dict[str, Any] = {}
+
+        def add(prefix: str, model: PreTrainedModel, cache: Cache) -> None:
+            create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+            made = create(
+                config=model.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if isinstance(made, dict):
+                masks.update({f"{prefix}/{key}": value for key, value in made.items()})
+            else:
+                masks[prefix] = made
+
+        add("anchor", self.anchor, past_key_values.anchor)
+        for name, model in self.model.augmenting.items():
+            add(f"augmenting.{name}", model, past_key_values.augmenting[name])
+            masks[f"cross.{name}"] = self.model.cross_mask(
+                name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
+            )
+        return masks
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the composition's tensors, its configuration and a model card; the bases are named, not copied.
+
+        Args:
+            save_directory: folder, made if needed.
+            is_main_process: whether this process writes.
+            state_dict: tensors to save instead of the model's own (distributed trainers gather them first).
+            push_to_hub: whether to upload the folder afterwards; ``kwargs`` go to ``push_to_hub`` then.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
+        config = storage.portable_config(self.config, folder)
+        storage.write_tensors(folder, self.composition_tensors(state_dict))
+        storage.write_text(folder / "config.json", config.to_json_string())
+        storage.write_text(folder / "generation_config.json", self.generation_config.to_json_string())
+        if not (folder / storage.CARD_NAME).exists():
+            storage.write_text(folder / storage.CARD_NAME, storage.model_card(config))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:
+        """Load a composition and, by their ids, its base models.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id of the composition.
+            kwargs: ``anchor``, ``augmenting`` (loaded models, ids or folders to use instead of the recorded ones; a
+                dictionary where there are several augmenting models), ``dtype``, ``device_map``,
+                ``attn_implementation``, ``trust_remote_code``, ``revision``, ``token``, ``cache_dir``,
+                ``local_files_only``, ``quantization_config``.
+
+        Raises:
+            CheckpointError: when the folder holds no composition, a damaged one, or one made on other bases.
+            ModelError: when a base model cannot be loaded.
+        """
+        return load_composition(cls, pretrained_model_name_or_path, **kwargs)
+
+
+AutoConfig.register(CalmConfig.model_type, CalmConfig)
+AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)

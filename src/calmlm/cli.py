@@ -1,0 +1,163 @@
+"""The command line: parse, one library call, done. Whatever needs torch is imported inside a command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import calmlm
+from calmlm.errors import CalmError, ConfigError
+
+FAULT = 2  # exit status of a wrong setting, model or file, as of a wrong option
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Compose two frozen language models through trained cross-attentions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+repro = typer.Typer(help="Reproduce an experiment of the paper.", no_args_is_help=True)
+app.add_typer(repro, name="repro")
+
+Folder = Annotated[str, typer.Argument(help="A saved composition: a folder or an id.", show_default=False)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; every deliberate error is one line on stderr."""
+    try:
+        result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except CalmError as error:
+        say(f"error: {error}")
+        return FAULT
+    except KeyboardInterrupt:
+        say("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `calmlm generate ... | head -1`
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except Exception as error:
+        return _click_status(error)
+
+
+def _click_status(error: Exception) -> int:
+    """The exit status of an error that the parser raised; anything else is a fault of ours and keeps its traceback."""
+    if isinstance(error, typer.Abort):
+        say("Interrupted.")
+        return INTERRUPTED
+    show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if status is None:
+        raise error
+    if show is not None:
+        show()
+    return int(status)
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(calmlm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that win over the file, as key=value.", show_default=False)
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="The run's folder instead of the file's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Train a composition; the two models stay as they are."""
+    from calmlm.training.config import load_config
+    from calmlm.training.run import train
+
+    settings = [*(overrides or []), *([f"output={output}"] if output else [])]
+    result = train(load_config(config, settings), resume=resume, overwrite=overwrite, report=say)
+    print(result.composition)
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
+    ] = False,
+) -> None:
+    """Write text with a saved composition, as it comes."""
+    from calmlm.generation.text import load, stream
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+    pieces = stream(
+        loaded, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, anchor_only=anchor_only
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def inspect(folder: Folder) -> None:
+    """Show what a saved composition is made of."""
+    from calmlm.inspection import describe
+
+    console = Console()
+    for title, value in describe(folder):
+        console.print(f"[bold]{title}[/bold]", value, sep="\t", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo() -> None:
+    """Two small models that cannot calculate with keys, and their composition that can."""
+    from calmlm.demo import run
+
+    run()
+
+
+@repro.command("kv-arithmetic")
+def kv_arithmetic(
+    preset: Annotated[str, typer.Option(help="tiny (minutes), small (under an hour for each seed), paper (a GPU).")],
+    seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
+    output: Annotated[Path | None, typer.Option(help="Where the results go.", show_default=False)] = None,
+) -> None:
+    """Key-value arithmetic: one model knows the keys, the other calculates."""
+    from calmlm.experiments.kv_arithmetic import run
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{seeds}'; write 0,1,2.") from None
+    run(preset=preset, seeds=numbers, output=output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The errors that calmlm raises on purpose.
+
+    CalmError
+    ├── ConfigError        a setting is wrong: a connection, a preset, a key of a YAML file
+    ├── ModelError         a model cannot be found, loaded or composed
+    │   └── CheckpointError    a saved composition is damaged, foreign or belongs to another base
+    ├── DataError          a data file or a prompt cannot be used
+    └── MissingExtraError  an optional dependency is not installed
+
+Every message is one sentence that says what was expected, what arrived and what to do. The command line prints
+the message alone and exits with status 2.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CalmError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "ModelError"]
+
+
+class CalmError(Exception):
+    """Base of every error that calmlm raises on purpose."""
+
+
+class ConfigError(CalmError, ValueError):
+    """A setting is wrong: a connection, a preset, a key of a configuration file."""
+
+
+class ModelError(CalmError, ValueError):
+    """A model cannot be found, loaded or composed."""
+
+
+class CheckpointError(ModelError):
+    """A saved composition is damaged, foreign, or was made on other base models."""
+
+
+class DataError(CalmError, ValueError):
+    """A data file, a line of it, or a prompt cannot be used."""
+
+
+class MissingExtraError(CalmError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed; "
+            f"install it with: pip install 'calmlm[{extra}]'."
+        )

@@ -20,7 +20,7 @@ LAYERS = [
     {"loading"},
     {"modeling"},
     {"composing"},
-    {"data", "training", "generation"},
+    {"data", "training", "generation", "inspection"},
     {"evaluation", "serving", "experiments"},
     {"demo"},
     {"cli"},

@@ -93,16 +93,15 @@ def train(
     from calmlm.training.config import load_config
     from calmlm.training.run import train
 
-    settings = [*(overrides or []), *([f"output={output}"] if output else [])]
-    result = train(load_config(config, settings), resume=resume, overwrite=overwrite, report=say)
-    print(result.composition)
+    settings = load_config(config, overrides or [], output)
+    print(train(settings, resume=resume, overwrite=overwrite, report=say).composition)
 
 
 @app.command()
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most, within the context.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
@@ -113,15 +112,17 @@ def generate(
     ] = False,
 ) -> None:
     """Write text with a saved composition, as it comes."""
-    from calmlm.generation.text import load, stream
+    from calmlm.generation.text import TextModel
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
-    pieces = stream(
-        loaded, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, anchor_only=anchor_only
+    model = TextModel.load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+    model.write(
+        sys.stdin.read() if prompt == "-" else prompt,
+        lambda piece: print(piece, end="", flush=True),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        anchor_only=anchor_only,
     )
-    for piece in pieces:
-        print(piece, end="", flush=True)
     print()
 
 

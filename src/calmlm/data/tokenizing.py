@@ -66,17 +66,23 @@ def encode_examples(
     return Encoded(rows, truncated)
 
 
+def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """The ids that a prompt has in training: as the tokenizer gives them, without an end-of-text token."""
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Ids of an example, and for each whether it is to be learned."""
     if example.format == "messages":
         return _encode_messages(example, tokenizer)
     if example.format == "text":
-        ids = _with_end(_ids(tokenizer, example.fields["text"]), tokenizer)
+        ids = _with_end(encode_prompt(example.fields["text"], tokenizer), tokenizer)
         return ids, [True] * len(ids)
     prompt, completion = example.fields["prompt"], example.fields["completion"]
-    ids = _with_end(_ids(tokenizer, prompt + completion), tokenizer)
+    ids = _with_end(encode_prompt(prompt + completion, tokenizer), tokenizer)
     # An empty prompt still has what the tokenizer puts in front of any text (a beginning-of-text token).
-    start = _common_prefix(_without_end(_ids(tokenizer, prompt), tokenizer), ids)
+    start = _common_prefix(encode_prompt(prompt, tokenizer), ids)
     if start == len(ids):
         raise DataError(
             f"{example.place}: expected the completion to add tokens, but it adds none to its prompt; "
@@ -85,19 +91,9 @@ def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return ids, [False] * start + [True] * (len(ids) - start)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
-
-
 def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """End with the end-of-text token, once, so that the model learns to stop."""
-    end = tokenizer.eos_token_id
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """A prompt's ids without the end-of-text token that some tokenizers add to every text."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    """End with the end-of-text token, so that the model learns to stop."""
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -140,12 +140,13 @@ def connector_options() -> list[str]:
     return [option.name for option in dataclasses.fields(ConnectorConfig) if option.name != "num_heads"]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | None = None) -> TrainingConfig:
     """Read and check a configuration file.
 
     Args:
         path: a YAML file; paths within it are relative to the working directory.
         overrides: "key.subkey=value", the value in YAML; applied before the check.
+        output: wins over the file's own.
 
     Raises:
         ConfigError: the file cannot be read, or has faults; all of them are named.
@@ -163,6 +164,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         raise ConfigError(f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'.")
     for override in overrides:
         _apply(override, values)
+    if output is not None:
+        values["output"] = output
     return parse_config(values, source=str(path))
 
 

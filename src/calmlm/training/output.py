@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calmlm.errors import ConfigError
+from calmlm.storage import write_text
 
 
 class RunFolder:
@@ -37,7 +38,7 @@ class RunFolder:
             raise ConfigError("Expected --resume or --overwrite, but got both; choose one.")
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"Expected a folder for the output, but {self.path} is a file; name another output.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not any(path.is_file() for path in self.path.rglob("*")):
             return
         if not resume and not overwrite:
             raise ConfigError(
@@ -56,7 +57,7 @@ class RunFolder:
         if not resume:
             for folder in (self.checkpoints, self.logs):
                 shutil.rmtree(folder, ignore_errors=True)
-        write_atomically(self.config, config_text)
+        write_text(self.config, config_text)
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
@@ -89,13 +90,3 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that `path` holds either the old text or the new one, whole."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -15,9 +15,9 @@ from calmlm.data.tokenizer import load_tokenizer
 from calmlm.data.tokenizing import encode_examples
 from calmlm.errors import ConfigError
 from calmlm.training.config import ModelConfig, TrainingConfig
-from calmlm.training.context import context_length
+from calmlm.data.context import context_length
 from calmlm.training.output import RunFolder, replacing_folder
-from calmlm.training.trainers import Rows, make_arguments, make_trainer
+from calmlm.training.trainers import Rows, make_arguments, make_trainer, set_packing_length
 
 Report = Callable[[str], None]
 
@@ -58,16 +58,17 @@ def train(
     max_length = _max_length(config.data.max_length, context_length(model))
     rows = _encode(train_examples, tokenizer, config, max_length, report)
     eval_rows = _encode(eval_examples, tokenizer, config, max_length, report) if eval_examples is not None else None
-    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder, max_length)
+    set_packing_length(arguments, max_length)
 
-    trainable, total = model.get_nb_trainable_parameters()
-    report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
         report(f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning.")
-    if trainer.is_world_process_zero():
-        folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
-    trainer.accelerator.wait_for_everyone()
+    with arguments.main_process_first(local=False, desc="making the output folder"):
+        if arguments.process_index == 0:
+            folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
+    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    trainable, total = model.get_nb_trainable_parameters()
+    report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         with replacing_folder(folder.composition) as fresh:

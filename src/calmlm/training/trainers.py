@@ -35,14 +35,15 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         "report_to": ["tensorboard"],
         "save_total_limit": 2,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not arguments.get("fp16"),
-        # Frozen bases keep few activations; recomputing both of them costs more than it saves.
-        "gradient_checkpointing": False,
+        # Frozen bases keep few activations; recomputing both of them costs more than it saves. (The older name of the
+        # setting loses against the newer one, so this must not stand beside it.)
+        **({} if "gradient_checkpointing" in arguments else {"activation_checkpointing": False}),
         "eval_strategy": "epoch" if evaluates else "no",
     }
     cls = _arguments_class(backend)
     merged = {**defaults, **arguments, "output_dir": str(folder.checkpoints)}
     if backend == "sft":
-        merged["max_length"] = None  # rows are cut before they get there; packing sets it in make_trainer
+        merged["max_length"] = None  # rows are cut before they get there; see set_packing_length
     if "tensorboard" in _as_list(merged["report_to"]):
         _require_tensorboard()
     try:
@@ -50,6 +51,18 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     except (TypeError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}") from error
+
+
+def set_packing_length(arguments: Any, max_length: int | None) -> None:
+    """Where examples are packed, pack them to `max_length`.
+
+    Raises:
+        ConfigError: no length is known.
+    """
+    if getattr(arguments, "packing", False):
+        if max_length is None:
+            raise ConfigError("trainer.packing: expected data.max_length beside it, since the models state no context.")
+        arguments.max_length = max_length
 
 
 def make_trainer(
@@ -60,35 +73,24 @@ def make_trainer(
     train: Rows,
     evaluation: Rows | None,
     folder: RunFolder,
-    max_length: int | None,
 ) -> Any:
-    """A trainer over rows of `input_ids` and `labels`, ready for `train()`.
-
-    Raises:
-        ConfigError: packing is asked for and no length is known.
-    """
+    """A trainer over rows of `input_ids` and `labels`, ready for `train()`."""
     from transformers.integrations import TensorBoardCallback
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     build = _sft_trainer if backend == "sft" else _plain_trainer
-    trainer = build(model, arguments, tokenizer, train, evaluation, max_length)
+    trainer = build(model, arguments, tokenizer, train, evaluation)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder.logs)
     return trainer
 
 
-def _sft_trainer(
-    model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None, max_length: int | None
-) -> Any:
+def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    if arguments.packing:
-        if max_length is None:
-            raise ConfigError("trainer.packing: expected data.max_length beside it, since the models state no context.")
-        arguments.max_length = max_length
     return SFTTrainer(
         model=model,
         args=arguments,
@@ -98,9 +100,7 @@ def _sft_trainer(
     )
 
 
-def _plain_trainer(
-    model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None, max_length: int | None
-) -> Any:
+def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     from transformers import DataCollatorForSeq2Seq, Trainer
 
     return Trainer(

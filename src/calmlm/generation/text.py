@@ -1,0 +1,123 @@
+"""From a saved composition and a prompt to text, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer, set_seed
+
+import calmlm
+from calmlm.data.context import context_length
+from calmlm.data.tokenizer import load_tokenizer
+from calmlm.data.tokenizing import encode_prompt
+from calmlm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A composition with its tokenizer."""
+
+    model: calmlm.CalmForCausalLM
+    tokenizer: Any
+
+    @classmethod
+    def load(
+        cls, source: str, *, tokenizer: str | None = None, device: str = "auto", trust_remote_code: bool = False
+    ) -> TextModel:
+        """Load a composition and its tokenizer: the one named, else the composition's, else the anchor's.
+
+        Args:
+            source: folder or id of the composition.
+            tokenizer: id or folder of a tokenizer.
+            device: a torch device, or "auto" for a GPU where there is one.
+            trust_remote_code: whether code that comes with a model may run.
+
+        Raises:
+            CalmError: there is no such composition, model, tokenizer or device.
+        """
+        target = _device(device)
+        model = calmlm.CalmForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+        places = [tokenizer] if tokenizer else [source, model.anchor.name_or_path]
+        found = load_tokenizer(places, trust_remote_code=trust_remote_code, named=tokenizer is not None)
+        return cls(model.to(target), found)
+
+    def write(
+        self,
+        prompt: str,
+        emit: Callable[[str], None],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0,
+        seed: int | None = None,
+        anchor_only: bool = False,
+    ) -> None:
+        """Continue `prompt`; `emit` takes each piece of text as soon as it is settled.
+
+        Args:
+            prompt: the text to go on from.
+            emit: takes text.
+            max_new_tokens: tokens to add at most; fewer where the context ends before.
+            temperature: 0 takes the likeliest token each time.
+            seed: makes sampling repeatable.
+            anchor_only: switch the composition off.
+
+        Raises:
+            DataError: the prompt is empty or leaves no room in the context.
+        """
+        ids = encode_prompt(prompt, self.tokenizer)
+        if not ids:
+            raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
+        context = context_length(self.model)
+        if context is not None and len(ids) >= context:
+            raise DataError(
+                f"Expected a prompt shorter than the context of {context} tokens, but got {len(ids)}; shorten it."
+            )
+        room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+        if seed is not None:
+            set_seed(seed)
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+        # The anchor's own generation settings may sample; None takes them back without a warning.
+        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        inputs = torch.tensor([ids], device=self.model.device)
+        with self.model.disable_composition() if anchor_only else nullcontext():
+            self.model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=room,
+                pad_token_id=self._padding(),
+                streamer=_Streamer(self.tokenizer, emit),
+                **(sampling if temperature > 0 else greedy),
+            )
+
+    def _padding(self) -> int | None:
+        """One sequence needs no padding, but generate warns where it knows no token for it."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+class _Streamer(TextStreamer):
+    """transformers' streamer, with the text handed on instead of printed."""
+
+    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.emit(text)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"Expected a device that torch can use, but got '{name}' ({reason}); use auto or cpu.") from None
+    return device

@@ -35,7 +35,7 @@ class Backbone:
         vocab_size: rows of its input embedding.
         takes_positions: whether ``decoder`` accepts ``position_ids``.
         absolute_positions: whether it adds an embedding of the absolute position to its input.
-        cache_argument: the name under which it takes a cache, or None.
+        cache_argument: the name under which it takes a cache of transformers' general form, or None.
     """
 
     decoder: nn.Module
@@ -80,7 +80,7 @@ class Backbone:
             vocab_size=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
             takes_positions=accepts(decoder, "position_ids"),
             absolute_positions=_has_absolute_positions(decoder, layers),
-            cache_argument=next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None),
+            cache_argument=_cache_argument(model, decoder),
         )
 
     def probe(self, role: str) -> None:
@@ -206,7 +206,7 @@ def _find_layers(
     if layers_path is not None:
         return _layers_at(model, role, layers_path)
     candidates = []
-    for decoder in (model.get_decoder(), model.base_model):
+    for decoder in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
         if isinstance(decoder, nn.Module) and decoder is not model and decoder not in candidates:
             candidates.append(decoder)
     for decoder in candidates:
@@ -238,6 +238,13 @@ def _layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module,
             f"look at its named_modules()."
         )
     return model.base_model, layers
+
+
+def _cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | None:
+    # A few models keep their past in a form of their own, which nothing else can carry along.
+    if not model._supports_default_dynamic_cache():
+        return None
+    return next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None)
 
 
 def _has_absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> bool:

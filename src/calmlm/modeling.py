@@ -143,6 +143,11 @@ class CalmModel(CalmPreTrainedModel):
                     layer.training = True
         return self
 
+    @property
+    def can_cache(self) -> bool:
+        """Whether every model in the composition can carry its past in a cache."""
+        return all(backbone.cache_argument is not None for backbone in self._backbones.values())
+
     def new_cache(self, anchor_cache: Cache | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default)."""
         if anchor_cache is None:
@@ -189,7 +194,7 @@ class CalmModel(CalmPreTrainedModel):
                 backbone,
                 input_ids=input_ids.to(next(backbone.decoder.parameters()).device),
                 attention_mask=_mask_of(attention_mask, f"augmenting.{name}"),
-                position_ids=position_ids,
+                position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
                 cache=cache.augmenting[name] if cache is not None else None,
             )
             self.slot.call = call
@@ -293,9 +298,7 @@ class CalmModel(CalmPreTrainedModel):
             return output, getattr(output, backbone.cache_argument or "past_key_values", None)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = self.cache_for(past_key_values, use_cache and backbone.cache_argument is not None)
-        if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask)
+        cache = self.cache_for(past_key_values, use_cache and self.can_cache)
         if input_ids is None or inputs_embeds is not None:
             raise DataError(
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
@@ -306,7 +309,7 @@ class CalmModel(CalmPreTrainedModel):
             backbone,
             input_ids=input_ids,
             attention_mask=_mask_of(attention_mask, "anchor"),
-            position_ids=position_ids,
+            position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
             cache=cache.anchor if cache is not None else None,
         )
         self.slot.call = call
@@ -315,19 +318,6 @@ class CalmModel(CalmPreTrainedModel):
         finally:
             self.slot.call = None
         return output, cache
-
-    def _positions(self, input_ids: Tensor | None, attention_mask: Any) -> Tensor | None:
-        """Positions counted over real tokens, for models that add an embedding of the absolute position.
-
-        Without them such a model counts padding on the left, and a padded row differs from the same row alone. Models
-        with relative positions are left to count by themselves.
-        """
-        if input_ids is None or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            return None
-        if not any(backbone.absolute_positions for backbone in self._backbones.values()):
-            return None
-        positions = attention_mask.long().cumsum(-1) - 1
-        return positions.clamp(min=0)[:, -input_ids.shape[1] :]
 
 
 def base_arguments(
@@ -344,6 +334,22 @@ def base_arguments(
     if accepts(backbone.decoder, "use_cache"):
         arguments["use_cache"] = cache is not None
     return arguments
+
+
+def _positions(
+    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
+) -> Tensor | None:
+    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that.
+
+    A model that adds an embedding of the absolute position would count padding on the left, so that a padded row would
+    differ from the same row alone. A model with relative positions counts by itself, exactly as it does alone.
+    """
+    if position_ids is not None or not backbone.absolute_positions:
+        return position_ids
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -input_ids.shape[1] :]
 
 
 def _mask_of(attention_mask: Any, prefix: str) -> Any:

@@ -1,0 +1,1 @@
+"""Key-value arithmetic: a model that knows a dictionary, composed with one that can calculate."""

@@ -1,0 +1,116 @@
+"""The sizes at which the key-value experiment runs. A preset and a seed determine everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PRESETS", "Preset", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: how long, in what batches, at what peak learning rate (cosine decay to zero)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a run of the experiment depends on besides its seed."""
+
+    name: str
+    keys: int
+    """How many keys m_A memorises."""
+    highest: int
+    """Values of keys are 1 to this."""
+    operands: tuple[int, int]
+    """Fewest and most operands in D_C and in the evaluation (OOD-hard has one more than the most)."""
+    anchor_operands: tuple[int, int]
+    """Fewest and most operands in m_B's training."""
+    largest_integer: int
+    """Integers up to this size are one token each; beyond, they are spelled in digits."""
+    augmenting_size: tuple[int, int, int]
+    """m_A: hidden size, layers, heads."""
+    anchor_size: tuple[int, int, int]
+    """m_B: hidden size, layers, heads."""
+    augmenting: Stage
+    anchor: Stage
+    composition: Stage
+    connections: tuple[tuple[int, int], ...]
+    """(layer of m_A, layer of m_B), counted from 0."""
+    heads: int
+    operators: tuple[str, ...] = ("+", "-")
+    composition_share: float = 0.2
+    """Share of the keys that D_C uses."""
+    word_share: float = 0.45
+    """Share of the numbers in m_B's training that are written as words."""
+    substitution_share: float = 0.3
+    """Share of KV-SUBS in m_A's training; the rest are rows of keys and values."""
+    numeric_share: float = 0.2
+    """Share of D_C that is numeric arithmetic."""
+    figure_share: float = 0.15
+    """Share of the operands of D_C's key expressions that are in figures."""
+    query_key_bias: float = 1.5
+    """Start of the connector's bias on queries and keys."""
+    items: int = 400
+    """Evaluation items per column."""
+
+
+_TINY = Preset(
+    name="tiny",
+    keys=200,
+    highest=9,
+    operands=(2, 2),
+    anchor_operands=(1, 3),
+    largest_integer=29,
+    augmenting_size=(64, 3, 4),
+    anchor_size=(96, 3, 4),
+    augmenting=Stage(300, 32, 4e-3),
+    anchor=Stage(500, 64, 3e-3),
+    composition=Stage(300, 64, 4e-3),
+    connections=((2, 0),),
+    heads=4,
+    items=200,
+)
+
+_SMALL = Preset(
+    name="small",
+    keys=3000,
+    highest=20,
+    operands=(2, 3),
+    anchor_operands=(1, 4),
+    largest_integer=99,
+    augmenting_size=(96, 4, 4),
+    anchor_size=(128, 4, 4),
+    augmenting=Stage(1000, 40, 4e-3),
+    anchor=Stage(2000, 64, 2e-3),
+    composition=Stage(700, 96, 3e-3),
+    connections=((3, 0),),
+    heads=4,
+)
+
+# The paper's data: 25K keys with a value each, 3 to 6 operands, a product too. Numbers are spelled in digits. Meant for a
+# GPU; the sizes of the models and the lengths of the trainings are ours.
+_PAPER = Preset(
+    name="paper",
+    keys=25_000,
+    highest=25_000,
+    operands=(3, 6),
+    anchor_operands=(1, 7),
+    largest_integer=9,
+    augmenting_size=(512, 8, 8),
+    anchor_size=(768, 16, 12),
+    augmenting=Stage(20_000, 256, 1e-3),
+    anchor=Stage(60_000, 256, 6e-4),
+    composition=Stage(10_000, 256, 1e-3),
+    connections=((3, 1), (7, 5)),
+    heads=12,
+    operators=("+", "-", "×"),
+    word_share=0.1,
+    items=500,
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_TINY, _SMALL, _PAPER)}

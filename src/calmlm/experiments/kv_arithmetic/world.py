@@ -1,0 +1,206 @@
+"""The key-value world: which key has which value, and the texts that are written about keys and numbers.
+
+Everything is text, a prompt and its completion, and everything follows from a preset and a seed. An answer goes through the
+expression from the left and restates each operand as a number: ``ab + five - 3 =`` gives ``12 + 5 = 17 - 3 = 14``; the final
+answer is what follows the last ``=``. The prompt ``ab + cd ->`` asks for the expression over numbers alone (KV-SUBS).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from calmlm.experiments.kv_arithmetic.presets import Preset
+from calmlm.experiments.kv_arithmetic.words import random_word, sample_keys, word_values
+
+__all__ = [
+    "DC_PHRASINGS",
+    "HARD_PHRASINGS",
+    "OOD_PHRASINGS",
+    "PHRASINGS",
+    "REWRITE",
+    "Example",
+    "Expression",
+    "Phrasing",
+    "World",
+    "final_answer",
+]
+
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "×": lambda a, b: a * b,
+}
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """One way to ask: what stands before the operands, for each operator, and after the operands."""
+
+    start: str
+    plus: str
+    minus: str
+    end: str
+    times: str = " ×"
+
+    def prompt(self, operands: Sequence[str], operators: Sequence[str]) -> str:
+        """Write the question over operands that are already text."""
+        words = {"+": self.plus, "-": self.minus, "×": self.times}
+        text = f"{self.start} {operands[0]}" if self.start else operands[0]
+        for operator, operand in zip(operators, operands[1:], strict=True):
+            text += f"{words[operator]} {operand}"
+        return text + self.end
+
+
+PHRASINGS: dict[str, Phrasing] = {
+    "plain": Phrasing("", " +", " -", " ="),
+    "value": Phrasing("The value of", " plus", " minus", " is"),
+    "compute": Phrasing("Compute", " +", " -", ". Result:"),
+    "what": Phrasing("What is", " +", " subtracted with", "? Answer:"),
+    "expression": Phrasing("Expression:", " +", " -", " Solving:"),
+    "evaluate": Phrasing("Evaluate", " plus", " less", ". Answer:"),
+    "take": Phrasing("Take", ", add", ", subtract", ". Total:"),
+    "start": Phrasing("Start from", ", increase by", ", decrease by", ". Result:"),
+}
+REWRITE = Phrasing("", " +", " -", " ->")
+DC_PHRASINGS = ("plain", "value", "compute")
+OOD_PHRASINGS = ("what", "expression", "evaluate")
+HARD_PHRASINGS = ("take", "start")
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Integers joined by operators, reduced from the left."""
+
+    values: tuple[int, ...]
+    operators: tuple[str, ...]
+
+    def restated(self) -> str:
+        """Return the expression over plain numbers, such as ``12 + 5 - 3``."""
+        text = str(self.values[0])
+        for operator, value in zip(self.operators, self.values[1:], strict=True):
+            text += f" {operator} {value}"
+        return text
+
+    def solution(self) -> str:
+        """Return the steps from the left, each operand restated as it is used: ``12 + 5 = 17 - 3 = 14``."""
+        total = self.values[0]
+        text = str(total)
+        for operator, value in zip(self.operators, self.values[1:], strict=True):
+            total = _OPERATIONS[operator](total, value)
+            text += f" {operator} {value} = {total}"
+        return text
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the completion that is right; ``completion`` is empty where the prompt is its own target (rows)."""
+
+    prompt: str
+    completion: str
+
+
+def final_answer(completion: str) -> str:
+    """Return the text after the last ``=``."""
+    return completion.rsplit("=", 1)[-1].strip()
+
+
+class World:
+    """Keys, their values, which of them the composition may see, and examples about them."""
+
+    def __init__(self, preset: Preset, seed: int) -> None:
+        rng = random.Random(f"kv-world-{preset.name}-{seed}")
+        self.preset = preset
+        self.seed = seed
+        self.keys = keys = sample_keys(preset.keys, rng)
+        values = [1 + i % preset.highest for i in range(preset.keys)]
+        rng.shuffle(values)
+        self.value: dict[str, int] = dict(zip(keys, values, strict=True))
+        held_in = round(preset.keys * preset.composition_share)
+        self.composition_keys = keys[:held_in]
+        self.unseen_keys = keys[held_in:]
+        self._words: dict[int, list[str]] = {}
+        for word, value in word_values(min(preset.highest, 20)).items():
+            self._words.setdefault(value, []).append(word)
+
+    def rng(self, purpose: str) -> random.Random:
+        """Return a generator of its own for one purpose; it depends on the preset, the seed and the purpose alone."""
+        return random.Random(f"kv-{purpose}-{self.preset.name}-{self.seed}")
+
+    def expression(self, rng: random.Random, operands: tuple[int, int], keys: Sequence[str] | None) -> tuple[Expression, list[str]]:
+        """Draw an expression; its operands are from ``keys`` (the second result), or numbers where ``keys`` is None."""
+        count = rng.randint(*operands)
+        chosen = [rng.choice(keys) for _ in range(count)] if keys else []
+        values = [self.value[key] for key in chosen] or [rng.randint(1, self.preset.highest) for _ in range(count)]
+        operators = tuple(rng.choice(self.preset.operators) for _ in range(count - 1))
+        return Expression(tuple(values), operators), chosen
+
+    # What m_A is trained on -------------------------------------------------------------------------------------------
+
+    def row(self, rng: random.Random) -> Example:
+        """Keys each followed by its value: a bare list with other words between, or inside a phrasing."""
+        count = rng.randint(4, 7)
+        glossed = [f"{key} {self.value[key]}" for key in rng.choices(self.keys, k=count)]
+        if rng.random() < 0.25:
+            return Example(" ".join(f"{random_word(rng)} {g}" if rng.random() < 0.4 else g for g in glossed), "")
+        phrasing = rng.choice([*PHRASINGS.values(), REWRITE])
+        operators = [rng.choice(self.preset.operators) for _ in range(count - 1)]
+        return Example(phrasing.prompt(glossed, operators), "")
+
+    def substitution(self, rng: random.Random, keys: Sequence[str]) -> Example:
+        """KV-SUBS: an expression over keys, and the same over their values."""
+        expression, names = self.expression(rng, self.preset.operands, keys)
+        return Example(REWRITE.prompt(names, expression.operators), expression.restated())
+
+    # What m_B is trained on -------------------------------------------------------------------------------------------
+
+    def number(self, rng: random.Random, value: int) -> str:
+        """Write a number in figures or as a word of some language, sometimes among other words."""
+        text = str(value)
+        if value in self._words and rng.random() < self.preset.word_share:
+            text = rng.choice(self._words[value])
+        draw = rng.random()
+        if draw < 0.25:
+            text = f"{random_word(rng)} {text}"
+        elif draw < 0.3:
+            text = f"{text} {random_word(rng)}"
+        return text
+
+    def general(self, rng: random.Random, progress: float = 1.0) -> Example:
+        """Arithmetic in any phrasing and notation, with text around the numbers; some of it asks to restate alone.
+
+        ``progress`` through the training, 0 to 1, sets how long expressions are: they grow over its first half.
+        """
+        low, high = self.preset.anchor_operands
+        growing = low + 1 + int(2 * progress * (high - low))
+        expression, _ = self.expression(rng, (low, min(high, growing)), None)
+        operands = [self.number(rng, value) for value in expression.values]
+        if rng.random() < 0.15:
+            return Example(REWRITE.prompt(operands, expression.operators), expression.restated())
+        prompt = rng.choice(list(PHRASINGS.values())).prompt(operands, expression.operators)
+        if rng.random() < 0.1:
+            prompt = f"{random_word(rng)}. {prompt}"
+        return Example(prompt, expression.solution())
+
+    # What the composition is trained on, and what everything is measured on -----------------------------------------
+
+    def numeric(self, rng: random.Random, phrasings: Sequence[str], operands: tuple[int, int] | None = None) -> Example:
+        """An expression over numbers in figures, in one of ``phrasings``."""
+        expression, _ = self.expression(rng, operands or self.preset.operands, None)
+        prompt = PHRASINGS[rng.choice(phrasings)].prompt([str(v) for v in expression.values], expression.operators)
+        return Example(prompt, expression.solution())
+
+    def arithmetic(
+        self,
+        rng: random.Random,
+        keys: Sequence[str],
+        phrasings: Sequence[str],
+        operands: tuple[int, int] | None = None,
+        number_share: float = 0.0,
+    ) -> Example:
+        """KV-MATH: an expression over keys in one of ``phrasings``; ``number_share`` of the operands are in figures."""
+        expression, names = self.expression(rng, operands or self.preset.operands, keys)
+        texts = [str(v) if rng.random() < number_share else n for v, n in zip(expression.values, names, strict=True)]
+        prompt = PHRASINGS[rng.choice(phrasings)].prompt(texts, expression.operators)
+        return Example(prompt, expression.solution())

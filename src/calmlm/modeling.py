@@ -227,7 +227,7 @@ class CalmModel(CalmPreTrainedModel):
             mask = self.cross_mask(name, input_ids, attention_mask, position_ids, cross)
         rotation = None
         if connector.rotary:
-            positions = position_ids
+            positions = _counted(input_ids, attention_mask) if position_ids is None else position_ids
             if positions is None:
                 past = cross.get_seq_length() if cross is not None else 0
                 positions = (torch.arange(input_ids.shape[1], device=input_ids.device) + past)[None]
@@ -346,6 +346,11 @@ def _positions(
     """
     if position_ids is not None or not backbone.absolute_positions:
         return position_ids
+    return _counted(input_ids, attention_mask)
+
+
+def _counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
+    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     positions = attention_mask.long().cumsum(-1) - 1

@@ -7,8 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -131,16 +130,21 @@ class CalmModel(CalmPreTrainedModel):
     def train(self, mode: bool = True) -> CalmModel:
         """As in torch, except that the frozen bases stay in evaluation mode.
 
-        With activation checkpointing the anchor's layers alone carry the training flag, which is what makes
-        transformers checkpoint them; layers that apply dropout themselves keep it off and are not checkpointed.
+        With activation checkpointing the anchor's layers above the first connection carry the training flag, which is
+        what makes transformers checkpoint them; those below keep no graph. Dropout stays off all the same.
         """
         super().train(mode)
         for base in self.bases():
             base.eval()
-        if mode and not _has_dropout(text_config(self.anchor)):
-            for layer in self._backbones[""].layers:
+        if mode:
+            first = min(j for entry in self.config.augmenting.values() for _, j in entry["connections"])
+            dropout = _has_dropout(text_config(self.anchor))
+            for layer in self._backbones[""].layers[first + 1 :]:
                 if getattr(layer, "gradient_checkpointing", False):
                     layer.training = True
+                    checkpoint = layer._gradient_checkpointing_func
+                    if dropout and not isinstance(checkpoint, QuietCheckpoint):
+                        layer._gradient_checkpointing_func = QuietCheckpoint(layer, checkpoint)
         return self
 
     @property
@@ -367,9 +371,22 @@ def _mask_of(attention_mask: Any, prefix: str) -> Any:
     return {key[len(start) :]: value for key, value in attention_mask.items() if key.startswith(start)}
 
 
+class QuietCheckpoint:
+    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        def quiet(*inner: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*inner)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quiet, *args)
+
+
 def _has_dropout(config: Any) -> bool:
-    return any(
-        isinstance(value, float) and not math.isclose(value, 0.0)
-        for key, value in vars(config).items()
-        if "drop" in key and "attention" not in key and "attn" not in key
-    )
+    return any(isinstance(value, float) and value > 0 for key, value in vars(config).items() if "drop" in key)

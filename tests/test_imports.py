@@ -19,6 +19,7 @@ LAYERS = [
     {"cache", "hooks", "storage"},
     {"loading"},
     {"modeling"},
+    {"causal_lm"},
     {"composing"},
     {"data", "training", "generation", "inspection"},
     {"evaluation", "serving", "experiments"},

@@ -39,9 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `calmlm generate ... | head -1`
-        sys.stdout = None  # type: ignore[assignment]
-        return 0
     except Exception as error:
         return _click_status(error)
 

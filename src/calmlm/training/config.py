@@ -11,7 +11,7 @@ from typing import Any, Literal
 from calmlm.data.sources import HubDataset
 from calmlm.data.tokenizing import LossOn
 from calmlm.errors import ConfigError
-from calmlm.training.fields import read_fields, show, unknown_key
+from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
 # Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
@@ -176,12 +176,10 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
         ConfigError: naming every fault.
     """
     faults: list[str] = []
-    # Read part by part, so that a fault in one part does not hide the faults of another.
     config = read_fields(TrainingConfig, values, faults)
-    for name, part in (("model", ModelConfig), ("data", DataConfig)):
-        read = read_fields(part, values[name], [], name) if isinstance(values.get(name), Mapping) else None
-        if read is not None:
-            faults += read.faults()
+    # A key of the wrong type must not hide the faults of the others.
+    model, data = read_what_fits(ModelConfig, values.get("model")), read_what_fits(DataConfig, values.get("data"))
+    faults += [*(model.faults() if model else []), *(data.faults() if data else [])]
     backend = values.get("backend", "sft")
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):

@@ -44,6 +44,20 @@ def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -
     return cls(**arguments) if len(faults) == before else None
 
 
+def read_what_fits(cls: type[T], values: Any) -> T | None:
+    """As `read_fields`, with keys left out that have faults of their own; None where a required one is among them."""
+    if not isinstance(values, Mapping):
+        return None
+    hints = typing.get_type_hints(cls)
+    fitting: dict[str, Any] = {}
+    for name in hints.keys() & values.keys():
+        faults: list[str] = []
+        _read(hints[name], values[name], faults, name)
+        if not faults:
+            fitting[name] = values[name]
+    return read_fields(cls, fitting, [])
+
+
 def unknown_key(key: Any, known: Collection[str], where: str) -> str:
     """The fault of a key that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)

@@ -1,0 +1,236 @@
+"""Reading, checking and tokenizing data: what is learned from what, and one clear sentence for each fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from calmlm.data import Example, encode_examples, read_examples, read_jsonl
+from calmlm.data.sources import HubDataset, load_examples
+from calmlm.data.tokenizer import load_tokenizer
+from calmlm.data.tokenizing import encode_prompt
+from calmlm.errors import DataError
+
+PAIR = {"prompt": "1+1=", "completion": "2"}
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+
+
+def write(path: Path, *lines: str | dict[str, Any]) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_examples(read_jsonl(path))
+    return str(caught.value).replace(str(path), "FILE")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], **options: Any) -> dict[str, list[int]]:
+    kind: Any = {"prompt": "prompt-completion", "messages": "messages", "text": "text"}[next(iter(fields))]
+    options.setdefault("max_length", None)
+    return encode_examples([Example(kind, fields, "FILE, line 1")], tokenizer, **options).rows[0]
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    """The text that a loss is counted on."""
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+class TestReading:
+    def test_examples_of_each_format(self, tmp_path: Path) -> None:
+        for record in (PAIR, CHAT, {"text": "abc"}):
+            examples = read_examples(read_jsonl(write(tmp_path / "data.jsonl", record, "", record)))
+            assert [example.fields for example in examples] == [record, record]
+            assert [example.place.rsplit(", ")[-1] for example in examples] == ["line 1", "line 3"]
+
+    def test_other_keys_are_dropped(self, tmp_path: Path) -> None:
+        (example,) = read_examples(read_jsonl(write(tmp_path / "data.jsonl", {**PAIR, "id": 7})))
+        assert example.fields == PAIR
+
+    def test_line_separators_within_strings_end_no_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8")
+        assert read_jsonl(path)[0].fields == {"text": "a\u2028b\x85c"}
+
+    def test_windows_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b'\xef\xbb\xbf{"text": "ab"}\r\n{"text": "cd"}\r\n')
+        assert [record.fields["text"] for record in read_jsonl(path)] == ["ab", "cd"]
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        assert fault(tmp_path / "none.jsonl") == "Expected a data file at FILE, but there is none; check the path."
+
+    def test_folder_for_a_file(self, tmp_path: Path) -> None:
+        assert "cannot be read (Is a directory)" in fault(tmp_path)
+
+    @pytest.mark.parametrize("content", ["", "\n \n"])
+    def test_empty_file(self, tmp_path: Path, content: str) -> None:
+        assert "Expected at least one JSON object in FILE, but the file is empty" in fault(
+            write(tmp_path / "data.jsonl", content)
+        )
+
+    def test_malformed_line_is_named_by_its_number(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "data.jsonl", PAIR, PAIR, '{"prompt": "1+1=", "completion": '))
+        assert message == (
+            "FILE, line 3: expected one JSON object, but got malformed JSON (Expecting value at character 34); "
+            "mend or remove the line."
+        )
+
+    @pytest.mark.parametrize(("line", "kind"), [("[1]", "array"), ('"a"', "string"), ("3", "number"), ("null", "null")])
+    def test_line_that_is_no_object(self, tmp_path: Path, line: str, kind: str) -> None:
+        assert f"line 2: expected a JSON object, but got a JSON {kind};" in fault(
+            write(tmp_path / "data.jsonl", PAIR, line)
+        )
+
+    def test_other_encoding(self, tmp_path: Path) -> None:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}')
+        assert "line 2: expected UTF-8 text" in fault(path)
+
+    def test_too_deep_nesting(self, tmp_path: Path) -> None:
+        assert "line 1: expected one JSON object" in fault(write(tmp_path / "data.jsonl", '{"a":' * 100_000))
+
+    def test_unknown_fields(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "data.jsonl", {"question": "a", "answer": "b"}))
+        assert "expected the fields 'prompt' and 'completion', or 'messages', or 'text', but got 'question', 'answer'" in (
+            message
+        )
+
+    def test_missing_field(self, tmp_path: Path) -> None:
+        assert "line 2: expected the fields" in fault(write(tmp_path / "data.jsonl", PAIR, {"prompt": "1"}))
+
+    def test_mixed_formats(self, tmp_path: Path) -> None:
+        message = fault(write(tmp_path / "data.jsonl", PAIR, {"text": "abc"}))
+        assert message == (
+            "FILE, line 2: expected 'prompt' and 'completion' as in FILE, line 1, but got 'text'; "
+            "keep one format in all data of a run."
+        )
+
+    def test_two_formats_in_one_record(self, tmp_path: Path) -> None:
+        assert "line 1: expected one format" in fault(write(tmp_path / "data.jsonl", {**PAIR, "text": "abc"}))
+
+    def test_wrong_type(self, tmp_path: Path) -> None:
+        assert "line 1: expected a string in 'completion', but got int" in fault(
+            write(tmp_path / "data.jsonl", {"prompt": "1+1=", "completion": 2})
+        )
+
+    def test_empty_completion(self, tmp_path: Path) -> None:
+        assert "line 1: expected text in 'completion', but it is empty" in fault(
+            write(tmp_path / "data.jsonl", {"prompt": "1+1=", "completion": ""})
+        )
+
+    @pytest.mark.parametrize(
+        ("messages", "part"),
+        [
+            ([], "expected a list of messages"),
+            ("hi", "expected a list of messages"),
+            (["hi"], "expected 'role' and 'content' as strings in message 1"),
+            ([{"role": "user"}], "expected 'role' and 'content' as strings in message 1"),
+            ([{"role": "robot", "content": "hi"}], "expected the role of message 1 to be one of"),
+            ([{"role": "user", "content": "hi"}], "expected a message of the role assistant, but there is none"),
+        ],
+    )
+    def test_messages_that_are_none(self, tmp_path: Path, messages: Any, part: str) -> None:
+        assert part in fault(write(tmp_path / "data.jsonl", {"messages": messages}))
+
+    def test_several_files_in_order(self, tmp_path: Path) -> None:
+        first, second = (write(tmp_path / name, {"text": name}) for name in ("a.jsonl", "b.jsonl"))
+        assert [example.fields["text"] for example in load_examples([str(first), str(second)])] == ["a.jsonl", "b.jsonl"]
+
+    def test_data_set_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / "set").mkdir()
+        write(tmp_path / "set" / "train.jsonl", PAIR, PAIR, PAIR)
+        examples = load_examples([HubDataset(str(tmp_path / "set"), split="train[:2]")])
+        assert [example.fields for example in examples] == [PAIR, PAIR]
+        assert examples[1].place.endswith("row 2")
+
+    def test_unknown_data_set(self, tmp_path: Path) -> None:
+        pytest.importorskip("datasets")
+        with pytest.raises(DataError, match="Expected a data set 'no/such-set' with the split 'train', but it could not"):
+            load_examples([HubDataset("no/such-set")])
+
+
+class TestEncoding:
+    def test_completion_only(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = encode(tokenizer, PAIR)
+        assert tokenizer.decode(row["input_ids"]) == "1+1=2</s>"
+        assert learned(tokenizer, row) == "2</s>"
+        assert len(row["labels"]) == len(row["input_ids"])
+
+    def test_all(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = encode(tokenizer, PAIR, loss_on="all")
+        assert row["labels"] == row["input_ids"]
+
+    def test_text_counts_in_full(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        assert learned(tokenizer, encode(tokenizer, {"text": "abc"})) == "abc</s>"
+
+    def test_messages_count_the_assistant_only(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = encode(tokenizer, {"messages": [*CHAT["messages"], *CHAT["messages"]]})
+        assert learned(tokenizer, row) == "yo</s>yo</s>"
+
+    def test_prompt_has_the_ids_that_it_has_in_generation(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        row = encode(tokenizer, PAIR)
+        prompt = encode_prompt(PAIR["prompt"], tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+        assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+
+    def test_long_completions_are_cut(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        encoded = encode_examples(
+            [Example("prompt-completion", {"prompt": "ab", "completion": "c" * 50}, "FILE, line 1")], tokenizer, max_length=7
+        )
+        assert tokenizer.decode(encoded.rows[0]["input_ids"]) == "abccccc"
+        assert encoded.truncated == 1
+
+    def test_prompt_longer_than_the_context(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        with pytest.raises(DataError) as caught:
+            encode(tokenizer, {"prompt": "abcdefgh", "completion": "i"}, max_length=8)
+        assert str(caught.value) == (
+            "FILE, line 1: expected a prompt shorter than the context of 8 tokens, but got 8; shorten it, or raise "
+            "data.max_length if the models allow it."
+        )
+
+    def test_nothing_to_predict(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokenizer = tiny_tokenizer()
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="line 1: expected text of two tokens or more, but got 1"):
+            encode(tokenizer, {"text": "a"})
+
+    def test_messages_without_a_template(self) -> None:
+        with pytest.raises(DataError, match="line 1: expected a tokenizer with a chat template for 'messages'"):
+            encode(tiny_tokenizer(chat_template=None), CHAT)
+
+    def test_template_that_refuses(self) -> None:
+        tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('no system message') }}")
+        with pytest.raises(DataError, match=r"line 1: expected messages .* refused them \(no system message\)"):
+            encode(tokenizer, CHAT)
+
+    def test_template_that_hides_the_answer(self) -> None:
+        tokenizer = tiny_tokenizer(chat_template="{{ messages|length }}{% for m in messages %}{{ m['role'] }}{% endfor %}")
+        with pytest.raises(DataError, match="renders message 2 the same way"):
+            encode(tokenizer, {"messages": [*CHAT["messages"], CHAT["messages"][0]]})
+
+
+class TestTokenizer:
+    def test_first_place_that_has_one(self, anchor_folder: Path, augmenting_folder: Path) -> None:
+        found = load_tokenizer([None, str(augmenting_folder), str(anchor_folder)])
+        assert len(found) == 97
+
+    def test_none_anywhere(self, augmenting_folder: Path) -> None:
+        with pytest.raises(DataError) as caught:
+            load_tokenizer([str(augmenting_folder)])
+        assert str(caught.value) == (
+            f"Text needs a tokenizer, but none was found in {augmenting_folder}; name a tokenizer's id or folder with "
+            f"--tokenizer, or `tokenizer:` in the file."
+        )
+
+    def test_named_one_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="none was found in .*; name another"):
+            load_tokenizer([str(tmp_path)], named=True)

@@ -191,3 +191,8 @@ class CalmConfig(PreTrainedConfig):
     @property
     def use_cache(self) -> bool:
         return getattr(self.get_text_config(decoder=True), "use_cache", True)
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        # Trainers switch it off; it is the anchor's setting.
+        self.get_text_config(decoder=True).use_cache = value

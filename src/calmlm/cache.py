@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache, StaticLayer
 
 from calmlm.errors import ModelError
+from calmlm.frontier import Frontier
+
+
+@dataclass(frozen=True)
+class Past:
+    """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams."""
+
+    own: Cache | None
+    cross: Cache
+    frontier: Frontier | None
 
 
 def like(cache: Cache, config: PreTrainedConfig) -> Cache:
@@ -42,21 +53,36 @@ class CalmCache(Cache):
         anchor: the anchor's cache.
         augmenting: the augmenting models' caches, by name.
         cross: the cross-attention caches, by name; layer ``c`` belongs to connection ``c``.
+        frontiers: the records of both streams, for the models that do not advance token by token with the anchor.
     """
 
-    def __init__(self, anchor: Cache, augmenting: dict[str, Cache], cross: dict[str, Cache]) -> None:
+    def __init__(
+        self,
+        anchor: Cache,
+        augmenting: dict[str, Cache],
+        cross: dict[str, Cache],
+        frontiers: dict[str, Frontier] | None = None,
+    ) -> None:
         self.anchor = anchor
         self.augmenting = augmenting
         self.cross = cross
+        self.frontiers = frontiers or {}
 
     @classmethod
-    def around(cls, anchor: Cache, configs: dict[str, PreTrainedConfig], connections: dict[str, int]) -> CalmCache:
+    def around(
+        cls,
+        anchor: Cache,
+        configs: dict[str, PreTrainedConfig],
+        connections: dict[str, int],
+        unaligned: Iterable[str] = (),
+    ) -> CalmCache:
         """A cache for a composition around the anchor's own empty one.
 
         Args:
             anchor: an empty cache made for the anchor.
             configs: the augmenting models' configurations, by name.
             connections: how many connections each has.
+            unaligned: those that do not advance token by token with the anchor.
 
         Raises:
             ModelError: when ``anchor`` already holds tokens, which the augmenting model has not seen.
@@ -70,7 +96,12 @@ class CalmCache(Cache):
             anchor,
             {name: like(anchor, config) for name, config in configs.items()},
             {name: cross_cache(anchor, count) for name, count in connections.items()},
+            {name: Frontier() for name in unaligned},
         )
+
+    def part(self, name: str) -> Past:
+        """What belongs to one augmenting model."""
+        return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name))
 
     def parts(self) -> Iterator[Cache]:
         """Every cache in it: the anchor's, the augmenting models', the cross-attentions'."""
@@ -114,24 +145,36 @@ class CalmCache(Cache):
     # What generation does to a cache: all parts follow.
 
     def reset(self) -> None:
-        for part in self.parts():
+        for part in (*self.parts(), *self.frontiers.values()):
             part.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for part in self.parts():
             part.reorder_cache(beam_idx)
+        for frontier in self.frontiers.values():
+            frontier.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        for part in self.parts():
-            part.crop(tokens_to_remove)
+        self.anchor.crop(tokens_to_remove)
+        for name, cross in self.cross.items():
+            gone = tokens_to_remove
+            if name in self.frontiers:
+                gone = -self.frontiers[name].crop(-tokens_to_remove)
+            for part in (cross, self.augmenting.get(name)):
+                if part is not None:
+                    part.crop(gone)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for part in self.parts():
             part.batch_repeat_interleave(repeats)
+        for frontier in self.frontiers.values():
+            frontier.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for part in self.parts():
             part.batch_select_indices(indices)
+        for frontier in self.frontiers.values():
+            frontier.select(indices)
 
     def activate_past_recording(self) -> None:
         for part in self.parts():

@@ -144,6 +144,7 @@ class CrossAttention(nn.Module):
         mask: Tensor | None,
         rotation: Rotation | None = None,
         attention: Attention = eager_attention,
+        seeing: Tensor | None = None,
     ) -> Tensor:
         """The new anchor states H_{A+B}.
 
@@ -153,6 +154,7 @@ class CrossAttention(nn.Module):
             mask: what ``attention`` takes; when there is a null key, without its column.
             rotation: angles of the anchor positions, needed when ``rotary``.
             attention: an attention function of transformers, or ``eager_attention``.
+            seeing: (B, T) bool, False where a position sees nothing and is left as it is; None where all see something.
 
         Returns:
             (B, T, D_B), in the dtype of ``anchor``.
@@ -166,6 +168,8 @@ class CrossAttention(nn.Module):
             self, query, keys.to(query.dtype), values.to(query.dtype), mask, scaling=self.head_dim**-0.5, dropout=0.0
         )
         read = self.o_proj(read.flatten(2))
+        if seeing is not None:
+            read = read.masked_fill(~seeing[..., None], 0.0)
         if self.gate is not None:
             read = read * self.gate.tanh()
         return anchor + read.to(anchor.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -22,17 +23,21 @@ class Stream:
     """One augmenting model's part of a call.
 
     Attributes:
-        hidden: outputs of its connected layers, by layer, each (B, S_new, D_A).
         mask: cross-attention mask in the form that ``attention`` takes, or None.
-        rotation: rotary angles of the new positions, or None.
+        rotation: rotary angles of the new anchor positions, or None.
+        key_rotation: rotary angles of the new augmenting positions, or None.
         cache: keys and values of earlier positions, one layer per connection, or None.
         attention: the attention function.
+        seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
+        hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
     """
 
     mask: Tensor | None
     rotation: Rotation | None
+    key_rotation: Rotation | None
     cache: Cache | None
     attention: Attention
+    seeing: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -81,11 +86,23 @@ class InjectHook:
             return None
         stream = call.streams[self.name]
         state = state_of(output)
-        rotation = stream.rotation
-        if rotation is not None:
-            rotation = (rotation[0].to(state.device), rotation[1].to(state.device))
-        keys, values = self.connector.keys_values(stream.hidden[self.layer].to(state.device), rotation)
-        if stream.cache is not None:
-            keys, values = stream.cache.update(keys, values, self.connection)
-        mask = stream.mask if stream.mask is None else stream.mask.to(state.device)
-        return with_state(output, self.connector(state, keys, values, mask, rotation, stream.attention))
+        device = state.device
+        if self.layer in stream.hidden:
+            hidden = stream.hidden[self.layer].to(device)
+            keys, values = self.connector.keys_values(hidden, _on(device, stream.key_rotation))
+            if stream.cache is not None:
+                keys, values = stream.cache.update(keys, values, self.connection)
+        elif stream.cache is not None and stream.cache.get_seq_length(self.connection):
+            past = stream.cache.layers[self.connection]
+            keys, values = past.keys, past.values
+        else:
+            return None  # the augmenting model has read nothing yet
+        mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
+        new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+        return with_state(output, new)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(tensor.to(device) for tensor in value)
+    return value if value is None else value.to(device)

@@ -10,20 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.backbone import Backbone, accepts, freeze, text_config
+from calmlm.alignment import Alignment
+from calmlm.backbone import Backbone, freeze, text_config
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
-from calmlm.connector import CrossAttention, eager_attention, rotary_angles
+from calmlm.connector import CrossAttention
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectHook, Slot, Stream
+from calmlm.hooks import Call, CaptureHook, InjectHook, Slot
+from calmlm.readers import (
+    AlignedReader,
+    EncoderReader,
+    Inputs,
+    PromptReader,
+    Reader,
+    SharedReader,
+    base_arguments,
+    mask_of,
+    positions_for,
+)
+from calmlm.transcoding import Transcoder
 
 ATTENTION_FALLBACK = "sdpa"
 
@@ -67,32 +78,58 @@ class CalmModel(CalmPreTrainedModel):
         augmenting: the augmenting models by name, each a causal language model.
     """
 
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
+    def __init__(
+        self,
+        config: CalmConfig,
+        anchor: PreTrainedModel,
+        augmenting: dict[str, PreTrainedModel],
+        alignments: dict[str, Alignment] | None = None,
+    ) -> None:
         super().__init__(config, anchor)
         self.anchor = anchor
         self.augmenting = nn.ModuleDict(augmenting)
         self.connectors = nn.ModuleDict()
         self.enabled = True
+        self.active = set(augmenting)
         self.slot = Slot()
-        self._backbones = {"": Backbone.of(anchor, "anchor", config.anchor.get("layers_path"))}
-        for name, model in augmenting.items():
-            path = config.augmenting[name].get("layers_path")
-            self._backbones[name] = Backbone.of(model, "augmenting model", path)
+        self._transcoders = {name: Transcoder(table) for name, table in (alignments or {}).items()}
+        self._find_parts()
+        for name in augmenting:
             self._connect(name)
+        self._make_readers()
         for base in self.bases():
             freeze(base)
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The backbones only point at modules of this model; they are found again when it is copied or unpickled.
-        return {key: value for key, value in self.__dict__.items() if key != "_backbones"}
+        # Backbones and readers only point at modules of this model; they are made again when it is copied or unpickled.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_backbones", "_readers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._find_parts()
+        self._make_readers()
+
+    def _find_parts(self) -> None:
         self._backbones = {"": Backbone.of(self.anchor, "anchor", self.config.anchor.get("layers_path"))}
         for name, model in self.augmenting.items():
-            path = self.config.augmenting[name].get("layers_path")
-            self._backbones[name] = Backbone.of(model, "augmenting model", path)
+            entry = self.config.augmenting[name]
+            find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
+            self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
+
+    def _make_readers(self) -> None:
+        self._readers: dict[str, Reader] = {}
+        for name in self.augmenting:
+            common = (name, self._backbones[name], self.connectors[name][0], self.config, self.slot)
+            reads = self.config.augmenting[name]["reads"]
+            if reads == "tokens":
+                self._readers[name] = SharedReader(*common, anchor_vocabulary=self._backbones[""].vocab_size)
+            elif reads == "text":
+                self._readers[name] = AlignedReader(*common, transcoder=self._transcoders[name])
+            elif reads == "prompt":
+                self._readers[name] = PromptReader(*common)
+            else:
+                self._readers[name] = EncoderReader(*common)
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
@@ -150,7 +187,8 @@ class CalmModel(CalmPreTrainedModel):
     @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
-        return all(backbone.cache_argument is not None for backbone in self._backbones.values())
+        reading = [name for name, entry in self.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
+        return all(self._backbones[name].cache_argument is not None for name in ("", *reading))
 
     def new_cache(self, anchor_cache: Cache | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default)."""
@@ -158,8 +196,13 @@ class CalmModel(CalmPreTrainedModel):
             anchor_cache = DynamicCache(config=text_config(self.anchor))
         return CalmCache.around(
             anchor_cache,
-            {name: text_config(model) for name, model in self.augmenting.items()},
+            {
+                name: text_config(model)
+                for name, model in self.augmenting.items()
+                if self.config.augmenting[name]["reads"] in ("tokens", "text")
+            },
             {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
+            {name for name, entry in self.config.augmenting.items() if entry["reads"] != "tokens"},
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
@@ -170,90 +213,24 @@ class CalmModel(CalmPreTrainedModel):
             return past_key_values
         return self.new_cache(past_key_values)
 
-    def begin(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        cache: CalmCache | None,
-    ) -> Call:
-        """Run the augmenting models and prepare what the anchor's hooks need.
-
-        Args:
-            input_ids: (B, T) int64, the new tokens.
-            attention_mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
-            position_ids: (B or 1, T) int64, or None.
-            cache: the composition's cache, or None.
+    def begin(self, inputs: Inputs, cache: CalmCache | None) -> Call:
+        """Let every augmenting model read; returns what the anchor's hooks need.
 
         Raises:
-            DataError: for ids that the augmenting model does not have.
+            DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        call = Call()
-        for name in self.augmenting:
-            backbone = self._backbones[name]
-            self._check_ids(input_ids, name)
-            cross = cache.cross[name] if cache is not None else None
-            call.streams[name] = self._stream(name, input_ids, attention_mask, position_ids, cross)
-            arguments = base_arguments(
-                backbone,
-                input_ids=input_ids.to(next(backbone.decoder.parameters()).device),
-                attention_mask=_mask_of(attention_mask, f"augmenting.{name}"),
-                position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
-                cache=cache.augmenting[name] if cache is not None else None,
-            )
-            self.slot.call = call
-            try:
-                with torch.no_grad():
-                    backbone.decoder(**arguments)
-            finally:
-                self.slot.call = None
-        return call
-
-    def _check_ids(self, input_ids: Tensor, name: str) -> None:
-        size = self._backbones[name].vocab_size
-        # The comparison waits for the device, so it is made only where a token of the anchor's could fall outside.
-        if size >= self._backbones[""].vocab_size or torch.compiler.is_compiling():
-            return
-        highest = int(input_ids.max())
-        if highest >= size:
-            raise DataError(
-                f"Token ids must lie below {size}, the vocabulary of the augmenting model {name!r}, but got {highest}: "
-                f"give both models a tokenizer whose ids they share."
-            )
-
-    def _stream(
-        self, name: str, input_ids: Tensor, attention_mask: Any, position_ids: Tensor | None, cross: Cache | None
-    ) -> Stream:
-        connector: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
-        if isinstance(attention_mask, dict):
-            mask = attention_mask[f"cross.{name}"]
-        else:
-            mask = self.cross_mask(name, input_ids, attention_mask, position_ids, cross)
-        rotation = None
-        if connector.rotary:
-            positions = _counted(input_ids, attention_mask) if position_ids is None else position_ids
-            if positions is None:
-                past = cross.get_seq_length() if cross is not None else 0
-                positions = (torch.arange(input_ids.shape[1], device=input_ids.device) + past)[None]
-            rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], connector.head_dim)
-        kind = self.config._attn_implementation
-        return Stream(mask, rotation, cross, ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention))
-
-    def cross_mask(
-        self, name: str, inputs: Tensor, attention_mask: Any, position_ids: Tensor | None, cross: Cache | None
-    ) -> Any:
-        """The causal cross-attention mask for the new positions of ``inputs`` (B, T)."""
-        connector: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
-        shape_only = torch.empty((*inputs.shape[:2], 0), dtype=connector.q_proj.weight.dtype, device=inputs.device)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=shape_only,
-            attention_mask=attention_mask,
-            past_key_values=cross,
-            position_ids=position_ids,
-            layer_idx=0,
-            allow_is_causal_skip=connector.null_key is None,
+        return Call(
+            {
+                name: reader.read(inputs, cache.part(name) if cache is not None else None)
+                for name, reader in self._readers.items()
+                if name in self.active
+            }
         )
+
+    def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
+        """The cross-attention mask of a model that shares the anchor's token ids, for positions like ``like`` (B, T)."""
+        reader = self._readers[name]
+        return reader.mask(like, attention_mask, positions, cross) if isinstance(reader, SharedReader) else None
 
     def forward(
         self,
@@ -263,6 +240,7 @@ class CalmModel(CalmPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
@@ -270,6 +248,7 @@ class CalmModel(CalmPreTrainedModel):
         output, cache = self.run(
             self._backbones[""].decoder,
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs,
+            augmenting_inputs,
         )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
@@ -288,6 +267,8 @@ class CalmModel(CalmPreTrainedModel):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
+        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
+        prompt: Tensor | None = None,
     ) -> tuple[Any, Cache | None]:
         """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache."""
         backbone = self._backbones[""]
@@ -308,12 +289,12 @@ class CalmModel(CalmPreTrainedModel):
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
             )
-        call = self.begin(input_ids, attention_mask, position_ids, cache)
+        call = self.begin(Inputs(input_ids, attention_mask, position_ids, prompt, augmenting_inputs or {}), cache)
         arguments = base_arguments(
             backbone,
             input_ids=input_ids,
-            attention_mask=_mask_of(attention_mask, "anchor"),
-            position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
+            attention_mask=mask_of(attention_mask, "anchor"),
+            position_ids=positions_for(backbone, position_ids, input_ids, attention_mask),
             cache=cache.anchor if cache is not None else None,
         )
         self.slot.call = call
@@ -322,53 +303,6 @@ class CalmModel(CalmPreTrainedModel):
         finally:
             self.slot.call = None
         return output, cache
-
-
-def base_arguments(
-    backbone: Backbone, *, input_ids: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Cache | None
-) -> dict[str, Any]:
-    """Arguments for one base model's call, without those that it does not know."""
-    arguments: dict[str, Any] = {"input_ids": input_ids}
-    if attention_mask is not None:
-        arguments["attention_mask"] = attention_mask
-    if position_ids is not None and backbone.takes_positions:
-        arguments["position_ids"] = position_ids
-    if cache is not None and backbone.cache_argument is not None:
-        arguments[backbone.cache_argument] = cache
-    if accepts(backbone.decoder, "use_cache"):
-        arguments["use_cache"] = cache is not None
-    return arguments
-
-
-def _positions(
-    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
-) -> Tensor | None:
-    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that.
-
-    A model that adds an embedding of the absolute position would count padding on the left, so that a padded row would
-    differ from the same row alone. A model with relative positions counts by itself, exactly as it does alone.
-    """
-    if position_ids is not None or not backbone.absolute_positions:
-        return position_ids
-    return _counted(input_ids, attention_mask)
-
-
-def _counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
-    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.clamp(min=0)[:, -input_ids.shape[1] :]
-
-
-def _mask_of(attention_mask: Any, prefix: str) -> Any:
-    """One base model's part of the dictionary that ``create_masks_for_generate`` makes; other masks as they are."""
-    if not isinstance(attention_mask, dict):
-        return attention_mask
-    if prefix in attention_mask:
-        return attention_mask[prefix]
-    start = f"{prefix}/"
-    return {key[len(start) :]: value for key, value in attention_mask.items() if key.startswith(start)}
 
 
 class QuietCheckpoint:

@@ -37,5 +37,7 @@ def load_tokenizer(
         if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             return tokenizer
     where = " or ".join(tried) or "the models given"
-    advice = "name another" if named else "name a tokenizer's id or folder with --tokenizer, or `tokenizer:` in the file"
+    advice = (
+        "name another" if named else "name a tokenizer's id or folder with --tokenizer, or `tokenizer:` in the file"
+    )
     raise DataError(f"Text needs a tokenizer, but none was found in {where}; {advice}.")

@@ -161,7 +161,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | N
             f"Expected a readable text file at {path}, but it cannot be read ({error}); check the path."
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'.")
+        raise ConfigError(
+            f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'."
+        )
     for override in overrides:
         _apply(override, values)
     if output is not None:
@@ -206,7 +208,9 @@ def _argument_faults(backend: str, arguments: Mapping[str, Any]) -> list[str]:
 def _apply(override: str, values: dict[str, Any]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"Expected an override as key=value, but got '{override}'; write for example data.max_length=64.")
+        raise ConfigError(
+            f"Expected an override as key=value, but got '{override}'; write for example data.max_length=64."
+        )
     value = parse_yaml(text, override)
     *parents, last = key.split(".")
     for parent in parents:

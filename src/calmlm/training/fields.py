@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping", list: "a list"}
+NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
 
 
 def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -> T | None:

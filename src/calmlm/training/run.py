@@ -62,7 +62,9 @@ def train(
 
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
-        report(f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning.")
+        report(
+            f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
+        )
     with arguments.main_process_first(local=False, desc="making the output folder"):
         if arguments.process_index == 0:
             folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)

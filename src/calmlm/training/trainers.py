@@ -50,7 +50,9 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         return cls(**merged)
     except (TypeError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}") from error
+        raise ConfigError(
+            f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}"
+        ) from error
 
 
 def set_packing_length(arguments: Any, max_length: int | None) -> None:

@@ -37,7 +37,10 @@ def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase) -> tuple[
     stage = world.preset.augmenting
     rng = world.rng("augmenting")
     count = stage.steps * stage.batch_size
-    examples = [world.substitution(rng, world.keys) if rng.random() < world.preset.substitution_share else world.row(rng) for _ in range(count)]
+    examples = [
+        world.substitution(rng, world.keys) if rng.random() < world.preset.substitution_share else world.row(rng)
+        for _ in range(count)
+    ]
     model = new_model(tokenizer, world.preset.augmenting_size, world.seed)
     return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
 

@@ -37,7 +37,9 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
     return rows
 
 
-def in_batches(rows: list[dict[str, list[int]]], batch_size: int, seed: int, window: int = 30) -> list[dict[str, list[int]]]:
+def in_batches(
+    rows: list[dict[str, list[int]]], batch_size: int, seed: int, window: int = 30
+) -> list[dict[str, list[int]]]:
     """Order ``rows`` so that consecutive batches hold rows of about one length: within each window of batches, sort, cut
     into batches and shuffle these. The order of windows stays, so a curriculum survives."""
     rng = random.Random(seed)
@@ -105,7 +107,12 @@ def fit(
             remove_unused_columns=False,
             **options,
         )
-        trainer = _SupervisedTrainer(model=model, args=arguments, train_dataset=in_batches(rows, stage.batch_size, seed), data_collator=_collator(pad))
+        trainer = _SupervisedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=in_batches(rows, stage.batch_size, seed),
+            data_collator=_collator(pad),
+        )
         trainer.train()
     model.eval()
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

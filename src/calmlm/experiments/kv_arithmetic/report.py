@@ -133,7 +133,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     columns = [column for column in COLUMNS if column != "keys_arithmetic_seen"]
     width = 0.8 / len(METHODS)
     for i, (method, title) in enumerate(METHODS.items()):
-        rows = [row for column in columns for row in result["rows"] if (row["method"], row["column"]) == (method, column)]
+        rows = [
+            row for column in columns for row in result["rows"] if (row["method"], row["column"]) == (method, column)
+        ]
         places = [columns.index(row["column"]) + (i - (len(METHODS) - 1) / 2) * width for row in rows]
         errors = [[max(0, r["mean"] - r["low"]) for r in rows], [max(0, r["high"] - r["mean"]) for r in rows]]
         axes.bar(places, [row["mean"] for row in rows], width, label=title, yerr=errors, error_kw={"linewidth": 0.8})

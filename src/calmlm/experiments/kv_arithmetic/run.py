@@ -235,7 +235,9 @@ def _machine() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}

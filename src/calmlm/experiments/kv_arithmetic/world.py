@@ -128,7 +128,9 @@ class World:
         """Return a generator of its own for one purpose; it depends on the preset, the seed and the purpose alone."""
         return random.Random(f"kv-{purpose}-{self.preset.name}-{self.seed}")
 
-    def expression(self, rng: random.Random, operands: tuple[int, int], keys: Sequence[str] | None) -> tuple[Expression, list[str]]:
+    def expression(
+        self, rng: random.Random, operands: tuple[int, int], keys: Sequence[str] | None
+    ) -> tuple[Expression, list[str]]:
         """Draw an expression; its operands are from ``keys`` (the second result), or numbers where ``keys`` is None."""
         count = rng.randint(*operands)
         chosen = [rng.choice(keys) for _ in range(count)] if keys else []

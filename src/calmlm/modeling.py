@@ -142,9 +142,9 @@ class CalmModel(CalmPreTrainedModel):
             for layer in self._backbones[""].layers[first + 1 :]:
                 if getattr(layer, "gradient_checkpointing", False):
                     layer.training = True
-                    checkpoint = layer._gradient_checkpointing_func
+                    checkpoint: Any = layer._gradient_checkpointing_func
                     if dropout and not isinstance(checkpoint, QuietCheckpoint):
-                        layer._gradient_checkpointing_func = QuietCheckpoint(layer, checkpoint)
+                        vars(layer)["_gradient_checkpointing_func"] = QuietCheckpoint(layer, checkpoint)
         return self
 
     @property
@@ -152,14 +152,18 @@ class CalmModel(CalmPreTrainedModel):
         """Whether every model in the composition can carry its past in a cache."""
         return all(backbone.cache_argument is not None for backbone in self._backbones.values())
 
-    def new_cache(self, anchor_cache: Cache | None = None) -> CalmCache:
-        """An empty cache for this composition, around the anchor's own (a new dynamic one by default)."""
+    def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
+        """An empty cache for this composition, around the anchor's own (a new dynamic one by default).
+
+        ``length`` is the number of tokens for which a static ``anchor_cache`` was made.
+        """
         if anchor_cache is None:
             anchor_cache = DynamicCache(config=text_config(self.anchor))
         return CalmCache.around(
             anchor_cache,
             {name: text_config(model) for name, model in self.augmenting.items()},
             {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
+            length,
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:

@@ -10,7 +10,9 @@ NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_
 
 def context_length(model: Any) -> int | None:
     """The shortest context among the models of a composition; None where none of them states one."""
-    lengths = [_stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *model.augmenting.values())]
+    lengths = [
+        _stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *model.augmenting.values())
+    ]
     return min((length for length in lengths if length is not None), default=None)
 
 

@@ -52,7 +52,9 @@ def encode_examples(
     for example in examples:
         ids, learned = _encode(example, tokenizer)
         if sum(learned[1:]) == 0:  # nothing comes before the first token that could predict it
-            raise DataError(f"{example.place}: expected text of two tokens or more, but got {len(ids)}; remove the record.")
+            raise DataError(
+                f"{example.place}: expected text of two tokens or more, but got {len(ids)}; remove the record."
+            )
         labels = [token if on or loss_on == "all" else IGNORE for token, on in zip(ids, learned, strict=True)]
         if max_length is not None and len(ids) > max_length:
             if not any(learned[1:max_length]):

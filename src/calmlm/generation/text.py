@@ -119,5 +119,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Expected a device that torch can use, but got '{name}' ({reason}); use auto or cpu.") from None
+        raise ConfigError(
+            f"Expected a device that torch can use, but got '{name}' ({reason}); use auto or cpu."
+        ) from None
     return device

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from calmlm.data.sources import HubDataset
 from calmlm.data.tokenizing import LossOn
 from calmlm.errors import ConfigError
-from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
+from calmlm.training.fields import read_fields, read_value, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
 # Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
@@ -161,7 +161,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | N
             f"Expected a readable text file at {path}, but it cannot be read ({error}); check the path."
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'.")
+        raise ConfigError(
+            f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'."
+        )
     for override in overrides:
         _apply(override, values)
     if output is not None:
@@ -191,22 +193,26 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
 
 
 def _argument_faults(backend: str, arguments: Mapping[str, Any]) -> list[str]:
-    from calmlm.training.trainers import argument_names
+    from calmlm.training.trainers import argument_types
 
-    known = argument_names(backend) - set(OWNED)
-    faults = []
-    for key in arguments:
+    types = argument_types(backend)
+    faults: list[str] = []
+    for key, value in arguments.items():
         if key in OWNED:
             faults.append(f"trainer.{key}: calmlm sets this itself; {OWNED[key]}.")
-        elif key not in known:
-            faults.append(unknown_key(key, known, "trainer"))
+        elif key not in types:
+            faults.append(unknown_key(key, types.keys() - OWNED.keys(), "trainer"))
+        else:
+            read_value(types[key], value, faults, f"trainer.{key}")
     return faults
 
 
 def _apply(override: str, values: dict[str, Any]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"Expected an override as key=value, but got '{override}'; write for example data.max_length=64.")
+        raise ConfigError(
+            f"Expected an override as key=value, but got '{override}'; write for example data.max_length=64."
+        )
     value = parse_yaml(text, override)
     *parents, last = key.split(".")
     for parent in parents:

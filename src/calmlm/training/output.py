@@ -15,10 +15,10 @@ from calmlm.storage import write_text
 class RunFolder:
     """The files of one training run.
 
-        config.yaml      the configuration, overrides included
-        checkpoints/     one folder for each checkpoint
-        logs/            TensorBoard's
-        composition/     the result
+    config.yaml      the configuration, overrides included
+    checkpoints/     one folder for each checkpoint
+    logs/            TensorBoard's
+    composition/     the result
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -98,12 +98,14 @@ class CalmModel(CalmPreTrainedModel):
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
         options = ConnectorConfig(**entry["connector"])
         connectors = nn.ModuleList()
-        for index, (i, j) in enumerate(entry["connections"]):
+        for _, j in entry["connections"]:
             connector = CrossAttention(augmenting.size, anchor.size, **vars(options))
             connector.to(next(anchor.layers[j].parameters()).device)
             connectors.append(connector)
-            hook = InjectHook(self.slot, name, index, i, connector)
-            # First in line, so that outputs recorded by other hooks are those of the composition.
+        for index, (i, j) in reversed(list(enumerate(entry["connections"]))):
+            hook = InjectHook(self.slot, name, index, i, connectors[index])
+            # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
+            # so that connections into one layer follow in their order, each on the result of the one before.
             anchor.layers[j].register_forward_hook(hook, prepend=True)
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))

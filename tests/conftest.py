@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
+
+from tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -36,7 +37,7 @@ def anchor_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTraine
 
 @pytest.fixture(scope="session")
 def augmenting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GPT-2 on disk, without a tokenizer."""
+    """A tiny Mistral on disk, without a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "augmenting"
-    tiny_model("gpt2", seed=2).save_pretrained(folder)
+    tiny_model("mistral", seed=2).save_pretrained(folder)
     return folder

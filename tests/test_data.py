@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.data import Example, encode_examples, read_examples, read_jsonl
@@ -15,6 +14,8 @@ from calmlm.data.sources import HubDataset, load_examples
 from calmlm.data.tokenizer import load_tokenizer
 from calmlm.data.tokenizing import encode_prompt
 from calmlm.errors import DataError
+from calmlm.tokenizers import find_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 PAIR = {"prompt": "1+1=", "completion": "2"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
@@ -98,8 +99,9 @@ class TestReading:
 
     def test_unknown_fields(self, tmp_path: Path) -> None:
         message = fault(write(tmp_path / "data.jsonl", {"question": "a", "answer": "b"}))
-        assert "expected the fields 'prompt' and 'completion', or 'messages', or 'text', but got 'question', 'answer'" in (
-            message
+        assert (
+            "expected the fields 'prompt' and 'completion', or 'messages', or 'text', but got 'question', 'answer'"
+            in (message)
         )
 
     def test_missing_field(self, tmp_path: Path) -> None:
@@ -141,7 +143,10 @@ class TestReading:
 
     def test_several_files_in_order(self, tmp_path: Path) -> None:
         first, second = (write(tmp_path / name, {"text": name}) for name in ("a.jsonl", "b.jsonl"))
-        assert [example.fields["text"] for example in load_examples([str(first), str(second)])] == ["a.jsonl", "b.jsonl"]
+        assert [example.fields["text"] for example in load_examples([str(first), str(second)])] == [
+            "a.jsonl",
+            "b.jsonl",
+        ]
 
     def test_data_set_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         datasets = pytest.importorskip("datasets")
@@ -154,7 +159,9 @@ class TestReading:
 
     def test_unknown_data_set(self, tmp_path: Path) -> None:
         pytest.importorskip("datasets")
-        with pytest.raises(DataError, match="Expected a data set 'no/such-set' with the split 'train', but it could not"):
+        with pytest.raises(
+            DataError, match="Expected a data set 'no/such-set' with the split 'train', but it could not"
+        ):
             load_examples([HubDataset("no/such-set")])
 
 
@@ -184,7 +191,9 @@ class TestEncoding:
 
     def test_long_completions_are_cut(self, tokenizer: PreTrainedTokenizerBase) -> None:
         encoded = encode_examples(
-            [Example("prompt-completion", {"prompt": "ab", "completion": "c" * 50}, "FILE, line 1")], tokenizer, max_length=7
+            [Example("prompt-completion", {"prompt": "ab", "completion": "c" * 50}, "FILE, line 1")],
+            tokenizer,
+            max_length=7,
         )
         assert tokenizer.decode(encoded.rows[0]["input_ids"]) == "abccccc"
         assert encoded.truncated == 1
@@ -213,7 +222,9 @@ class TestEncoding:
             encode(tokenizer, CHAT)
 
     def test_template_that_hides_the_answer(self) -> None:
-        tokenizer = tiny_tokenizer(chat_template="{{ messages|length }}{% for m in messages %}{{ m['role'] }}{% endfor %}")
+        tokenizer = tiny_tokenizer(
+            chat_template="{{ messages|length }}{% for m in messages %}{{ m['role'] }}{% endfor %}"
+        )
         with pytest.raises(DataError, match="renders message 2 the same way"):
             encode(tokenizer, {"messages": [*CHAT["messages"], CHAT["messages"][0]]})
 
@@ -222,6 +233,12 @@ class TestTokenizer:
     def test_first_place_that_has_one(self, anchor_folder: Path, augmenting_folder: Path) -> None:
         found = load_tokenizer([None, str(augmenting_folder), str(anchor_folder)])
         assert len(found) == 97
+
+    @pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "opt"])
+    def test_made_up_ones_do_not_count(self, family: str, tmp_path: Path) -> None:
+        """For these transformers gives an empty tokenizer where there is none."""
+        tiny_model(family).save_pretrained(tmp_path)
+        assert find_tokenizer(tmp_path) is None
 
     def test_none_anywhere(self, augmenting_folder: Path) -> None:
         with pytest.raises(DataError) as caught:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "calmlm"
 # Lowest first. A module may import from its own layer and from those below, never from those above.
 LAYERS = [
     {"errors"},
-    {"config", "connector"},
+    {"config", "connector", "tokenizers"},
     {"backbone"},
     {"cache", "hooks", "storage"},
     {"loading"},

@@ -28,7 +28,7 @@ MAX_POSITIONS = 128
 # Families that transformers runs with eager attention only.
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt", "xglm"})
 
-# Mixtures of experts batch tokens by expert: other tokens reach the last bits (1e-6) of a token, and nothing else of it.
+# Mixtures of experts batch tokens by expert: other tokens reach the last bits (1e-6) of a token, nothing else of it.
 MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 # What is the same in every family; a family's own row wins.

@@ -83,6 +83,40 @@ class Backbone:
             cache_argument=_cache_argument(model, decoder),
         )
 
+    @classmethod
+    def of_encoder(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
+        """Find the layers of a text, image or sound encoder, or of the encoder of an encoder-decoder.
+
+        Raises:
+            ModelError: when ``model`` is no model of transformers or its layers are not found.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(
+                f"The {role} must be a model of transformers, but got {type(model).__name__}: load it with AutoModel."
+            )
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        config = encoder.config
+        if layers_path is not None:
+            layers = _layers_at(model, role, layers_path)[1]
+        else:
+            depth = getattr(config, "num_hidden_layers", None)
+            layers = _shallowest(encoder, depth)
+            if layers is None:
+                raise ModelError(
+                    f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of "
+                    f"length {depth}: name it with layers_path."
+                )
+        return cls(
+            decoder=encoder,
+            layers=layers,
+            size=config.hidden_size,
+            num_heads=getattr(config, "num_attention_heads", None) or 1,
+            vocab_size=0,
+            takes_positions=False,
+            absolute_positions=False,
+            cache_argument=None,
+        )
+
     def probe(self, role: str) -> None:
         """Run six tokens through the decoder once and look at what its layers give.
 
@@ -215,16 +249,24 @@ def _find_layers(
             if isinstance(layers, nn.ModuleList) and len(layers):
                 return decoder, layers
     for decoder in candidates:
-        queue = deque([decoder])
-        while queue:
-            module = queue.popleft()
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-                return decoder, module
-            queue.extend(module.children())
+        found = _shallowest(decoder, config.num_hidden_layers)
+        if found is not None:
+            return decoder, found
     raise ModelError(
         f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
         f"{config.num_hidden_layers}: name it with layers_path."
     )
+
+
+def _shallowest(module: nn.Module, length: int | None) -> nn.ModuleList | None:
+    """The first module list of this length, breadth first."""
+    queue = deque([module])
+    while queue:
+        module = queue.popleft()
+        if isinstance(module, nn.ModuleList) and len(module) == length:
+            return module
+        queue.extend(module.children())
+    return None
 
 
 def _layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:

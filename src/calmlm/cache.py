@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from calmlm.errors import ModelError
 from calmlm.frontier import Frontier
@@ -23,24 +31,27 @@ class Past:
     frontier: Frontier | None
 
 
-def like(cache: Cache, config: PreTrainedConfig) -> Cache:
-    """An empty cache of the same kind as ``cache`` (dynamic, static, offloaded), sized for the model of ``config``."""
-    if isinstance(cache, StaticCache):
-        return StaticCache(config=config, max_cache_len=_static_length(cache), offloading=cache.offloading)
+def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
+    """An empty cache for the model of ``config``: static with room for ``length`` tokens, else like ``cache``."""
+    if length is not None:
+        return StaticCache(config=config, max_cache_len=length, offloading=cache.offloading)
     offloading = not isinstance(cache, QuantizedCache) and cache.offloading
     return DynamicCache(config=config, offloading=offloading)
 
 
-def cross_cache(cache: Cache, connections: int) -> Cache:
-    """An empty cache for ``connections`` cross-attentions, static exactly when ``cache`` is."""
-    if isinstance(cache, StaticCache):
-        length = _static_length(cache)
+def cross_cache(connections: int, length: int | None) -> Cache:
+    """An empty cache for ``connections`` cross-attentions, static where there is a ``length``."""
+    if length is not None:
         return Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(connections)])
     return Cache(layers=[DynamicLayer() for _ in range(connections)])
 
 
-def _static_length(cache: StaticCache) -> int:
-    return int(cache.get_max_length())
+def _static_length(cache: Cache) -> int | None:
+    """For how many tokens a static cache has room; None for other caches, and where only its sliding windows show."""
+    if not isinstance(cache, StaticCache):
+        return None
+    lengths = [int(layer.get_max_length()) for layer in cache.layers if not isinstance(layer, StaticSlidingWindowLayer)]
+    return max(lengths, default=0) or None
 
 
 class CalmCache(Cache):
@@ -74,6 +85,7 @@ class CalmCache(Cache):
         anchor: Cache,
         configs: dict[str, PreTrainedConfig],
         connections: dict[str, int],
+        length: int | None = None,
         unaligned: Iterable[str] = (),
     ) -> CalmCache:
         """A cache for a composition around the anchor's own empty one.
@@ -82,6 +94,8 @@ class CalmCache(Cache):
             anchor: an empty cache made for the anchor.
             configs: the augmenting models' configurations, by name.
             connections: how many connections each has.
+            length: for how many tokens a static ``anchor`` was made; by default what its layers tell. Where all of them
+                are sliding windows they do not tell, and the other caches are dynamic.
             unaligned: those that do not advance token by token with the anchor.
 
         Raises:
@@ -92,10 +106,11 @@ class CalmCache(Cache):
                 "past_key_values must come from this composition or be empty, but it holds tokens that the augmenting "
                 "model has not seen: pass the past_key_values that the composition returned."
             )
+        length = _static_length(anchor) if length is None else length
         return cls(
             anchor,
-            {name: like(anchor, config) for name, config in configs.items()},
-            {name: cross_cache(anchor, count) for name, count in connections.items()},
+            {name: like(anchor, config, length) for name, config in configs.items()},
+            {name: cross_cache(count, length) for name, count in connections.items()},
             {name: Frontier() for name in unaligned},
         )
 

@@ -169,6 +169,11 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        # Its layers do not tell for how many tokens it was made when all of them are sliding windows.
+        return self.model.new_cache(cache, self._previous_max_cache_length)
+
     def create_masks_for_generate(
         self,
         config: Any,

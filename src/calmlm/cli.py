@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import calmlm
 from calmlm.errors import CalmError, ConfigError
@@ -109,8 +108,11 @@ def generate(
     ] = False,
 ) -> None:
     """Write text with a saved composition, as it comes."""
+    from transformers.utils import logging
+
     from calmlm.generation.text import TextModel
 
+    logging.disable_progress_bar()
     model = TextModel.load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
     model.write(
         sys.stdin.read() if prompt == "-" else prompt,
@@ -128,9 +130,10 @@ def inspect(folder: Folder) -> None:
     """Show what a saved composition is made of."""
     from calmlm.inspection import describe
 
-    console = Console()
-    for title, value in describe(folder):
-        console.print(f"[bold]{title}[/bold]", value, sep="\t", highlight=False, soft_wrap=True)
+    lines = describe(folder)
+    width = max(len(title) for title, _ in lines) + 2
+    for title, value in lines:
+        print(f"{title:{width}}{value}")
 
 
 @app.command()

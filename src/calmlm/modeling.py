@@ -135,12 +135,14 @@ class CalmModel(CalmPreTrainedModel):
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
         options = ConnectorConfig(**entry["connector"])
         connectors = nn.ModuleList()
-        for index, (i, j) in enumerate(entry["connections"]):
+        for _, j in entry["connections"]:
             connector = CrossAttention(augmenting.size, anchor.size, **vars(options))
             connector.to(next(anchor.layers[j].parameters()).device)
             connectors.append(connector)
-            hook = InjectHook(self.slot, name, index, i, connector)
-            # First in line, so that outputs recorded by other hooks are those of the composition.
+        for index, (i, j) in reversed(list(enumerate(entry["connections"]))):
+            hook = InjectHook(self.slot, name, index, i, connectors[index])
+            # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
+            # so that connections into one layer follow in their order, each on the result of the one before.
             anchor.layers[j].register_forward_hook(hook, prepend=True)
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
@@ -179,9 +181,9 @@ class CalmModel(CalmPreTrainedModel):
             for layer in self._backbones[""].layers[first + 1 :]:
                 if getattr(layer, "gradient_checkpointing", False):
                     layer.training = True
-                    checkpoint = layer._gradient_checkpointing_func
+                    checkpoint: Any = layer._gradient_checkpointing_func
                     if dropout and not isinstance(checkpoint, QuietCheckpoint):
-                        layer._gradient_checkpointing_func = QuietCheckpoint(layer, checkpoint)
+                        vars(layer)["_gradient_checkpointing_func"] = QuietCheckpoint(layer, checkpoint)
         return self
 
     @property
@@ -190,8 +192,11 @@ class CalmModel(CalmPreTrainedModel):
         reading = [name for name, entry in self.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
         return all(self._backbones[name].cache_argument is not None for name in ("", *reading))
 
-    def new_cache(self, anchor_cache: Cache | None = None) -> CalmCache:
-        """An empty cache for this composition, around the anchor's own (a new dynamic one by default)."""
+    def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
+        """An empty cache for this composition, around the anchor's own (a new dynamic one by default).
+
+        ``length`` is the number of tokens for which a static ``anchor_cache`` was made.
+        """
         if anchor_cache is None:
             anchor_cache = DynamicCache(config=text_config(self.anchor))
         return CalmCache.around(
@@ -202,6 +207,7 @@ class CalmModel(CalmPreTrainedModel):
                 if self.config.augmenting[name]["reads"] in ("tokens", "text")
             },
             {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
+            length,
             {name for name, entry in self.config.augmenting.items() if entry["reads"] != "tokens"},
         )
 

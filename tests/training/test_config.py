@@ -10,7 +10,7 @@ import pytest
 from calmlm.data.sources import HubDataset
 from calmlm.errors import ConfigError
 from calmlm.training.config import OWNED, ModelConfig, load_config, parse_config
-from calmlm.training.trainers import argument_names
+from calmlm.training.trainers import argument_types
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -39,7 +39,10 @@ def test_example_file() -> None:
 
 
 def test_sources() -> None:
-    data = {"train": ["a.jsonl", {"dataset": "some/set", "name": "de"}], "eval": {"dataset": "some/set", "split": "test"}}
+    data = {
+        "train": ["a.jsonl", {"dataset": "some/set", "name": "de"}],
+        "eval": {"dataset": "some/set", "split": "test"},
+    }
     config = parse_config(minimal(data=data))
     assert config.data.train == ["a.jsonl", HubDataset("some/set", "train", "de")]
     assert config.data.eval == HubDataset("some/set", "test")
@@ -104,13 +107,32 @@ def test_composition_stands_alone() -> None:
     [
         ("output", 3, "output: expected text, but got 3."),
         ("backend", "ppo", "backend: expected 'sft' or 'trainer', but got 'ppo'."),
+        ("trainer", {"learning_rate": "fast"}, "trainer.learning_rate: expected a number, but got 'fast'."),
+        ("trainer", {"bf16": "yes"}, "trainer.bf16: expected true or false, but got 'yes'."),
+        ("trainer", {"optim": 3}, "trainer.optim: expected OptimizerNames or text, but got 3."),
         ("trainer", [1], "trainer: expected a mapping, but got [1]."),
         ("data", {"train": 3}, "data.train: expected text or a mapping with dataset, split, name, revision or a list"),
         ("data", {"train": {"dataset": "x", "splt": "y"}}, "'splt' is no key in 'data.train'; did you mean 'split'?"),
-        ("data", {"train": "t", "loss_on": "prompt"}, "data.loss_on: expected 'completion' or 'all', but got 'prompt'."),
-        ("model", {"anchor": "b", "augmenting": "a", "trust_remote_code": "yes"}, "expected true or false, but got 'yes'."),
-        ("model", {"anchor": "b", "augmenting": "a", "connections": [[1, "x"]]}, "model.connections[0][1]: expected a whole"),
-        ("model", {"anchor": "b", "augmenting": "a", "connections": True}, "model.connections: expected text or a whole"),
+        (
+            "data",
+            {"train": "t", "loss_on": "prompt"},
+            "data.loss_on: expected 'completion' or 'all', but got 'prompt'.",
+        ),
+        (
+            "model",
+            {"anchor": "b", "augmenting": "a", "trust_remote_code": "yes"},
+            "expected true or false, but got 'yes'.",
+        ),
+        (
+            "model",
+            {"anchor": "b", "augmenting": "a", "connections": [[1, "x"]]},
+            "model.connections[0][1]: expected a whole",
+        ),
+        (
+            "model",
+            {"anchor": "b", "augmenting": "a", "connections": True},
+            "model.connections: expected text or a whole",
+        ),
     ],
 )
 def test_wrong_values(part: str, value: Any, expected: str) -> None:
@@ -120,7 +142,7 @@ def test_wrong_values(part: str, value: Any, expected: str) -> None:
 @pytest.mark.parametrize("backend", ["sft", "trainer"])
 def test_owned_arguments_exist(backend: str) -> None:
     """The list of arguments that calmlm sets itself must not fall behind the trainers."""
-    names = argument_names("sft")
+    names = argument_types("sft").keys()
     assert set(OWNED) - {"logging_dir"} <= names
     message = fault(minimal(backend=backend, trainer={"output_dir": "x"}))
     assert "trainer.output_dir: calmlm sets this itself; set 'output' at the top of the file." in message
@@ -170,4 +192,5 @@ class TestFile:
 
     @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2.5E+4", 2.5e4), (".5e1", 5.0), ("1e-3x", "1e-3x")])
     def test_numbers(self, tmp_path: Path, text: str, value: Any) -> None:
-        assert self.load(tmp_path, self.GOOD, f"trainer.learning_rate={text}").trainer["learning_rate"] == value
+        config = self.load(tmp_path, self.GOOD, f"trainer.lr_scheduler_kwargs={{x: {text}}}")
+        assert config.trainer["lr_scheduler_kwargs"] == {"x": value}

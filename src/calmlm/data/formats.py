@@ -1,4 +1,4 @@
-"""The three forms of an example: prompt and completion, messages, text. The first record decides, the rest must agree."""
+"""The three forms of an example: prompt and completion, messages, text. The first record decides for all."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from calmlm.data.extras import require
 from calmlm.data.formats import Example, read_examples
 from calmlm.data.jsonl import Record, read_jsonl
-from calmlm.errors import DataError, MissingExtraError
+from calmlm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ def load_examples(sources: Sequence[str | HubDataset]) -> list[Example]:
 
 def read_hub(source: HubDataset) -> list[Record]:
     """The records of a data set, each placed by its row, counted from 1."""
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "train", "Reading a data set by its id") from None
+    require("datasets", "train", "Reading a data set by its id")
+    import datasets
+
     try:
         loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # the loader raises whatever a data set's files and the network give rise to

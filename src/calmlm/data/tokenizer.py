@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calmlm.errors import DataError
+from calmlm.tokenizers import find_tokenizer
 
 
 def load_tokenizer(
@@ -22,19 +23,12 @@ def load_tokenizer(
     Raises:
         DataError: none has a tokenizer.
     """
-    from transformers import AutoTokenizer
-
     tried = list(dict.fromkeys(str(place) for place in places if place))
     for place in tried:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, revision=revision if place == tried[-1] else None, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # What transformers raises depends on which file is missing and on the model's type.
-            continue
-        # For some types of model it makes up an empty tokenizer where a folder has none.
-        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        tokenizer = find_tokenizer(
+            place, revision=revision if place == tried[-1] else None, trust_remote_code=trust_remote_code
+        )
+        if tokenizer is not None:
             return tokenizer
     where = " or ".join(tried) or "the models given"
     advice = (

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from calmlm.data.sources import HubDataset
 from calmlm.data.tokenizing import LossOn
 from calmlm.errors import ConfigError
-from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
+from calmlm.training.fields import read_fields, read_value, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
 # Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
@@ -193,15 +193,17 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
 
 
 def _argument_faults(backend: str, arguments: Mapping[str, Any]) -> list[str]:
-    from calmlm.training.trainers import argument_names
+    from calmlm.training.trainers import argument_types
 
-    known = argument_names(backend) - set(OWNED)
-    faults = []
-    for key in arguments:
+    types = argument_types(backend)
+    faults: list[str] = []
+    for key, value in arguments.items():
         if key in OWNED:
             faults.append(f"trainer.{key}: calmlm sets this itself; {OWNED[key]}.")
-        elif key not in known:
-            faults.append(unknown_key(key, known, "trainer"))
+        elif key not in types:
+            faults.append(unknown_key(key, types.keys() - OWNED.keys(), "trainer"))
+        else:
+            read_value(types[key], value, faults, f"trainer.{key}")
     return faults
 
 

@@ -45,7 +45,7 @@ def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -
     for name, field in fields.items():
         path = f"{where}.{name}" if where else name
         if name in values:
-            arguments[name] = _read(hints[name], values[name], faults, path)
+            arguments[name] = read_value(hints[name], values[name], faults, path)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             faults.append(f"{path}: expected {describe(hints[name])}, but it is missing.")
     return cls(**arguments) if len(faults) == before else None
@@ -59,7 +59,7 @@ def read_what_fits(cls: type[T], values: Any) -> T | None:
     fitting: dict[str, Any] = {}
     for name in hints.keys() & values.keys():
         faults: list[str] = []
-        _read(hints[name], values[name], faults, name)
+        read_value(hints[name], values[name], faults, name)
         if not faults:
             fitting[name] = values[name]
     return read_fields(cls, fitting, [])
@@ -86,7 +86,7 @@ def describe(hint: Any) -> str:
         return f"a list of {describe(arguments[0])}" if arguments else "a list"
     if dataclasses.is_dataclass(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
-    return NAMES.get(origin or hint, str(hint))
+    return NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
 def show(value: Any) -> str:
@@ -95,15 +95,15 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read(hint: Any, value: Any, faults: list[str], path: str) -> Any:
-    """`value` as `hint` asks for it; a fault is added where it does not fit."""
+def read_value(hint: Any, value: Any, faults: list[str], path: str) -> Any:
+    """`value` as the annotation `hint` asks for it; a fault is added to `faults` where it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return read_fields(hint, value, faults, path)
     if origin in (typing.Union, types.UnionType):
         return _read_union(hint, value, faults, path)
     if origin is list and isinstance(value, list):
-        return [_read(arguments[0], item, faults, f"{path}[{number}]") for number, item in enumerate(value)]
+        return [read_value(arguments[0], item, faults, f"{path}[{number}]") for number, item in enumerate(value)]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(hint, value):
@@ -116,7 +116,7 @@ def _read_union(hint: Any, value: Any, faults: list[str], path: str) -> Any:
     attempts = []
     for member in typing.get_args(hint):
         found: list[str] = []
-        result = _read(member, value, found, path)
+        result = read_value(member, value, found, path)
         if not found:
             return result
         same_kind = isinstance(value, Mapping) and dataclasses.is_dataclass(member)

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from calmlm.data.context import context_length
 from calmlm.data.formats import Example
 from calmlm.data.sources import HubDataset, load_examples
 from calmlm.data.tokenizer import load_tokenizer
 from calmlm.data.tokenizing import encode_examples
 from calmlm.errors import ConfigError
 from calmlm.training.config import ModelConfig, TrainingConfig
-from calmlm.data.context import context_length
 from calmlm.training.output import RunFolder, replacing_folder
 from calmlm.training.trainers import Rows, make_arguments, make_trainer, set_packing_length
 
@@ -52,8 +52,8 @@ def train(
     arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
     train_examples = load_examples(_listed(config.data.train))
     eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    model = _model(config.model)
     tokenizer = _tokenizer(config)
-    model = _model(config.model, tokenizer)
 
     max_length = _max_length(config.data.max_length, context_length(model))
     rows = _encode(train_examples, tokenizer, config, max_length, report)
@@ -107,7 +107,7 @@ def _anchor_of(composition: str) -> list[str]:
     return [config.anchor["id"]] if config.anchor and config.anchor.get("id") else []
 
 
-def _model(config: ModelConfig, tokenizer: Any) -> Any:
+def _model(config: ModelConfig) -> Any:
     """The composition to train, from two models or from a saved one."""
     import calmlm
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from calmlm.errors import ConfigError, MissingExtraError
+from calmlm.data.extras import require
+from calmlm.errors import ConfigError
 from calmlm.training.output import RunFolder
 
 Rows = list[dict[str, list[int]]]
 
 
-def argument_names(backend: str) -> set[str]:
-    """The names of all arguments that a backend's configuration takes."""
-    return {field.name for field in dataclasses.fields(_arguments_class(backend)) if field.init}
+def argument_types(backend: str) -> dict[str, Any]:
+    """All arguments that a backend's configuration takes, with their annotations."""
+    cls = _arguments_class(backend)
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder, *, evaluates: bool) -> Any:
@@ -45,7 +49,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     if backend == "sft":
         merged["max_length"] = None  # rows are cut before they get there; see set_packing_length
     if "tensorboard" in _as_list(merged["report_to"]):
-        _require_tensorboard()
+        require("tensorboard", "train", "Logging (trainer.report_to: tensorboard)")
     try:
         return cls(**merged)
     except (TypeError, ValueError, ImportError, KeyError) as error:
@@ -118,21 +122,13 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
 
 def _arguments_class(backend: str) -> type:
     if backend == "sft":
-        try:
-            from trl import SFTConfig
-        except ImportError:
-            raise MissingExtraError("trl", "train", "The training backend 'sft'") from None
+        require("trl", "train", "The training backend 'sft'")
+        from trl import SFTConfig
+
         return SFTConfig
     from transformers import TrainingArguments
 
     return TrainingArguments
-
-
-def _require_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("tensorboard", "train", "Logging (trainer.report_to: tensorboard)") from None
 
 
 def _as_list(value: Any) -> list[Any]:

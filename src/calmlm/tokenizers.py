@@ -1,0 +1,23 @@
+"""Whether a model comes with a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+def find_tokenizer(source: str | Path, **options: Any) -> Any:
+    """The tokenizer that lies at an id or in a folder, or None.
+
+    Args:
+        source: id or folder.
+        options: of `AutoTokenizer.from_pretrained`: `revision`, `trust_remote_code`, `token`, ...
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception:  # transformers raises whatever the first missing file gives rise to
+        return None
+    # For some types of model (GPT-2, Gemma) transformers makes up an empty one where there is none.
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None

@@ -1,0 +1,313 @@
+"""The command line: exit statuses, one line for each fault, and the way from two models to text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import calmlm
+from calmlm.cli import main
+from tiny import tiny_model
+
+
+@pytest.fixture
+def config(tmp_path: Path, anchor_folder: Path, augmenting_folder: Path) -> Path:
+    """A configuration file that trains for two steps; its output is `run` beside it."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(8)))
+    path = tmp_path / "config.yaml"
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"anchor": str(anchor_folder), "augmenting": str(augmenting_folder)},
+        "data": {"train": str(data)},
+        "trainer": {"use_cpu": True, "disable_tqdm": True, "max_steps": 2, "report_to": "none", "learning_rate": 0.1},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def composition(tmp_path_factory: pytest.TempPathFactory, anchor_folder: Path, augmenting_folder: Path) -> Path:
+    """A saved composition without a tokenizer of its own, whose connectors have an effect."""
+    folder = tmp_path_factory.mktemp("composition")
+    model = calmlm.compose(str(anchor_folder), str(augmenting_folder), "top")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.5, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+def fault(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that must fail: status 2, nothing on stdout, one line for the error on stderr, no traceback."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert status == 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert len(lines) == 1
+    assert captured.err.endswith(lines[0] + "\n"), "the error is the last thing said"
+    return lines[0].removeprefix("error: ")
+
+
+class TestProgram:
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == calmlm.__version__
+
+    def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        shown = capsys.readouterr().out
+        for command in ("train", "generate", "inspect", "demo", "repro"):
+            assert command in shown
+
+    def test_unknown_option(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["generate", "--nonsense"]) == 2
+        assert "No such option: --nonsense" in capsys.readouterr().err
+
+    def test_interrupt(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path) -> None:
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("calmlm.training.run.train", interrupted)
+        assert main(["train", str(config)]) == 130
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_faults_of_ours_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+        def broken(*args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("calmlm.training.run.train", broken)
+        with pytest.raises(ZeroDivisionError):
+            main(["train", str(config)])
+
+    @pytest.mark.slow
+    def test_as_a_process(self, tmp_path: Path) -> None:
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, "-m", "calmlm.cli", "generate", str(tmp_path), "--prompt", "x"],
+            capture_output=True, text=True, timeout=120, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+class TestTrain:
+    def test_train_then_generate(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", str(config)]) == 0
+        folder = capsys.readouterr().out.strip().splitlines()[-1]
+        assert folder == str(tmp_path / "run" / "composition")
+        assert main(["generate", folder, "--prompt", "1+1=", "--max-new-tokens", "3"]) == 0
+        assert capsys.readouterr().out.endswith("\n")
+
+    def test_overrides_and_output(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        other = tmp_path / "other"
+        assert main(["train", str(config), "trainer.max_steps=1", "backend=trainer", "--output", str(other)]) == 0
+        written = yaml.safe_load((other / "config.yaml").read_text())
+        assert (written["output"], written["backend"], written["trainer"]["max_steps"]) == (str(other), "trainer", 1)
+
+    def test_resume_and_overwrite(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", str(config)]) == 0
+        capsys.readouterr()
+        assert "holds files; name another output" in fault(capsys, "train", config)
+        assert main(["train", str(config), "--resume"]) == 0
+        assert main(["train", str(config), "--overwrite"]) == 0
+
+    def test_faults_of_the_file(self, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        message = fault(capsys, "train", config, "data.max_lenght=5", "backend=x")
+        assert "has 2 faults:" in message
+        assert "'max_lenght' is no key in 'data'; did you mean 'max_length'?" in message
+
+    def test_no_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert fault(capsys, "train", tmp_path / "none.yaml").startswith("Expected a configuration file at ")
+
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            ("", "Expected at least one JSON object in"),
+            (
+                '{"prompt": "1", "completion": "2"}\n{"prompt": "1"',
+                "line 2: expected one JSON object, but got malformed",
+            ),
+            ('{"prompt": "1", "completion": "2"}\n{"text": "1"}', "line 2: expected 'prompt' and 'completion' as in"),
+            (
+                json.dumps({"prompt": "1" * 200, "completion": "2"}),
+                "line 1: expected a prompt shorter than the context of",
+            ),
+        ],
+    )
+    def test_faults_of_the_data(
+        self, content: str, part: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "train.jsonl").write_text(content)
+        assert part in fault(capsys, "train", config)
+        assert not (tmp_path / "run").exists()
+
+    def test_unknown_model(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        message = fault(capsys, "train", config, "model.anchor=no/such-model")
+        assert message.startswith("The anchor must be the id or folder of a causal language model, but 'no/such-model'")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("connections", "part"),
+        [
+            ("[[0, 50]]", "layer of the anchor must lie between 0 and 4, but got 50"),
+            ("[[0, 1], [0, 1]]", "given twice"),
+            ("[]", "At least one connection is needed"),
+            ("every-5", "connections must be"),
+        ],
+    )
+    def test_connections(
+        self, connections: str, part: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert part in fault(capsys, "train", config, f"model.connections={connections}")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("family", ["bert", "t5"])
+    def test_model_that_is_no_decoder(
+        self, family: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model: Any
+        if family == "bert":
+            sizes = {"hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 30, "num_hidden_layers": 4}
+            model = BertForMaskedLM(BertConfig(vocab_size=97, **sizes))
+        else:
+            model = T5ForConditionalGeneration(
+                T5Config(vocab_size=97, d_model=20, d_kv=10, d_ff=30, num_layers=2, num_heads=2)
+            )
+        with torch.no_grad():
+            for parameter in model.parameters():  # fresh ones are so small that little passes between positions
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, 0.3)
+        model.save_pretrained(tmp_path / family)
+        message = fault(capsys, "train", config, f"model.augmenting={tmp_path / family}")
+        assert message.startswith("The augmenting model must be ")
+
+    def test_vocabularies_that_do_not_match(
+        self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tiny_model("llama", vocab_size=50).save_pretrained(tmp_path / "small")
+        message = fault(capsys, "train", config, f"model.augmenting={tmp_path / 'small'}")
+        assert "vocabularies have 97 and 50 entries" in message
+
+    def test_no_tokenizer(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tiny_model("llama", seed=1).save_pretrained(tmp_path / "bare")
+        message = fault(capsys, "train", config, f"model.anchor={tmp_path / 'bare'}")
+        assert message.startswith("Text needs a tokenizer, but none was found in ")
+
+
+class TestGenerate:
+    def run(self, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert main(["generate", *map(str, arguments)]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    def expected(self, model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, count: int) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def test_composition_and_anchor(
+        self,
+        composition: Path,
+        anchor_folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        composed = calmlm.CalmForCausalLM.from_pretrained(composition)
+        anchor = AutoModelForCausalLM.from_pretrained(anchor_folder)
+        with_composition = self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9")
+        without = self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9", "--anchor-only")
+        assert with_composition == self.expected(composed, tokenizer, "12 + 3", 9)
+        assert without == self.expected(anchor, tokenizer, "12 + 3", 9)
+        assert with_composition != without
+
+    def test_sampling_is_repeatable(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        texts = [
+            self.run(capsys, composition, "--prompt", "a", "--temperature", "2", "--seed", seed)
+            for seed in ("1", "1", "2")
+        ]
+        assert texts[0] == texts[1] != texts[2]
+
+    def test_ends_with_the_context(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = self.run(capsys, composition, "--prompt", "a" * 120, "--max-new-tokens", "1000", "--temperature", "1")
+        assert len(text) <= 8
+
+    def test_prompt_from_standard_input(
+        self, composition: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from io import StringIO
+
+        monkeypatch.setattr("sys.stdin", StringIO("12 + 3"))
+        piped = self.run(capsys, composition, "--prompt", "-", "--max-new-tokens", "9")
+        assert piped == self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9")
+
+    def test_long_prompt(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        message = fault(capsys, "generate", composition, "--prompt", "a" * 128)
+        assert message == "Expected a prompt shorter than the context of 128 tokens, but got 128; shorten it."
+
+    def test_empty_prompt(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "Expected a prompt of at least one token" in fault(capsys, "generate", composition, "--prompt", "")
+
+    def test_device(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        message = fault(capsys, "generate", composition, "--prompt", "a", "--device", "gpu")
+        assert message.startswith("Expected a device that torch can use, but got 'gpu'")
+
+    def test_no_composition(self, anchor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for folder in (anchor_folder, tmp_path, tmp_path / "none"):
+            fault(capsys, "generate", folder, "--prompt", "a")
+
+    def test_tokenizer(
+        self, tmp_path: Path, anchor_folder: Path, augmenting_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tiny_model("llama", seed=1).save_pretrained(tmp_path / "bare")
+        calmlm.compose(str(tmp_path / "bare"), str(augmenting_folder)).save_pretrained(tmp_path / "composed")
+        message = fault(capsys, "generate", tmp_path / "composed", "--prompt", "a")
+        assert message.startswith("Text needs a tokenizer, but none was found in ")
+        assert "--tokenizer" in message
+        text = self.run(capsys, tmp_path / "composed", "--prompt", "a", "--tokenizer", anchor_folder)
+        assert text == self.run(capsys, tmp_path / "composed", "--prompt", "a", "--tokenizer", anchor_folder)
+
+    def test_damaged_weights(self, composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for name in ("config.json", "model.safetensors"):
+            content = (composition / name).read_bytes()
+            (tmp_path / name).write_bytes(content[:-100] if name == "model.safetensors" else content)
+        assert "damaged" in fault(capsys, "generate", tmp_path, "--prompt", "a")
+        assert "damaged" in fault(capsys, "inspect", tmp_path)
+
+
+def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(composition)]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["composition"] == str(composition)
+    assert lines["connections"].startswith("3 -> 4 ")
+    assert "LlamaForCausalLM, 5 layers, width 48" in lines["anchor"]
+    assert "MistralForCausalLM" in lines["augmenting"]
+    trainable, _ = calmlm.CalmForCausalLM.from_pretrained(composition).get_nb_trainable_parameters()
+    assert lines["parameters"] == f"{trainable:,}"
+
+
+def test_seeds_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fault(capsys, "repro", "kv-arithmetic", "--preset", "tiny", "--seeds", "one")
+    assert message == "Expected seeds as whole numbers with commas, but got 'one'; write 0,1,2."

@@ -1,0 +1,139 @@
+"""The loss is what it says: the model, Trainer and TRL agree, and gradient accumulation changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
+
+import calmlm
+from calmlm.data import read_examples, read_jsonl
+from calmlm.data.tokenizing import encode_examples
+from calmlm.training.output import RunFolder
+from calmlm.training.trainers import Rows, make_arguments, make_trainer
+from compositions import tiny_composition
+
+BACKENDS = ["sft", "trainer"]
+
+
+@pytest.fixture
+def model() -> calmlm.CalmForCausalLM:
+    return tiny_composition("llama", "gpt2")
+
+
+@pytest.fixture
+def rows(task: Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Eight examples with different numbers of tokens that count."""
+    rows = encode_examples(read_examples(read_jsonl(task))[:6], tokenizer, max_length=64).rows
+    return [*rows, {"input_ids": [5] * 30, "labels": [5] * 30}, {"input_ids": [7, 8, 9], "labels": [-100, -100, 9]}]
+
+
+def reference(model: calmlm.CalmForCausalLM, rows: Rows) -> float:
+    """Mean negative log-likelihood over all tokens that count, one row after the other, without padding."""
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                total -= logits[position].log_softmax(-1)[label].item()
+                count += 1
+    return total / count
+
+
+def train_once(
+    backend: str,
+    model: Any,
+    rows: Rows,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    size: int,
+    accumulate: int = 1,
+    **options: Any,
+) -> float:
+    """One optimiser step over all rows, by plain gradient descent; the loss that the trainer logs."""
+    arguments = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulate,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        **options,
+    }
+    run = RunFolder(folder)
+    made = make_arguments(backend, arguments, run, evaluates=False)
+    set_seed(0)
+    trainer = make_trainer(backend, model, made, tokenizer, rows, None, run)
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_model_loss(model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert loss == pytest.approx(reference(model, rows), abs=1e-5)
+    with torch.no_grad(), model.disable_composition():
+        assert abs(model(**batch).loss.item() - loss) > 0.01, (
+            "the composition must matter for this test to mean anything"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trainers_report_the_model_loss(
+    backend: str, model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    expected = reference(model, rows)
+    assert train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_accumulation_changes_nothing(
+    backend: str, model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    start = {name: tensor.clone() for name, tensor in model.composition_tensors().items()}
+    results = []
+    for size, accumulate in ((8, 1), (2, 4), (1, 8)):
+        model.load_state_dict(start, strict=False)
+        loss = train_once(backend, model, rows, tokenizer, tmp_path, size=size, accumulate=accumulate)
+        results.append((loss, {name: tensor.clone() for name, tensor in model.composition_tensors().items()}))
+    whole_loss, whole = results[0]
+    assert any(not torch.equal(whole[name], start[name]) for name in start)
+    for loss, tensors in results[1:]:
+        assert loss == pytest.approx(whole_loss, abs=1e-4)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_both_trainers_take_the_same_step(
+    model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    start = {name: tensor.clone() for name, tensor in model.composition_tensors().items()}
+    ends = []
+    for backend in BACKENDS:
+        model.load_state_dict(start, strict=False)
+        train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows))
+        ends.append({name: tensor.clone() for name, tensor in model.composition_tensors().items()})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_packing_changes_nothing(
+    model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Padding-free: one long row with positions that start anew, and no attention across them."""
+    expected = reference(model, rows)
+    loss = train_once("sft", model, rows, tokenizer, tmp_path, size=len(rows), padding_free=True)
+    assert loss == pytest.approx(expected, abs=1e-4)

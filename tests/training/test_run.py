@@ -1,0 +1,253 @@
+"""A run from file to composition: what it writes, how it goes on after a stop, and what it never destroys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import calmlm
+from calmlm.errors import CalmError, ConfigError, DataError
+from calmlm.training import run as run_module
+from calmlm.training.config import parse_config
+from calmlm.training.output import RunFolder, replacing_folder
+from calmlm.training.run import train
+from tiny import tiny_model, tiny_tokens
+
+BACKENDS = ["sft", "trainer"]
+Settings = Callable[..., dict[str, Any]]
+
+
+def go(values: dict[str, Any], **options: Any) -> Path:
+    return train(parse_config(values), report=lambda line: None, **options).composition
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next run stop as by Ctrl-C at the end of a step."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    make = run_module.make_trainer
+
+    def make_and_interrupt(*args: Any) -> Any:
+        trainer = make(*args)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    monkeypatch.setattr(run_module, "make_trainer", make_and_interrupt)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_gives_a_composition(backend: str, settings: Settings) -> None:
+    values = settings(backend, num_train_epochs=4)
+    values["data"]["eval"] = values["data"]["train"]
+    lines: list[str] = []
+    result = train(parse_config(values), report=lines.append)
+    run = RunFolder(values["output"])
+
+    assert result.composition == run.composition
+    assert lines[-1].startswith("40 examples; ")
+    model = calmlm.CalmForCausalLM.from_pretrained(run.composition)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        composed = model(tokens).logits
+        with model.disable_composition():
+            assert not torch.equal(model(tokens).logits, composed)
+
+    state = json.loads((run.last_checkpoint() / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert list(run.logs.glob("events.out.tfevents.*")), "TensorBoard's log"
+    assert parse_config(yaml.safe_load(run.config.read_text())) == parse_config(values)
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")], "no temporary files"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoints_hold_the_composition_alone(backend: str, settings: Settings) -> None:
+    run = RunFolder(go(settings(backend)).parent)
+    names = {path.name for path in run.checkpoints.glob("checkpoint-*")}
+    assert names == {"checkpoint-15", "checkpoint-20"}, "save_total_limit keeps two"
+    for folder in [*run.checkpoints.glob("checkpoint-*"), run.composition]:
+        tensors = load_file(folder / "model.safetensors")
+        assert tensors
+        assert all(name.startswith("model.connectors.") for name in tensors)
+        assert not list(folder.glob("*.bin*")) or {path.name for path in folder.glob("*.bin")} == {"training_args.bin"}
+    assert calmlm.CalmForCausalLM.from_pretrained(run.last_checkpoint())
+
+
+def test_tokenizer_is_saved_beside_the_composition(settings: Settings) -> None:
+    from calmlm.data.tokenizer import load_tokenizer
+
+    assert len(load_tokenizer([str(go(settings()))])) == 97
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resumed_equals_uninterrupted(backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = settings(backend, warmup_steps=0)
+    whole = load_file(go({**values, "output": values["output"] + "-whole"}) / "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            go(values)
+    run = RunFolder(values["output"])
+    assert not run.composition.exists()
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-5"
+    resumed = load_file(go(values, resume=True) / "model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(settings: Settings) -> None:
+    run = RunFolder(go(settings()).parent)
+    (run.checkpoints / "checkpoint-20" / "trainer_state.json").unlink()
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-15"
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(settings: Settings) -> None:
+    lines: list[str] = []
+    train(parse_config(settings()), resume=True, report=lines.append)
+    assert "No complete checkpoint yet: starting at the beginning." in lines
+
+
+def test_going_on_with_a_saved_composition(settings: Settings) -> None:
+    values = settings()
+    first = go(values)
+    second = go({**values, "output": values["output"] + "-2", "model": {"composition": str(first)}})
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_output_that_holds_files_is_refused(settings: Settings) -> None:
+    values = settings()
+    folder = go(values).parent
+    before = snapshot(folder)
+    with pytest.raises(ConfigError, match="Expected an empty folder for the output, but .* holds files; name another"):
+        go(values)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_foreign_files_are_never_touched(option: str, settings: Settings) -> None:
+    values = settings()
+    Path(values["output"]).mkdir()
+    (Path(values["output"]) / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="Expected a run of calmlm in .*, but it holds other files"):
+        go(values, **{option: True})
+
+
+def test_resume_and_overwrite_exclude_each_other(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="Expected --resume or --overwrite, but got both"):
+        go(settings(), resume=True, overwrite=True)
+
+
+def test_a_file_is_no_output(settings: Settings) -> None:
+    values = settings()
+    Path(values["output"]).write_text("")
+    with pytest.raises(ConfigError, match="Expected a folder for the output, but .* is a file"):
+        go(values)
+
+
+def test_overwriting_keeps_the_old_result_until_the_new_one_is_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings()
+    composition = go(values)
+    before = snapshot(composition)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            go(values, overwrite=True)
+    assert snapshot(composition) == before
+    values["trainer"]["learning_rate"] = 0.02
+    go(values, overwrite=True)
+    assert snapshot(composition).keys() == before.keys()
+    assert snapshot(composition)["model.safetensors"] != before["model.safetensors"]
+
+
+def broken(values: dict[str, Any], part: str, key: str, value: Any) -> dict[str, Any]:
+    return {**values, part: {**values[part], key: value}}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("model", "anchor", "no/such-model", r"The anchor must be the id or folder .*'no/such-model'"),
+        ("model", "augmenting", "/no/such/folder", r"/no/such/folder"),
+        ("model", "connections", [[99, 0]], r"layer of the augmenting model must lie between 0 and 3, but got 99"),
+        ("model", "connections", [[1, 1], [1, 1]], r"given twice"),
+        ("model", "connections", [], r"At least one connection"),
+        ("model", "num_heads", 7, r"num_heads must be a whole number that divides the anchor's width 48, but got 7"),
+        ("data", "train", "none.jsonl", r"Expected a data file at none.jsonl, but there is none"),
+        ("data", "max_length", 4, r"line \d+: expected a prompt shorter than the context of 4 tokens"),
+        ("data", "max_length", 500, r"data.max_length: expected at most 128, the shorter context"),
+        (
+            "trainer",
+            "lr_scheduler_type",
+            "wavy",
+            r"trainer: expected arguments that SFTConfig takes, but it refused them",
+        ),
+    ],
+)
+def test_faults_are_found_before_anything_is_written(
+    settings: Settings, part: str, key: str, value: Any, message: str
+) -> None:
+    values = settings()
+    folder = go(values).parent
+    before = snapshot(folder)
+    with pytest.raises(CalmError, match=message) as caught:
+        go(broken(values, part, key, value), overwrite=True)
+    assert "\n" not in str(caught.value)
+    assert snapshot(folder) == before
+
+
+def test_no_tokenizer(settings: Settings, tmp_path: Path, augmenting_folder: Path) -> None:
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "bare")
+    values = broken(settings(), "model", "anchor", str(tmp_path / "bare"))
+    with pytest.raises(DataError, match="Text needs a tokenizer, but none was found in .*bare; name a tokenizer's id"):
+        go(values)
+
+
+def test_a_tokenizer_by_name(settings: Settings, tmp_path: Path, anchor_folder: Path) -> None:
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "bare")
+    values = broken(settings(max_steps=1), "model", "anchor", str(tmp_path / "bare"))
+    assert go({**values, "tokenizer": str(anchor_folder)}).is_dir()
+
+
+class TestReplacingFolder:
+    def test_new(self, tmp_path: Path) -> None:
+        with replacing_folder(tmp_path / "a" / "b") as fresh:
+            (fresh / "x").write_text("1")
+        assert snapshot(tmp_path) == {"a/b/x": b"1"}
+
+    def test_failure_leaves_the_old_one(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "x").write_text("old")
+        with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "b") as fresh:
+            (fresh / "x").write_text("new, and only ha")
+            raise KeyboardInterrupt
+        assert snapshot(tmp_path) == {"b/x": b"old"}
+        assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+    def test_replaces_as_a_whole(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "stale").write_text("old")
+        with replacing_folder(tmp_path / "b") as fresh:
+            (fresh / "x").write_text("new")
+        assert snapshot(tmp_path) == {"b/x": b"new"}
+        assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -1,7 +1,7 @@
 """Two tokenizers, one text: which augmenting tokens stand for an anchor token, and from where they may be seen.
 
-The augmenting model reads the anchor's tokens *transcoded*: each anchor token's bytes, in the augmenting tokenizer's ids,
-looked up in a table that is made once. The stream only ever grows at its end and depends on past tokens alone, so it is
+The augmenting model reads the anchor's tokens *transcoded*: each anchor token's bytes, in the augmenting tokenizer's
+ids, looked up in a table that is made once. The stream only ever grows at its end and depends on past tokens alone, so it is
 exactly causal: what training sees is what decoding sees. The price is that the augmenting model sees the anchor's
 segmentation rather than its own; on text whose words are tokens of both, the two agree.
 
@@ -44,8 +44,8 @@ class Spelling:
     """How a tokenizer writes text in its tokens.
 
     Attributes:
-        kind: ``"bytes"`` (byte-level), ``"metaspace"`` (SentencePiece-like), ``"wordpiece"``, ``"suffix"`` (a mark at the
-            end of words) or ``"words"`` (whole words, a space between).
+        kind: ``"bytes"`` (byte-level), ``"metaspace"`` (SentencePiece-like), ``"wordpiece"``, ``"suffix"`` (a mark at
+            the end of words) or ``"words"`` (whole words, a space between).
         mark: the kind's own mark: the stand-in of a space, the prefix of a continuation, the suffix of a word.
         dummy_space: whether the first token of a text carries a space that is not in the text.
     """
@@ -314,7 +314,7 @@ def _characters(piece: bytes) -> list[tuple[str, bytes]]:
 def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, list[int]]:
     """Special tokens by role, then by content; those without a counterpart say nothing to the augmenting model."""
     theirs = {token.content: index for index, token in augmenting.added_tokens_decoder.items() if token.special}
-    theirs |= {t: i for t, i in zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True)}
+    theirs |= dict(zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True))
     found = {}
     for index, token in anchor.added_tokens_decoder.items():
         if token.content in theirs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from calmlm.errors import CheckpointError, ModelError
 
@@ -100,12 +100,13 @@ class Backbone:
             layers = _layers_at(model, role, layers_path)[1]
         else:
             depth = getattr(config, "num_hidden_layers", None)
-            layers = _shallowest(encoder, depth)
-            if layers is None:
+            found = _shallowest(encoder, depth)
+            if found is None:
                 raise ModelError(
-                    f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of "
-                    f"length {depth}: name it with layers_path."
+                    f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none "
+                    f"of length {depth}: name it with layers_path."
                 )
+            layers = found
         return cls(
             decoder=encoder,
             layers=layers,
@@ -203,33 +204,42 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(". ")
 
 
-def load_base(source: str, role: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """Load one base model from a hub id or a folder.
+def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model from a hub id or a folder.
 
     Args:
         source: id or folder.
         role: ``"anchor"`` or ``"augmenting model"``, for messages.
-        trust_remote_code: whether code that comes with the model may run.
-        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None.
+        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None; remote code is off unless
+            ``trust_remote_code`` is given.
 
     Raises:
         ModelError: when there is no such model, or it is no causal language model.
     """
-    options = {key: value for key, value in options.items() if value is not None}
+    return _load(AutoModelForCausalLM, "causal language model", source, role, options)
+
+
+def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a text, image or sound encoder from a hub id or a folder; otherwise like ``load_base``."""
+    return _load(AutoModel, "model", source, role, options)
+
+
+def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
+    options = {"trust_remote_code": False, "use_safetensors": True} | {
+        k: v for k, v in options.items() if v is not None
+    }
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=trust_remote_code, use_safetensors=True, **options
-        )
+        return auto.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(
-            f"The {role} must be the id or folder of a causal language model, but {str(source)!r} could not be loaded "
+            f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
             f"({first_line(error)}): check the name, the revision and your access to it."
         ) from error
     except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
             raise
         raise ModelError(
-            f"The {role} must have readable weights, but those of {str(source)!r} are damaged "
+            f"The {role} must have readable weights, but those of {source!r} are damaged "
             f"({first_line(error)}): fetch or save the model again."
         ) from error
 

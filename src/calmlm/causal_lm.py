@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm import storage
+from calmlm.alignment import Alignment
 from calmlm.backbone import accepts
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
+from calmlm.readers import Inputs
 
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -33,9 +36,15 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     Only the connectors have ``requires_grad``. Make one with ``calmlm.compose`` or ``from_pretrained``.
     """
 
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
+    def __init__(
+        self,
+        config: CalmConfig,
+        anchor: PreTrainedModel,
+        augmenting: dict[str, PreTrainedModel],
+        alignments: dict[str, Alignment] | None = None,
+    ) -> None:
         super().__init__(config, anchor)
-        self.model = CalmModel(config, anchor, augmenting)
+        self.model = CalmModel(config, anchor, augmenting, alignments)
         self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
@@ -110,6 +119,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and a loss where labels are given.
@@ -122,6 +133,9 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
             use_cache: whether to return a cache; by default in evaluation mode.
             logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
+            augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
+            prompt_mask: (B, T) bool, which tokens an augmenting model with ``refresh=False`` may read; by default those
+                before the first label, or all where there are no labels.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
 
         Returns:
@@ -133,9 +147,13 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         keeps = accepts(self.anchor, "logits_to_keep")
         if keeps:
             kwargs["logits_to_keep"] = logits_to_keep
+        if prompt_mask is None and labels is not None:
+            prompt_mask = (labels != -100).cumsum(-1) == 0
         output, cache = self.model.run(
-            self.anchor, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
-        )
+            self.anchor,
+            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs or {}),
+            past_key_values, inputs_embeds, use_cache, kwargs,
+        )  # fmt: skip
         logits = output.logits if keeps else slice_logits_to_keep(output.logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -235,6 +253,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
         config = storage.portable_config(self.config, folder)
         storage.write_tensors(folder, self.composition_tensors(state_dict))
+        for name, alignment in self.model.alignments.items():
+            storage.write_text(folder / storage.alignment_name(name), json.dumps(alignment.to_json()))
         storage.write_text(folder / "config.json", config.to_json_string())
         storage.write_text(folder / "generation_config.json", self.generation_config.to_json_string())
         if not (folder / storage.CARD_NAME).exists():

@@ -21,7 +21,7 @@ class Frontier:
 
     Attributes:
         ids: (B, L) int64, the anchor's tokens; ``NOBODY`` at padding.
-        owner: (B, S) int64, the anchor position that owns each augmenting position; ``NOBODY`` where a row is filled up.
+        owner: (B, S) int64, the anchor position that owns each augmenting position; ``NOBODY`` where a row is filled.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Frontier:
         return torch.cat((missing, self.ids.gather(1, order)), dim=1)[:, -count:]
 
     def extend(self, ids: Tensor, real: Tensor, owner: Tensor) -> None:
-        """Append new anchor tokens (B, T) and their augmenting positions' owners (B, S), counted from the first new one."""
+        """Append new anchor tokens (B, T) and the owners (B, S) of theirs, counted from the first new one."""
         owner = owner.where(owner == NOBODY, owner + self.length)
         ids = ids.where(real, torch.full_like(ids, NOBODY))
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
@@ -67,7 +67,8 @@ class Frontier:
 
         An augmenting position stands where its owner stands, so that distances are counted in anchor tokens.
         """
-        assert self.ids is not None and self.owner is not None
+        assert self.ids is not None
+        assert self.owner is not None
         counted = ((self.ids != NOBODY).long().cumsum(1) - 1).clamp(min=0)
         of_keys = counted.gather(1, self.owner[:, self.width - keys :].clamp(min=0))
         of_queries = counted[:, self.length - queries :]

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from calmlm import storage
-from calmlm.backbone import check_fingerprint, first_line, load_base
+from calmlm.alignment import Alignment
+from calmlm.backbone import check_fingerprint, first_line, load_base, load_encoder
 from calmlm.config import CalmConfig
 from calmlm.errors import CheckpointError
 
@@ -63,7 +64,8 @@ def load_composition(
         else:
             name = str(given) if given is not None else storage.resolve_source(recorded, folder)
             base_revision = entry.get("revision") if given is None else None
-            model = load_base(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
+            load = load_encoder if entry.get("reads") == "inputs" else load_base
+            model = load(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
         check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
         return model
 
@@ -77,7 +79,10 @@ def load_composition(
         for name, entry in config.augmenting.items()
     }
     config.text_config = anchor_model.config.get_text_config(decoder=True)
-    model = cls(config, anchor_model, augmenting_models)
+    alignments = {
+        name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
+    }
+    model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     tensors = storage.read_tensors(weights, expected.items(), str(source))
     model.load_state_dict(tensors, strict=False)
@@ -106,6 +111,22 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
             f"{kind or 'nothing known'!r}: give the folder that save_pretrained wrote."
         )
     return CalmConfig.from_dict(data)
+
+
+def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment:
+    """The alignment of one augmenting model, as it was when the composition was made.
+
+    Raises:
+        CheckpointError: when there is none, or it is damaged.
+    """
+    path = fetch(source, storage.alignment_name(name), hub)
+    try:
+        return Alignment.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
+            f"save the composition again or fetch it anew."
+        ) from error
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:

@@ -92,7 +92,7 @@ class CalmModel(CalmPreTrainedModel):
         self.enabled = True
         self.active = set(augmenting)
         self.slot = Slot()
-        self._transcoders = {name: Transcoder(table) for name, table in (alignments or {}).items()}
+        self.transcoders = nn.ModuleDict({name: Transcoder(table) for name, table in (alignments or {}).items()})
         self._find_parts()
         for name in augmenting:
             self._connect(name)
@@ -120,12 +120,13 @@ class CalmModel(CalmPreTrainedModel):
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
         for name in self.augmenting:
-            common = (name, self._backbones[name], self.connectors[name][0], self.config, self.slot)
+            first: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
+            common = (name, self._backbones[name], first, self.config, self.slot)
             reads = self.config.augmenting[name]["reads"]
             if reads == "tokens":
                 self._readers[name] = SharedReader(*common, anchor_vocabulary=self._backbones[""].vocab_size)
             elif reads == "text":
-                self._readers[name] = AlignedReader(*common, transcoder=self._transcoders[name])
+                self._readers[name] = AlignedReader(*common, transcoder=self.transcoders[name])  # type: ignore[arg-type]
             elif reads == "prompt":
                 self._readers[name] = PromptReader(*common)
             else:
@@ -147,6 +148,11 @@ class CalmModel(CalmPreTrainedModel):
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
         self.connectors[name] = connectors
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """The alignments of the augmenting models that have tokens of their own."""
+        return {name: transcoder.alignment for name, transcoder in self.transcoders.items()}  # type: ignore[misc]
 
     def bases(self) -> Iterator[PreTrainedModel]:
         """The frozen models: the anchor, then the augmenting models."""
@@ -234,7 +240,7 @@ class CalmModel(CalmPreTrainedModel):
         )
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
-        """The cross-attention mask of a model that shares the anchor's token ids, for positions like ``like`` (B, T)."""
+        """The cross-attention mask of a model that shares the anchor's ids, for positions like ``like`` (B, T)."""
         reader = self._readers[name]
         return reader.mask(like, attention_mask, positions, cross) if isinstance(reader, SharedReader) else None
 
@@ -251,11 +257,9 @@ class CalmModel(CalmPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
         kwargs.pop("return_dict", None)
-        output, cache = self.run(
-            self._backbones[""].decoder,
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs,
-            augmenting_inputs,
-        )  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, position_ids, None, augmenting_inputs or {})
+        decoder = self._backbones[""].decoder
+        output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
             past_key_values=cache,
@@ -266,41 +270,40 @@ class CalmModel(CalmPreTrainedModel):
     def run(
         self,
         target: nn.Module,
-        input_ids: Tensor | None,
-        attention_mask: Any,
-        position_ids: Tensor | None,
+        inputs: Inputs,
         past_key_values: Cache | None,
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
-        prompt: Tensor | None = None,
     ) -> tuple[Any, Cache | None]:
-        """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache."""
-        backbone = self._backbones[""]
+        """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache.
+
+        Raises:
+            DataError: when there are no token ids, or an augmenting model cannot read what it is given.
+        """
         if not self.enabled:
-            if isinstance(past_key_values, CalmCache):
-                past_key_values = past_key_values.anchor
-            given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
-            given |= {"input_ids": input_ids, "attention_mask": attention_mask}
-            if backbone.cache_argument is not None:
-                given[backbone.cache_argument] = past_key_values
-            output = target(**{key: value for key, value in given.items() if value is not None})
-            return output, getattr(output, backbone.cache_argument or "past_key_values", None)
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = self.cache_for(past_key_values, use_cache and self.can_cache)
-        if input_ids is None or inputs_embeds is not None:
+            return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
+        if inputs.ids is None or inputs_embeds is not None:
             raise DataError(
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
             )
-        call = self.begin(Inputs(input_ids, attention_mask, position_ids, prompt, augmenting_inputs or {}), cache)
+        unknown = sorted(set(inputs.augmenting) - set(self.augmenting))
+        if unknown:
+            raise DataError(
+                f"augmenting_inputs must name augmenting models of this composition ({', '.join(self.augmenting)}), "
+                f"but got {', '.join(unknown)}: use their names."
+            )
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        cache = self.cache_for(past_key_values, use_cache and self.can_cache)
+        backbone = self._backbones[""]
+        call = self.begin(inputs, cache)
         arguments = base_arguments(
             backbone,
-            input_ids=input_ids,
-            attention_mask=mask_of(attention_mask, "anchor"),
-            position_ids=positions_for(backbone, position_ids, input_ids, attention_mask),
+            input_ids=inputs.ids,
+            attention_mask=mask_of(inputs.mask, "anchor"),
+            position_ids=positions_for(backbone, inputs.positions, inputs.ids, inputs.mask),
             cache=cache.anchor if cache is not None else None,
         )
         self.slot.call = call
@@ -309,6 +312,29 @@ class CalmModel(CalmPreTrainedModel):
         finally:
             self.slot.call = None
         return output, cache
+
+    def _run_alone(
+        self,
+        target: nn.Module,
+        inputs: Inputs,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Cache | None]:
+        """The anchor with what its caller gave and nothing more."""
+        argument = self._backbones[""].cache_argument or "past_key_values"
+        given = {
+            "input_ids": inputs.ids,
+            "attention_mask": inputs.mask,
+            "position_ids": inputs.positions,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            argument: past_key_values.anchor if isinstance(past_key_values, CalmCache) else past_key_values,
+            **kwargs,
+        }
+        output = target(**{key: value for key, value in given.items() if value is not None})
+        return output, getattr(output, argument, None)
 
 
 class QuietCheckpoint:

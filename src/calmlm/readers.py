@@ -1,4 +1,4 @@
-"""How an augmenting model reads: the same tokens, the same text in its own tokens, or a prompt, image or sound at once.
+"""How an augmenting model reads: the same tokens, the same text in its own, or a prompt, image or sound at once.
 
 A reader runs its model for one call and prepares the ``Stream`` from which the anchor's hooks take keys and values. What
 it knows of earlier calls lies in the cache; readers themselves keep no state between calls.
@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from calmlm.alignment import LOOKBACK
 from calmlm.backbone import Backbone, accepts
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.frontier import Frontier
 from calmlm.hooks import Call, Slot, Stream
-from calmlm.transcoding import LOOKBACK, Transcoder
+from calmlm.transcoding import Transcoder
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Reader(Protocol):
 
 @dataclass
 class Common:
-    """What every reader holds: its name, its model's decoder or encoder, one of its connectors, the composition's config."""
+    """What every reader holds: a name, its model's decoder or encoder, one of its connectors, the configuration."""
 
     name: str
     backbone: Backbone
@@ -171,7 +172,8 @@ class AlignedReader(Common):
         new, queries = block.ids.shape[1], inputs.ids.shape[1]
         mask, seeing, attention = self.masked(frontier.mask(queries))
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        stream = Stream(mask, *rotations, past.cross if past is not None else None, attention, seeing)
+        of_queries, of_keys = rotations
+        stream = Stream(mask, of_queries, of_keys, past.cross if past is not None else None, attention, seeing)
         if new:
             assert frontier.owner is not None
             filled = (frontier.owner >= 0).long()
@@ -194,7 +196,7 @@ class EncoderReader(Common):
 
     def read(self, inputs: Inputs, past: Past | None) -> Stream:
         frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
-        stream = Stream(None, None, None, past.cross if past is not None else None, None)
+        stream = Stream(None, None, None, past.cross if past is not None else None, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
             given = inputs.augmenting.get(self.name)
@@ -231,11 +233,11 @@ class EncoderReader(Common):
 
 @dataclass
 class PromptReader(Common):
-    """A decoder that reads the prompt only and is not refreshed with generated tokens (paper, table 5, "m_A as encoder")."""
+    """A decoder that reads the prompt only and is not refreshed (paper, table 5, "m_A as encoder")."""
 
     def read(self, inputs: Inputs, past: Past | None) -> Stream:
         frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
-        stream = Stream(None, None, None, past.cross if past is not None else None, None)
+        stream = Stream(None, None, None, past.cross if past is not None else None, eager_attention)
         real = real_tokens(inputs, self.name)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
@@ -263,8 +265,8 @@ def real_tokens(inputs: Inputs, name: str) -> Tensor:
         return torch.ones_like(inputs.ids, dtype=torch.bool)
     if mask.ndim != 2:
         raise DataError(
-            f"attention_mask must be of shape (batch, length) where the augmenting model {name!r} has tokens of its own, "
-            f"but got {tuple(mask.shape)}: pass a padding mask."
+            f"attention_mask must be of shape (batch, length) where the augmenting model {name!r} has tokens of its "
+            f"own, but got {tuple(mask.shape)}: pass a padding mask."
         )
     return mask[:, -inputs.ids.shape[1] :].bool()
 

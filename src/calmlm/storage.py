@@ -19,6 +19,11 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 
+def alignment_name(name: str) -> str:
+    """The file that holds one augmenting model's alignment."""
+    return f"alignment.{name}.json"
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,11 @@ class Transcoder(nn.Module):
 
     def __init__(self, alignment: Alignment) -> None:
         super().__init__()
+        self.flat: Tensor
+        self.lengths: Tensor
+        self.offsets: Tensor
+        self.opens: Tensor
+        self.whole: Tensor
         self.alignment, self.partial, self.fill = alignment, alignment.partial, alignment.fill
         size = len(alignment.body)
         rows = [*alignment.body, *(alignment.start.get(i, alignment.body[i]) for i in range(size))]

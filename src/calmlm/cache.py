@@ -88,6 +88,19 @@ class CalmCache(Cache):
             {name: cross_cache(count, length) for name, count in connections.items()},
         )
 
+    def check(self) -> None:
+        """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
+
+        Raises:
+            ModelError: when the anchor went on alone.
+        """
+        lengths = {length for length in map(_length, self.parts()) if type(length) is int}
+        if len(lengths) > 1:
+            raise ModelError(
+                f"past_key_values must have grown by this composition alone, but its parts hold from {min(lengths)} to "
+                f"{max(lengths)} tokens: begin a new one after disable_composition()."
+            )
+
     def parts(self) -> Iterator[Cache]:
         """Every cache in it: the anchor's, the augmenting models', the cross-attentions'."""
         yield self.anchor

@@ -126,7 +126,9 @@ class ConnectorConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ConfigError(f"Connector options must be among {', '.join(known)}, but got {', '.join(unknown)}.")
+            raise ConfigError(
+                f"Connector options must be among {', '.join(known)}, but got {', '.join(unknown)}: correct the name."
+            )
         heads = options.get("num_heads")
         if heads is None:
             # The anchor's own number, as in the paper; the next smaller one that divides the width where it does not.

@@ -7,6 +7,7 @@ hooks share, and takes out when the call ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,3 +90,20 @@ class InjectHook:
             keys, values = stream.cache.update(keys, values, self.connection)
         mask = stream.mask if stream.mask is None else stream.mask.to(state.device)
         return with_state(output, self.connector(state, keys, values, mask, rotation, stream.attention))
+
+
+class QuietCheckpoint:
+    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        def quiet(*inner: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*inner)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quiet, *args)

@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectHook, Slot, Stream
+from calmlm.hooks import Call, CaptureHook, InjectHook, QuietCheckpoint, Slot, Stream
 
 ATTENTION_FALLBACK = "sdpa"
 
@@ -173,6 +173,7 @@ class CalmModel(CalmPreTrainedModel):
         if past_key_values is None:
             return self.new_cache() if use_cache else None
         if isinstance(past_key_values, CalmCache):
+            past_key_values.check()
             return past_key_values
         return self.new_cache(past_key_values)
 
@@ -198,13 +199,15 @@ class CalmModel(CalmPreTrainedModel):
         for name in self.augmenting:
             backbone = self._backbones[name]
             self._check_ids(input_ids, name)
+            positions = _positions(backbone, position_ids, input_ids, attention_mask)
+            backbone.check_length(f"augmenting model {name!r}", _length(input_ids, attention_mask, cache), positions)
             cross = cache.cross[name] if cache is not None else None
             call.streams[name] = self._stream(name, input_ids, attention_mask, position_ids, cross)
             arguments = base_arguments(
                 backbone,
                 input_ids=input_ids.to(next(backbone.decoder.parameters()).device),
                 attention_mask=_mask_of(attention_mask, f"augmenting.{name}"),
-                position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
+                position_ids=positions,
                 cache=cache.augmenting[name] if cache is not None else None,
             )
             self.slot.call = call
@@ -314,12 +317,14 @@ class CalmModel(CalmPreTrainedModel):
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
             )
+        positions = _positions(backbone, position_ids, input_ids, attention_mask)
+        backbone.check_length("anchor", _length(input_ids, attention_mask, cache), positions)
         call = self.begin(input_ids, attention_mask, position_ids, cache)
         arguments = base_arguments(
             backbone,
             input_ids=input_ids,
             attention_mask=_mask_of(attention_mask, "anchor"),
-            position_ids=_positions(backbone, position_ids, input_ids, attention_mask),
+            position_ids=positions,
             cache=cache.anchor if cache is not None else None,
         )
         self.slot.call = call
@@ -367,6 +372,14 @@ def _counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
     return positions.clamp(min=0)[:, -input_ids.shape[1] :]
 
 
+def _length(input_ids: Tensor, attention_mask: Any, cache: CalmCache | None) -> int:
+    """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.shape[1]
+    past = cache.get_seq_length() if cache is not None else 0
+    return input_ids.shape[1] + (past if isinstance(past, int) else 0)
+
+
 def _mask_of(attention_mask: Any, prefix: str) -> Any:
     """One base model's part of the dictionary that ``create_masks_for_generate`` makes; other masks as they are."""
     if not isinstance(attention_mask, dict):
@@ -375,23 +388,6 @@ def _mask_of(attention_mask: Any, prefix: str) -> Any:
         return attention_mask[prefix]
     start = f"{prefix}/"
     return {key[len(start) :]: value for key, value in attention_mask.items() if key.startswith(start)}
-
-
-class QuietCheckpoint:
-    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
-
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
-        self.layer, self.checkpoint = layer, checkpoint
-
-    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
-        def quiet(*inner: Any) -> Any:
-            self.layer.training = False
-            try:
-                return forward(*inner)
-            finally:
-                self.layer.training = True
-
-        return self.checkpoint(quiet, *args)
 
 
 def _has_dropout(config: Any) -> bool:

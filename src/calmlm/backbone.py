@@ -351,6 +351,6 @@ def check_fingerprint(
     for key in keys:
         if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
             raise CheckpointError(
-                f"This composition was made on the {role} {wanted!r} ({expected['architecture']}), but got {got!r} "
-                f"({found['architecture']}) with other {key}: load it on the model that it was made on."
+                f"The {role} must be {wanted!r} ({expected.get('architecture')}), on which this composition was made, "
+                f"but got {got!r} ({found['architecture']}) with other {key}: load it on the model that it was made on."
             )

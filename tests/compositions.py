@@ -97,7 +97,7 @@ def greedy_without_cache(
 
 
 # "<what was expected> must ..., but <what arrived>: <what to do>."
-SENTENCE = re.compile(r"[A-Z'\"].*\b(must|may|needs|need|needed|be given)\b.*\bbut\b.+[:;] .+\.", re.DOTALL)
+SENTENCE = re.compile(r"['\"\w].*\b(must|may|needs|need|needed|be given)\b.*\bbut\b.+[:;] .+\.", re.DOTALL)
 
 
 def assert_helpful(error: BaseException, *mentions: str) -> None:

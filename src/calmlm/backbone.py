@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from calmlm.errors import CheckpointError, ModelError
+from calmlm.errors import CheckpointError, DataError, ModelError
 
 LAYER_NAMES = ("layers", "h", "blocks")
 POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
 SAMPLE = 256  # values per tensor that go into a fingerprint
-PROBE_TOLERANCE = 1e-2  # relative; a leak from the future is of order one, kernels' rounding is far below this
+# Relative. Experts' kernels round differently with other tokens (1e-6 in float32); an untrained encoder leaks 2e-3.
+PROBE_TOLERANCE = 1e-4
+PROBE_TOLERANCE_HALF = 1e-2
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Backbone:
         vocab_size: rows of its input embedding.
         takes_positions: whether ``decoder`` accepts ``position_ids``.
         absolute_positions: whether it adds an embedding of the absolute position to its input.
+        max_positions: how many positions have a learned embedding, or None where positions do not end.
         cache_argument: the name under which it takes a cache of transformers' general form, or None.
     """
 
@@ -45,6 +49,7 @@ class Backbone:
     vocab_size: int
     takes_positions: bool
     absolute_positions: bool
+    max_positions: int | None
     cache_argument: str | None
 
     @classmethod
@@ -60,7 +65,9 @@ class Backbone:
             ModelError: when ``model`` is no causal language model or its layers are not found.
         """
         name = type(model).__name__
-        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        # A masked language model has output embeddings as well, but only a causal one generates.
+        causal = isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
+        if not causal or model.get_output_embeddings() is None:
             raise ModelError(
                 f"The {role} must be a causal language model of transformers, but got {name}: "
                 f"load it with AutoModelForCausalLM."
@@ -72,6 +79,8 @@ class Backbone:
         config = text_config(model)
         decoder, layers = _find_layers(model, config, role, layers_path)
         embedding = model.get_input_embeddings()
+        positions = _absolute_positions(decoder, layers)
+        learned = any(isinstance(module, nn.Embedding) for module in positions)
         return cls(
             decoder=decoder,
             layers=layers,
@@ -79,7 +88,8 @@ class Backbone:
             num_heads=getattr(config, "num_attention_heads", None) or 1,
             vocab_size=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
             takes_positions=accepts(decoder, "position_ids"),
-            absolute_positions=_has_absolute_positions(decoder, layers),
+            absolute_positions=bool(positions),
+            max_positions=getattr(config, "max_position_embeddings", None) if learned else None,
             cache_argument=_cache_argument(model, decoder),
         )
 
@@ -115,8 +125,30 @@ class Backbone:
             vocab_size=0,
             takes_positions=False,
             absolute_positions=False,
+            max_positions=None,
             cache_argument=None,
         )
+
+    def check_length(self, role: str, length: int, positions: Tensor | None) -> None:
+        """Raise when a call goes beyond the positions that the model has learned.
+
+        Args:
+            role: what to call the model in the message.
+            length: tokens up to the end of this call, those of earlier calls included.
+            positions: (B or 1, T) of this call, or None; packed rows begin again, so that a long call may fit.
+
+        Raises:
+            DataError: for a call that does not fit.
+        """
+        # Positions are looked at last, because that waits for the device.
+        if self.max_positions is None or length <= self.max_positions:
+            return
+        needed = length if positions is None else int(positions.max()) + 1
+        if needed > self.max_positions:
+            raise DataError(
+                f"The {role} must be given at most {self.max_positions} tokens, because it has learned no more "
+                f"positions, but got {needed}: shorten the prompt, or generate fewer tokens."
+            )
 
     def probe(self, role: str) -> None:
         """Run six tokens through the decoder once and look at what its layers give.
@@ -138,8 +170,9 @@ class Backbone:
                     f"Layer {index} of the {role} must give states of shape (batch, length, {self.size}), but in "
                     f"{name} it gives {shape} for a batch of 2 and a length of 3: this architecture cannot be composed."
                 )
+            tolerance = PROBE_TOLERANCE if a.dtype == torch.float32 else PROBE_TOLERANCE_HALF
             past_a, past_b = a[:, :-1].float(), b[:, :-1].float()
-            if (past_a - past_b).abs().max() > PROBE_TOLERANCE * past_a.abs().max().clamp(min=1e-6):
+            if (past_a - past_b).abs().max() > tolerance * past_a.abs().max().clamp(min=1e-6):
                 raise ModelError(
                     f"The {role} must be a causal decoder, but in {name} an earlier position sees a later token: "
                     f"use a decoder, or set is_decoder=True in its configuration if it has that setting."
@@ -199,9 +232,9 @@ def freeze(model: nn.Module) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its final full stop."""
+    """The first sentence of an error's message, at most one line of it, without its final full stop."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(". ")
+    return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__
 
 
 def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
@@ -214,7 +247,7 @@ def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
             ``trust_remote_code`` is given.
 
     Raises:
-        ModelError: when there is no such model, or it is no causal language model.
+        ModelError: when there is no such model, it is no causal language model, or some of its weights are missing.
     """
     return _load(AutoModelForCausalLM, "causal language model", source, role, options)
 
@@ -229,7 +262,7 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
         k: v for k, v in options.items() if v is not None
     }
     try:
-        return auto.from_pretrained(source, **options)
+        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
@@ -242,6 +275,13 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
             f"The {role} must have readable weights, but those of {source!r} are damaged "
             f"({first_line(error)}): fetch or save the model again."
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise ModelError(
+            f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
+            f"example {missing[0]!r}: choose a complete {kind}."
+        )
+    return model
 
 
 def _find_layers(
@@ -299,15 +339,16 @@ def _cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None)
 
 
-def _has_absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> bool:
+def _absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> list[Any]:
+    """The modules and buffers outside the layers that hold embeddings of absolute positions."""
+    found: list[Any] = []
     inside = {id(module) for layer in layers for module in layer.modules()}
     for owner in decoder.modules():
         if id(owner) in inside:
             continue
-        names = [name for name, _ in owner.named_children()] + [name for name, _ in owner.named_buffers(recurse=False)]
-        if any(name in POSITION_NAMES for name in names):
-            return True
-    return False
+        held = (*owner.named_children(), *owner.named_buffers(recurse=False))
+        found += [value for name, value in held if name in POSITION_NAMES]
+    return found
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -363,6 +404,6 @@ def check_fingerprint(
     for key in keys:
         if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
             raise CheckpointError(
-                f"This composition was made on the {role} {wanted!r} ({expected['architecture']}), but got {got!r} "
-                f"({found['architecture']}) with other {key}: load it on the model that it was made on."
+                f"The {role} must be {wanted!r} ({expected.get('architecture')}), on which this composition was made, "
+                f"but got {got!r} ({found['architecture']}) with other {key}: load it on the model that it was made on."
             )

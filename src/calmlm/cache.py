@@ -118,6 +118,23 @@ class CalmCache(Cache):
         """What belongs to one augmenting model."""
         return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name))
 
+    def check(self) -> None:
+        """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
+
+        Raises:
+            ModelError: when the anchor went on alone.
+        """
+        together = [
+            part for name, part in (*self.augmenting.items(), *self.cross.items()) if name not in self.frontiers
+        ]
+        lengths = {length for length in map(_length, (self.anchor, *together)) if type(length) is int}
+        lengths |= {frontier.length for frontier in self.frontiers.values()} if lengths else set()
+        if len(lengths) > 1:
+            raise ModelError(
+                f"past_key_values must have grown by this composition alone, but its parts hold from {min(lengths)} to "
+                f"{max(lengths)} tokens: begin a new one after disable_composition()."
+            )
+
     def parts(self) -> Iterator[Cache]:
         """Every cache in it: the anchor's, the augmenting models', the cross-attentions'."""
         yield self.anchor

@@ -252,13 +252,17 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
         config = storage.portable_config(self.config, folder)
-        storage.write_tensors(folder, self.composition_tensors(state_dict))
-        for name, alignment in self.model.alignments.items():
-            storage.write_text(folder / storage.alignment_name(name), json.dumps(alignment.to_json()))
-        storage.write_text(folder / "config.json", config.to_json_string())
-        storage.write_text(folder / "generation_config.json", self.generation_config.to_json_string())
+        files = {
+            storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),
+            "config.json": storage.text_writer(config.to_json_string()),
+            "generation_config.json": storage.text_writer(self.generation_config.to_json_string()),
+        } | {
+            storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
+            for name, alignment in self.model.alignments.items()
+        }
         if not (folder / storage.CARD_NAME).exists():
-            storage.write_text(folder / storage.CARD_NAME, storage.model_card(config))
+            files[storage.CARD_NAME] = storage.text_writer(storage.model_card(config))
+        storage.write_together(folder, files)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 

@@ -139,25 +139,38 @@ def inspect(folder: Folder) -> None:
 @app.command()
 def demo() -> None:
     """Two small models that cannot calculate with keys, and their composition that can."""
-    from calmlm.demo import run
+    from transformers.utils import logging
 
-    run()
+    from calmlm.demo.show import show
+
+    logging.disable_progress_bar()
+    show()
 
 
 @repro.command("kv-arithmetic")
 def kv_arithmetic(
     preset: Annotated[str, typer.Option(help="tiny (minutes), small (under an hour for each seed), paper (a GPU).")],
     seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
-    output: Annotated[Path | None, typer.Option(help="Where the results go.", show_default=False)] = None,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("experiments/kv_arithmetic/results"),
+    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("runs/kv_arithmetic"),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Also put the first seed's models there, for `calmlm demo`.", show_default=False)
+    ] = None,
 ) -> None:
     """Key-value arithmetic: one model knows the keys, the other calculates."""
-    from calmlm.experiments.kv_arithmetic import run
+    from calmlm.experiments.kv_arithmetic.run import run
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{seeds}'; write 0,1,2.") from None
-    run(preset=preset, seeds=numbers, output=output)
+    run(preset, numbers, output, cache, max_steps=max_steps, items=items, report=say)
+    if export is not None:
+        from calmlm.demo.bundle import pack
+
+        pack(preset, numbers[0], cache, export, max_steps=max_steps, items=items)
 
 
 if __name__ == "__main__":

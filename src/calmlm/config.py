@@ -19,6 +19,10 @@ The pair ``(i, j)`` reads the output of the augmenting model's layer ``i`` and a
 layer ``j``, which is the input of layer ``j + 1`` (paper, section 3.1).
 """
 
+READS = ("tokens", "text", "prompt", "inputs")
+"""What an augmenting model reads: the anchor's token ids; the same text in tokens of its own; the prompt alone; inputs of
+its own (an encoder)."""
+
 EVERY = 4  # N_A / n in all experiments of the paper
 
 
@@ -126,7 +130,9 @@ class ConnectorConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise ConfigError(f"Connector options must be among {', '.join(known)}, but got {', '.join(unknown)}.")
+            raise ConfigError(
+                f"Connector options must be among {', '.join(known)}, but got {', '.join(unknown)}: correct the name."
+            )
         heads = options.get("num_heads")
         if heads is None:
             # The anchor's own number, as in the paper; the next smaller one that divides the width where it does not.
@@ -150,8 +156,8 @@ class CalmConfig(PreTrainedConfig):
     Args:
         text_config: the anchor's configuration (so named that ``get_text_config()`` finds it).
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
-        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "config",
-            "connections", "connector"}``; ``connections`` are explicit 0-based pairs.
+        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
+            "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
     """
 
     model_type = "calm"

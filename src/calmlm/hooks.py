@@ -7,6 +7,7 @@ hooks share, and takes out when the call ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,3 +107,20 @@ def _on(device: torch.device, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(tensor.to(device) for tensor in value)
     return value if value is None else value.to(device)
+
+
+class QuietCheckpoint:
+    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        def quiet(*inner: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*inner)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quiet, *args)

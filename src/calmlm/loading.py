@@ -11,9 +11,9 @@ from transformers.utils import cached_file
 
 from calmlm import storage
 from calmlm.alignment import Alignment
-from calmlm.backbone import check_fingerprint, first_line, load_base, load_encoder
-from calmlm.config import CalmConfig
-from calmlm.errors import CheckpointError
+from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base, load_encoder
+from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
+from calmlm.errors import CheckpointError, ConfigError
 
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -56,8 +56,8 @@ def load_composition(
         recorded = entry.get("id") or ""
         if given is None and not recorded:
             raise CheckpointError(
-                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was composed from a "
-                f"model in memory that has no id: pass {'anchor' if role == 'anchor' else 'augmenting'}=..."
+                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was a model in memory "
+                f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
             )
         if isinstance(given, PreTrainedModel):
             model, name = given, given.name_or_path or type(given).__name__
@@ -67,6 +67,8 @@ def load_composition(
             load = load_encoder if entry.get("reads") == "inputs" else load_base
             model = load(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
         check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
+        # Relative to this folder, the name would lead nowhere once the composition is saved in another.
+        entry["id"] = storage.resolve_source(recorded, folder)
         return model
 
     anchor_model = base(anchor, config.anchor, "anchor")
@@ -78,6 +80,8 @@ def load_composition(
         )
         for name, entry in config.augmenting.items()
     }
+    for name, augmenting_model in augmenting_models.items():
+        _check_entry(config.augmenting[name], anchor_model, augmenting_model, config, source)
     config.text_config = anchor_model.config.get_text_config(decoder=True)
     alignments = {
         name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
@@ -85,6 +89,9 @@ def load_composition(
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     tensors = storage.read_tensors(weights, expected.items(), str(source))
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
     model.name_or_path = str(source)
     return model.eval()
@@ -110,6 +117,19 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
             f"{str(source)!r} must hold a calmlm composition, but its config.json describes "
             f"{kind or 'nothing known'!r}: give the folder that save_pretrained wrote."
         )
+    entries = data["augmenting"].values() if isinstance(data["augmenting"], dict) else [None]
+    whole = all(isinstance(data.get(key), dict) for key in ("anchor", "text_config")) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("connections"), list)
+        and isinstance(entry.get("connector"), dict)
+        and entry.get("reads") in READS
+        for entry in entries
+    )
+    if not whole:
+        raise CheckpointError(
+            f"{str(source)!r} must describe an anchor and, for each augmenting model, connections and a connector, but "
+            f"its config.json lacks some of them: save the composition again or fetch it anew."
+        )
     return CalmConfig.from_dict(data)
 
 
@@ -129,6 +149,23 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
         ) from error
 
 
+def _check_entry(
+    entry: dict[str, Any], anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig, source: str | Path
+) -> None:
+    """Raise unless the connections and the connector of ``entry`` fit the two models."""
+    above = Backbone.of(anchor, "anchor", config.anchor.get("layers_path"))
+    find = Backbone.of_encoder if entry.get("reads") == "inputs" else Backbone.of
+    below = find(augmenting, "augmenting model", entry.get("layers_path"))
+    try:
+        resolve_connections(entry["connections"], len(below.layers), len(above.layers))
+        ConnectorConfig.build(entry["connector"], above.size, above.num_heads)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold connections that fit its models, but its config.json is damaged "
+            f"({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
+
+
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """The local path of one of the composition's files, downloaded if ``source`` is a hub id.
 
@@ -143,5 +180,8 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
             f"give a folder that save_pretrained wrote, or a hub id that you can reach."
         ) from error
     if path is None:
-        raise CheckpointError(f"A saved composition must hold {name}, but none was found at {str(source)!r}.")
+        raise CheckpointError(
+            f"A saved composition must hold {name}, but none was found at {str(source)!r}: "
+            f"give a folder that save_pretrained wrote."
+        )
     return Path(path)

@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connector import CrossAttention
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectHook, Slot
+from calmlm.hooks import Call, CaptureHook, InjectHook, QuietCheckpoint, Slot
 from calmlm.readers import (
     AlignedReader,
     EncoderReader,
@@ -31,6 +31,7 @@ from calmlm.readers import (
     Reader,
     SharedReader,
     base_arguments,
+    length_of,
     mask_of,
     positions_for,
 )
@@ -222,6 +223,7 @@ class CalmModel(CalmPreTrainedModel):
         if past_key_values is None:
             return self.new_cache() if use_cache else None
         if isinstance(past_key_values, CalmCache):
+            past_key_values.check()
             return past_key_values
         return self.new_cache(past_key_values)
 
@@ -298,12 +300,14 @@ class CalmModel(CalmPreTrainedModel):
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)
         backbone = self._backbones[""]
+        positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
+        backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
         call = self.begin(inputs, cache)
         arguments = base_arguments(
             backbone,
             input_ids=inputs.ids,
             attention_mask=mask_of(inputs.mask, "anchor"),
-            position_ids=positions_for(backbone, inputs.positions, inputs.ids, inputs.mask),
+            position_ids=positions,
             cache=cache.anchor if cache is not None else None,
         )
         self.slot.call = call
@@ -335,23 +339,6 @@ class CalmModel(CalmPreTrainedModel):
         }
         output = target(**{key: value for key, value in given.items() if value is not None})
         return output, getattr(output, argument, None)
-
-
-class QuietCheckpoint:
-    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
-
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
-        self.layer, self.checkpoint = layer, checkpoint
-
-    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
-        def quiet(*inner: Any) -> Any:
-            self.layer.training = False
-            try:
-                return forward(*inner)
-            finally:
-                self.layer.training = True
-
-        return self.checkpoint(quiet, *args)
 
 
 def _has_dropout(config: Any) -> bool:

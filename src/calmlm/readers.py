@@ -1,4 +1,4 @@
-"""How an augmenting model reads: the same tokens, the same text in its own, or a prompt, image or sound at once.
+"""How an augmenting model reads: the same tokens, the same text in its own, or a prompt or image at once.
 
 A reader runs its model for one call and prepares the ``Stream`` from which the anchor's hooks take keys and values. What
 it knows of earlier calls lies in the cache; readers themselves keep no state between calls.
@@ -31,14 +31,14 @@ class Inputs:
     """What a composition is called with.
 
     Attributes:
-        ids: (B, T) int64, the anchor's new tokens.
+        ids: (B, T) int64, the anchor's new tokens; None only while the composition is disabled.
         mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
         positions: (B or 1, T) int64, or None.
         prompt: (B, T) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
         augmenting: inputs of augmenting encoders, by name.
     """
 
-    ids: Tensor
+    ids: Any
     mask: Any
     positions: Tensor | None
     prompt: Tensor | None
@@ -119,13 +119,16 @@ class SharedReader(Common):
                 positions = (torch.arange(inputs.ids.shape[1], device=inputs.ids.device) + seen)[None]
             rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], self.connector.head_dim)
         stream = Stream(mask, rotation, rotation, cross, self.attention(boolean_mask=False)[1])
+        positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
+        length = length_of(inputs.ids, inputs.mask, past.own if past is not None else None)
+        self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
         self.run(
             stream,
             **base_arguments(
                 self.backbone,
                 input_ids=self.on_device(inputs.ids),
                 attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
-                position_ids=positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask),
+                position_ids=positions,
                 cache=past.own if past is not None else None,
             ),
         )
@@ -306,6 +309,14 @@ def counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
         return None
     positions = attention_mask.long().cumsum(-1) - 1
     return positions.clamp(min=0)[:, -input_ids.shape[1] :]
+
+
+def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> int:
+    """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.shape[1]
+    past = cache.get_seq_length() if cache is not None else 0
+    return input_ids.shape[1] + (past if isinstance(past, int) else 0)
 
 
 def mask_of(attention_mask: Any, prefix: str) -> Any:

@@ -24,32 +24,48 @@ def alignment_name(name: str) -> str:
     return f"alignment.{name}.json"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+Writer = Callable[[Path], object]
+"""Fills the file whose path it is given."""
+
+
+def write_together(folder: Path, writers: dict[str, Writer]) -> None:
+    """Write files of ``folder``, by name: all to temporary files first, so that a failure leaves the old ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporaries: dict[str, Path] = {}
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for name, write in writers.items():
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            os.close(descriptor)
+            temporaries[name] = Path(temporary)
+            write(temporaries[name])
+            os.chmod(temporary, 0o644)
+        for name, path in temporaries.items():
+            os.replace(path, folder / name)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporaries.values():
+            path.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, write: Writer) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
+    write_together(path.parent, {path.name: write})
 
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, text_writer(text))
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the composition's tensors to ``folder`` atomically."""
+def text_writer(text: str) -> Writer:
+    """Writes ``text`` as UTF-8."""
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def tensor_writer(tensors: dict[str, Tensor]) -> Writer:
+    """Writes ``tensors`` as safetensors."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(
-        folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, str(temporary), metadata={"format": "pt"})
-    )
+    return lambda path: save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str) -> dict[str, Tensor]:

@@ -98,13 +98,12 @@ def _tokenizer(config: TrainingConfig) -> Any:
 
 
 def _anchor_of(composition: str) -> list[str]:
-    """The id of the anchor that a saved composition names."""
-    from calmlm.config import CalmConfig
+    """The anchor that a saved composition names, as an id or folder that can be loaded from here."""
     from calmlm.loading import read_config
+    from calmlm.storage import resolve_source
 
-    config = read_config(composition, {})
-    assert isinstance(config, CalmConfig)
-    return [config.anchor["id"]] if config.anchor and config.anchor.get("id") else []
+    recorded = (read_config(composition).anchor or {}).get("id")
+    return [resolve_source(recorded, Path(composition))] if recorded else []
 
 
 def _model(config: ModelConfig) -> Any:

@@ -38,6 +38,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         "logging_steps": 10,
         "report_to": ["tensorboard"],
         "save_total_limit": 2,
+        "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU it only warns
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not arguments.get("fp16"),
         # Frozen bases keep few activations; recomputing both of them costs more than it saves. (The older name of the
         # setting loses against the newer one, so this must not stand beside it.)

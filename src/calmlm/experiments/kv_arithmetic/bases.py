@@ -37,10 +37,11 @@ def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase) -> tuple[
     stage = world.preset.augmenting
     rng = world.rng("augmenting")
     count = stage.steps * stage.batch_size
-    examples = [
-        world.substitution(rng, world.keys) if rng.random() < world.preset.substitution_share else world.row(rng)
-        for _ in range(count)
-    ]
+    examples = []
+    for i in range(count):
+        # Substituting is quick to learn once the keys are known, and slows that down before.
+        share = world.preset.substitution_share if i > 0.4 * count else 0.0
+        examples.append(world.substitution(rng, world.keys) if rng.random() < share else world.row(rng))
     model = new_model(tokenizer, world.preset.augmenting_size, world.seed)
     return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
 

@@ -21,14 +21,17 @@ VARIANTS = {
 
 
 def composition_examples(world: World, variant: str) -> list[Example]:
-    """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is plain numeric arithmetic."""
+    """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is numeric and keeps what m_B can do."""
     preset = world.preset
     rng = world.rng("composition-subs" if variant == "composed_subs" else "composition")
     return [_example(world, rng, variant) for _ in range(preset.composition.steps * preset.composition.batch_size)]
 
 
 def _example(world: World, rng: random.Random, variant: str) -> Example:
-    if rng.random() < world.preset.numeric_share:
+    draw = rng.random()
+    if draw < 0.25 * world.preset.numeric_share:
+        return world.numeric_restatement(rng)
+    if draw < world.preset.numeric_share:
         return world.numeric(rng, DC_PHRASINGS)
     if variant == "composed_subs":
         return world.substitution(rng, world.composition_keys)

@@ -121,8 +121,10 @@ class World:
         self.composition_keys = keys[:held_in]
         self.unseen_keys = keys[held_in:]
         self._words: dict[int, list[str]] = {}
-        for word, value in word_values(min(preset.highest, 20)).items():
+        named = min(preset.highest, 20)
+        for word, value in word_values(named).items():
             self._words.setdefault(value, []).append(word)
+        self._known = {word for words in self._words.values() for word in words}
 
     def rng(self, purpose: str) -> random.Random:
         """Return a generator of its own for one purpose; it depends on the preset, the seed and the purpose alone."""
@@ -141,14 +143,13 @@ class World:
     # What m_A is trained on -------------------------------------------------------------------------------------------
 
     def row(self, rng: random.Random) -> Example:
-        """Keys each followed by its value: a bare list with other words between, or inside a phrasing."""
-        count = rng.randint(4, 7)
-        glossed = [f"{key} {self.value[key]}" for key in rng.choices(self.keys, k=count)]
-        if rng.random() < 0.25:
-            return Example(" ".join(f"{random_word(rng)} {g}" if rng.random() < 0.4 else g for g in glossed), "")
+        """Keys each followed by its value: a list, with other words between, or inside a phrasing."""
+        entries = [f"{key} {self.value[key]}" for key in rng.choices(self.keys, k=rng.randint(4, 7))]
+        if rng.random() < 0.4:
+            return Example(" ".join(f"{random_word(rng)} {e}" if rng.random() < 0.3 else e for e in entries), "")
         phrasing = rng.choice([*PHRASINGS.values(), REWRITE])
-        operators = [rng.choice(self.preset.operators) for _ in range(count - 1)]
-        return Example(phrasing.prompt(glossed, operators), "")
+        operators = [rng.choice(self.preset.operators) for _ in entries[1:]]
+        return Example(phrasing.prompt(entries, operators), "")
 
     def substitution(self, rng: random.Random, keys: Sequence[str]) -> Example:
         """KV-SUBS: an expression over keys, and the same over their values."""
@@ -164,10 +165,16 @@ class World:
             text = rng.choice(self._words[value])
         draw = rng.random()
         if draw < 0.25:
-            text = f"{random_word(rng)} {text}"
+            text = f"{self.unknown_word(rng)} {text}"
         elif draw < 0.3:
-            text = f"{text} {random_word(rng)}"
+            text = f"{text} {self.unknown_word(rng)}"
         return text
+
+    def unknown_word(self, rng: random.Random) -> str:
+        """Return random letters that mean nothing to m_B."""
+        while (word := random_word(rng)) in self._known:
+            pass
+        return word
 
     def general(self, rng: random.Random, progress: float = 1.0) -> Example:
         """Arithmetic in any phrasing and notation, with text around the numbers; some of it asks to restate alone.
@@ -182,7 +189,7 @@ class World:
             return Example(REWRITE.prompt(operands, expression.operators), expression.restated())
         prompt = rng.choice(list(PHRASINGS.values())).prompt(operands, expression.operators)
         if rng.random() < 0.1:
-            prompt = f"{random_word(rng)}. {prompt}"
+            prompt = f"{self.unknown_word(rng)}. {prompt}"
         return Example(prompt, expression.solution())
 
     # What the composition is trained on, and what everything is measured on -----------------------------------------
@@ -192,6 +199,11 @@ class World:
         expression, _ = self.expression(rng, operands or self.preset.operands, None)
         prompt = PHRASINGS[rng.choice(phrasings)].prompt([str(v) for v in expression.values], expression.operators)
         return Example(prompt, expression.solution())
+
+    def numeric_restatement(self, rng: random.Random) -> Example:
+        """An expression over numbers in figures that is to be restated only."""
+        expression, _ = self.expression(rng, self.preset.operands, None)
+        return Example(REWRITE.prompt([str(v) for v in expression.values], expression.operators), expression.restated())
 
     def arithmetic(
         self,

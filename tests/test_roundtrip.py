@@ -1,0 +1,427 @@
+"""A saved composition comes back as it was, holds nothing of its bases, and is never loaded in part or in doubt."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import hub
+
+import calmlm
+from calmlm import CalmForCausalLM, CheckpointError, storage
+from compositions import assert_helpful, awaken, logits_of, tiny_composition
+from tiny import tiny_model, tiny_tokens
+
+IDS = tiny_tokens(2, 7)
+OPTIONS = {"gate": True, "rotary": True, "query_key_bias": 1.5, "null_key": True, "num_heads": 6}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with two base models, ``anchor`` and ``augmenting``."""
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "anchor")
+    tiny_model("gpt2", seed=2).save_pretrained(tmp_path / "augmenting")
+    return tmp_path
+
+
+def from_folders(models: Path, **options: Any) -> CalmForCausalLM:
+    return awaken(calmlm.compose(models / "anchor", models / "augmenting", **{"connections": 2, **options}))
+
+
+@pytest.fixture
+def saved(models: Path) -> Path:
+    """A saved composition of those two."""
+    from_folders(models).save_pretrained(models / "composition")
+    return models / "composition"
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"norm": False, "connections": [(0, 3), (4, 3)]}], ids=str)
+def test_the_same_logits_exactly(models: Path, options: dict[str, Any]) -> None:
+    model = from_folders(models, **options)
+    model.save_pretrained(models / "composition")
+    again = CalmForCausalLM.from_pretrained(models / "composition")
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+    assert not again.training
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == set(again.composition_tensors())
+    settings = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    assert torch.equal(again.generate(IDS, **settings), model.generate(IDS, **settings))
+    # A second trip changes no byte.
+    again.save_pretrained(models / "second")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (models / "second" / name).read_bytes() == (models / "composition" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_compositions_own_dtype_comes_back(models: Path, dtype: torch.dtype) -> None:
+    model = from_folders(models, dtype=torch.bfloat16, composition_dtype=dtype)
+    model.save_pretrained(models / "composition")
+    again = CalmForCausalLM.from_pretrained(models / "composition", dtype=torch.bfloat16)
+    assert {p.dtype for p in again.anchor.parameters()} == {torch.bfloat16}
+    assert {t.dtype for t in again.composition_tensors().values()} == {dtype}
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
+def test_auto_classes_load_it(saved: Path) -> None:
+    expected = logits_of(CalmForCausalLM.from_pretrained(saved), IDS)
+    config = AutoConfig.from_pretrained(saved)
+    assert type(config) is calmlm.CalmConfig
+    assert config.augmenting["augmenting"]["connections"] == [[1, 1], [4, 4]]
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert type(model) is CalmForCausalLM
+    assert torch.equal(logits_of(model, IDS), expected)
+
+
+def test_options_reach_the_bases(saved: Path) -> None:
+    model = CalmForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, attn_implementation="sdpa")
+    for base in model.model.bases():
+        assert base.dtype == torch.bfloat16
+        assert base.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    assert CalmForCausalLM.from_pretrained(saved, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_a_copy_and_a_pickle_are_compositions_of_their_own() -> None:
+    model = tiny_composition(**OPTIONS)
+    expected = logits_of(model, IDS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(other, IDS), expected)
+        # Changing it changes it alone: its hooks point at its own connectors and its own bases.
+        with torch.no_grad():
+            for connector in other.model.connectors["augmenting"]:
+                connector.o_proj.weight.zero_()
+        assert torch.equal(logits_of(other, IDS), logits_of(tiny_model("llama", seed=1), IDS))
+        assert torch.equal(logits_of(model, IDS), expected)
+        other.train()(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        with torch.no_grad():
+            other.augmenting["augmenting"].get_input_embeddings().weight.add_(1)
+        assert torch.equal(logits_of(model, IDS), expected)
+
+
+def test_a_state_dict_goes_back_and_forth() -> None:
+    model, other = tiny_composition(), tiny_composition(awake=False)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other, IDS), logits_of(model, IDS))
+    names = set(model.state_dict())
+    assert {f"model.anchor.{name}" for name in tiny_model("llama").state_dict()} <= names
+    assert {f"model.augmenting.augmenting.{name}" for name in tiny_model("gpt2").state_dict()} <= names
+
+
+# What lies in the folder
+
+
+def test_the_folder_holds_the_composition_alone(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    model = CalmForCausalLM.from_pretrained(saved)
+    own = sum(t.numel() * t.element_size() for t in model.composition_tensors().values())
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    assert own <= size <= own + 16_000
+    assert set(load_file(saved / "model.safetensors")) == set(model.composition_tensors())
+    bases = sum(p.numel() * p.element_size() for base in model.model.bases() for p in base.parameters())
+    assert size < bases + own
+
+
+def test_a_gathered_state_dict_may_be_given(models: Path) -> None:
+    model = from_folders(models)
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(models / "composition", state_dict=gathered)
+    assert set(load_file(models / "composition" / "model.safetensors")) == set(model.composition_tensors())
+    model.save_pretrained(models / "nothing", is_main_process=False)
+    assert not (models / "nothing").exists()
+
+
+def test_nothing_of_this_machine_is_written(saved: Path) -> None:
+    for path in saved.iterdir():
+        assert str(saved.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_card_that_a_person_wrote_stays(models: Path) -> None:
+    model = from_folders(models)
+    model.save_pretrained(models / "composition")
+    card = models / "composition" / "README.md"
+    assert "1 → 1, 4 → 4" in card.read_text(encoding="utf-8")
+    card.write_text("mine")
+    model.save_pretrained(models / "composition")
+    assert card.read_text() == "mine"
+
+
+# Where the bases are
+
+
+def test_the_parent_folder_can_move(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    expected = logits_of(CalmForCausalLM.from_pretrained(saved), IDS)
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "moved"
+    shutil.move(str(saved.parent), elsewhere)
+    assert torch.equal(logits_of(CalmForCausalLM.from_pretrained(elsewhere / "composition"), IDS), expected)
+
+
+def test_a_relative_path_and_another_directory(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models)
+    model = awaken(calmlm.compose("anchor", "augmenting", connections=2))
+    model.save_pretrained("composition")
+    monkeypatch.chdir("/")
+    again = CalmForCausalLM.from_pretrained(models / "composition")
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
+def test_a_reloaded_composition_can_be_saved_elsewhere(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = CalmForCausalLM.from_pretrained(saved)
+    other = tmp_path_factory.mktemp("other") / "deep" / "composition"
+    model.save_pretrained(other)
+    assert torch.equal(logits_of(CalmForCausalLM.from_pretrained(other), IDS), logits_of(model, IDS))
+
+
+def test_bases_from_memory_must_be_passed(tmp_path: Path) -> None:
+    model = tiny_composition()
+    model.save_pretrained(tmp_path)
+    for given in ({}, {"anchor": tiny_model("llama", seed=1)}, {"augmenting": tiny_model("gpt2", seed=2)}):
+        with pytest.raises(CheckpointError) as error:
+            CalmForCausalLM.from_pretrained(tmp_path, **given)
+        assert_helpful(error.value, "from_pretrained", "augmenting=" if "anchor" in given else "anchor=")
+    bases = {"anchor": tiny_model("llama", seed=1), "augmenting": tiny_model("gpt2", seed=2)}
+    again = CalmForCausalLM.from_pretrained(tmp_path, **bases)
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+    named = {**bases, "augmenting": {"augmenting": tiny_model("gpt2", seed=2)}}
+    assert torch.equal(logits_of(CalmForCausalLM.from_pretrained(tmp_path, **named), IDS), logits_of(model, IDS))
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained(tmp_path, anchor=bases["anchor"], augmenting={"other": bases["augmenting"]})
+    assert_helpful(error.value, "other", "augmenting")
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "other weights": lambda: tiny_model("llama", seed=9),
+    "other shapes": lambda: tiny_model("llama", seed=1, intermediate_size=72),
+    "other depth": lambda: tiny_model("llama", seed=1, num_hidden_layers=6),
+    "other architecture": lambda: tiny_model("mistral", seed=1),
+}
+
+
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_base_is_an_error_that_names_both(saved: Path, kind: str, role: str) -> None:
+    other = saved.parent / "impostor"
+    OTHERS[kind]().save_pretrained(other)
+    for given in (str(other), AutoModelForCausalLM.from_pretrained(other)):
+        with pytest.raises(CheckpointError) as error:
+            CalmForCausalLM.from_pretrained(saved, **{role: given})
+        assert_helpful(error.value, role, "impostor")
+    # The same when the folder of the base was filled with another model.
+    shutil.rmtree(saved.parent / role)
+    shutil.move(str(other), saved.parent / role)
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained(saved)
+    assert_helpful(error.value, role)
+
+
+def test_the_same_base_in_another_dtype_is_the_same_base(saved: Path) -> None:
+    CalmForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    CalmForCausalLM.from_pretrained(saved, dtype=torch.float16)
+
+
+def test_a_base_that_is_gone(saved: Path) -> None:
+    shutil.rmtree(saved.parent / "augmenting")
+    with pytest.raises(calmlm.ModelError) as error:
+        CalmForCausalLM.from_pretrained(saved)
+    assert_helpful(error.value, "augmenting")
+
+
+# What is damaged
+
+
+def cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def change_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = json.loads((folder / "config.json").read_text())
+        change(data)
+        (folder / "config.json").write_text(json.dumps(data))
+
+    return damage
+
+
+FIRST = "model.connectors.augmenting.0.q_proj.weight"
+
+
+def entry(data: dict[str, Any]) -> dict[str, Any]:
+    return data["augmenting"]["augmenting"]
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "weights cut short": lambda folder: cut(folder / "model.safetensors"),
+    "weights empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "weights are a pickle": lambda folder: torch.save({}, folder / "model.safetensors"),
+    "weights gone": lambda folder: (folder / "model.safetensors").unlink(),
+    "a tensor gone": change_tensors(lambda tensors: tensors.pop(FIRST)),
+    "all tensors gone": change_tensors(lambda tensors: tensors.clear()),
+    "a tensor too many": change_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))),
+    "a tensor of another shape": change_tensors(lambda tensors: tensors.update({FIRST: torch.zeros(3, 48)})),
+    "a tensor under another name": change_tensors(lambda tensors: tensors.update(other=tensors.pop(FIRST))),
+    "another model's weights": lambda folder: shutil.copy(
+        folder.parent / "anchor" / "model.safetensors", folder / "model.safetensors"
+    ),
+    "configuration cut short": lambda folder: cut(folder / "config.json"),
+    "configuration empty": lambda folder: (folder / "config.json").write_text(""),
+    "configuration gone": lambda folder: (folder / "config.json").unlink(),
+    "configuration is a list": lambda folder: (folder / "config.json").write_text("[1, 2]"),
+    "configuration is binary": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+    "another model's configuration": lambda folder: shutil.copy(
+        folder.parent / "anchor" / "config.json", folder / "config.json"
+    ),
+    "no augmenting model": change_config(lambda data: data.pop("augmenting")),
+    "augmenting model is text": change_config(lambda data: data.update(augmenting="text")),
+    "augmenting entry is text": change_config(lambda data: data["augmenting"].update(augmenting="text")),
+    "no anchor": change_config(lambda data: data.pop("anchor")),
+    "no connections": change_config(lambda data: entry(data).pop("connections")),
+    "connections are empty": change_config(lambda data: entry(data).update(connections=[])),
+    "connections are no pairs": change_config(lambda data: entry(data).update(connections=[1, 2])),
+    "connections out of range": change_config(lambda data: entry(data).update(connections=[[1, 1], [4, 99]])),
+    "one connection fewer": change_config(lambda data: entry(data)["connections"].pop()),
+    "no connector": change_config(lambda data: entry(data).pop("connector")),
+    "a connector of unknown options": change_config(lambda data: entry(data)["connector"].update(depth=3)),
+    "a connector of other options": change_config(lambda data: entry(data)["connector"].update(null_key=True)),
+    "a number of heads that divides nothing": change_config(lambda data: entry(data)["connector"].update(num_heads=7)),
+    "no anchor configuration": change_config(lambda data: data.update(text_config="text")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_is_refused(saved: Path, kind: str) -> None:
+    DAMAGES[kind](saved)
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained(saved)
+    assert_helpful(error.value, saved.name)
+
+
+@pytest.mark.parametrize("name", ["anchor", "missing", "empty", "file"])
+def test_what_is_no_composition_is_refused(models: Path, name: str) -> None:
+    (models / "empty").mkdir()
+    (models / "file").write_text("text")
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained(models / name)
+    assert_helpful(error.value, name)
+
+
+def test_a_name_that_is_no_folder_is_refused() -> None:
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained("no/such-composition")
+    assert_helpful(error.value, "no/such-composition")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "config.json"])
+def test_a_failure_while_writing_leaves_the_old_files(
+    saved: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CalmForCausalLM.from_pretrained(saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    expected = logits_of(model, IDS)
+
+    def fail(*args: Any, **_: Any) -> None:
+        # Some of the file is written already, as when a disk is full.
+        target = args[1] if victim == "model.safetensors" else args[0]
+        Path(target).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    if victim == "model.safetensors":
+        monkeypatch.setattr(storage, "save_file", fail)
+    else:
+        real = Path.write_text
+        monkeypatch.setattr(
+            Path, "write_text", lambda p, *a, **k: fail(p) if ".config.json" in p.name else real(p, *a, **k)
+        )
+    with torch.no_grad():
+        for parameter in model.model.connectors.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(saved)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert torch.equal(logits_of(CalmForCausalLM.from_pretrained(saved), IDS), expected)
+
+
+def test_a_file_in_the_place_of_the_folder(models: Path) -> None:
+    (models / "file").write_text("precious")
+    with pytest.raises(calmlm.ConfigError) as error:
+        from_folders(models).save_pretrained(models / "file")
+    assert_helpful(error.value, "file")
+    assert (models / "file").read_text() == "precious"
+
+
+def test_the_loaded_weights_do_not_hang_on_the_file(saved: Path) -> None:
+    # A composition is often saved over the folder that it was loaded from.
+    model = CalmForCausalLM.from_pretrained(saved)
+    expected = logits_of(model, IDS)
+    model.save_pretrained(saved)
+    assert torch.equal(logits_of(model, IDS), expected)
+    (saved / "model.safetensors").write_bytes(b"gone")
+    assert torch.equal(logits_of(model, IDS), expected)
+
+
+# The hub
+
+
+def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    files: set[str] = set()
+    model = from_folders(models)
+
+    def upload(self: Any, folder: Any, repo_id: str, *_: Any, **kwargs: Any) -> str:
+        calls.append({"repo_id": repo_id, **kwargs})
+        files.update(path.name for path in Path(folder).iterdir())
+        return "done"
+
+    class Api:
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            calls.append({"created": repo_id, **kwargs})
+            return SimpleNamespace(repo_id=repo_id)
+
+    monkeypatch.setattr(hub, "hf_api", Api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    model.push_to_hub("someone/something", private=True, commit_message="first")
+    assert calls[0]["created"] == "someone/something"
+    assert calls[0]["private"] is True
+    assert calls[-1]["repo_id"] == "someone/something"
+    assert calls[-1]["commit_message"] == "first"
+    assert {"model.safetensors", "config.json", "README.md"} <= files
+    assert not any("bin" in name or "pytorch" in name for name in files)
+
+    pushed: list[Any] = []
+    monkeypatch.setattr(CalmForCausalLM, "push_to_hub", lambda _, *args, **kwargs: pushed.append((args, kwargs)))
+    model.save_pretrained(models / "mine", push_to_hub=True, repo_id="someone/other", private=True)
+    assert pushed == [(("someone/other",), {"private": True})]
+    model.save_pretrained(models / "mine", push_to_hub=True)
+    assert pushed[-1] == (("mine",), {})

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.backbone import Backbone, fingerprint, load_base, text_config
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import ModelError
+from calmlm.tokenizers import find_tokenizer
 
 DEFAULT_NAME = "augmenting"
 
@@ -99,11 +100,12 @@ def compose(
         "null_key": null_key,
     }
     connector = ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads)
-    tokenizers = [
-        given if given is not None else find_tokenizer(model, trust_remote_code=trust_remote_code, **load_options)
-        for given, model in ((tokenizer, anchor_model), (augmenting_tokenizer, augmenting_model))
-    ]
-    check_vocabularies(anchor_backbone, augmenting_backbone, *tokenizers)
+    options = {"trust_remote_code": trust_remote_code, **load_options}
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(anchor_model, revision, **options)
+    if augmenting_tokenizer is None:
+        augmenting_tokenizer = _tokenizer_of(augmenting_model, augmenting_revision, **options)
+    check_vocabularies(anchor_backbone, augmenting_backbone, tokenizer, augmenting_tokenizer)
 
     config = CalmConfig(
         text_config=text_config(anchor_model),
@@ -126,18 +128,13 @@ def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None
     return entry | ({"layers_path": layers_path} if layers_path else {})
 
 
-def find_tokenizer(
-    model: PreTrainedModel, *, trust_remote_code: bool = False, **options: Any
-) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a loaded model's id or folder, or None."""
-    source = model.name_or_path
-    if not source:
-        return None
     hub = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-    except Exception:  # whatever keeps it from loading, there is no tokenizer to compare
+    trust_remote_code = options.get("trust_remote_code", False)
+    if not model.name_or_path:
         return None
+    return find_tokenizer(model.name_or_path, revision=revision, trust_remote_code=trust_remote_code, **hub)
 
 
 def check_vocabularies(

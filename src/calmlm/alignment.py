@@ -1,8 +1,8 @@
 """Two tokenizers, one text: which augmenting tokens stand for an anchor token, and from where they may be seen.
 
 The augmenting model reads the anchor's tokens *transcoded*: each anchor token's bytes, in the augmenting tokenizer's
-ids, looked up in a table that is made once. The stream only ever grows at its end and depends on past tokens alone, so it is
-exactly causal: what training sees is what decoding sees. The price is that the augmenting model sees the anchor's
+ids, looked up in a table that is made once. The stream grows at its end alone and depends on past tokens alone, so it
+is exactly causal: what training sees is what decoding sees. The price is that the augmenting model sees the anchor's
 segmentation rather than its own; on text whose words are tokens of both, the two agree.
 
 The frontier of anchor position t is the number of augmenting tokens whose bytes end at or before the end of token t.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, fingerprint, load_base, load_encoder, text_config
@@ -186,14 +186,9 @@ def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
     return load_encoder(source, role, **options)
 
 
-def find_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a loaded model's id or folder, or None."""
-    if not model.name_or_path:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path, **options)
-    except Exception:  # whatever keeps it from loading, there is no tokenizer to compare
-        return None
+    return find_tokenizer(model.name_or_path, revision=revision, **options) if model.name_or_path else None
 
 
 def align(

@@ -20,8 +20,8 @@ layer ``j``, which is the input of layer ``j + 1`` (paper, section 3.1).
 """
 
 READS = ("tokens", "text", "prompt", "inputs")
-"""What an augmenting model reads: the anchor's token ids; the same text in tokens of its own; the prompt alone; inputs of
-its own (an encoder)."""
+"""What an augmenting model reads: the anchor's token ids, the same text in tokens of its own, the prompt alone, or (an
+encoder) inputs of its own."""
 
 EVERY = 4  # N_A / n in all experiments of the paper
 

@@ -1,7 +1,7 @@
 """How an augmenting model reads: the same tokens, the same text in its own, or a prompt or image at once.
 
-A reader runs its model for one call and prepares the ``Stream`` from which the anchor's hooks take keys and values. What
-it knows of earlier calls lies in the cache; readers themselves keep no state between calls.
+A reader runs its model for one call and prepares the ``Stream`` from which the anchor's hooks take keys and values.
+What it knows of earlier calls lies in the cache; readers themselves keep no state between calls.
 """
 
 from __future__ import annotations

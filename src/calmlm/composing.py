@@ -14,6 +14,7 @@ from calmlm.backbone import Backbone, fingerprint, load_base, load_encoder, text
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import ConfigError, ModelError
+from calmlm.tokenizers import find_tokenizer
 
 DEFAULT_NAME = "augmenting"
 Source: TypeAlias = str | Path | PreTrainedModel
@@ -84,8 +85,9 @@ def compose(
     anchor_model = load_base(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
     anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
     anchor_backbone.probe("anchor")
-    hub = {key: load_options[key] for key in ("token", "cache_dir", "local_files_only") if key in load_options}
-    tokenizer = tokenizer or find_tokenizer(anchor_model, trust_remote_code=trust_remote_code, **hub)
+    hub = {key: shared[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in shared}
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(anchor_model, revision, **hub)
 
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -105,7 +107,8 @@ def compose(
             theirs = (
                 augmenting_tokenizer.get(name) if isinstance(augmenting_tokenizer, Mapping) else augmenting_tokenizer
             )
-            theirs = theirs or find_tokenizer(model, trust_remote_code=trust_remote_code, **hub)
+            if theirs is None:
+                theirs = _tokenizer_of(model, augmenting_revision, **hub)
             alignment = align(anchor_backbone, backbone, tokenizer, theirs)
             if alignment is not None:
                 alignments[name] = alignment

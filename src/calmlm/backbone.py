@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm.errors import CheckpointError, DataError, ModelError
 
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 LAYER_NAMES = ("layers", "h", "blocks")
 POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
 SAMPLE = 256  # values per tensor that go into a fingerprint
@@ -255,6 +257,21 @@ def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
 def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
     """Load a text, image or sound encoder from a hub id or a folder; otherwise like ``load_base``."""
     return _load(AutoModel, "model", source, role, options)
+
+
+def holds_decoder(source: str, **options: Any) -> bool:
+    """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
+    try:
+        architectures = AutoConfig.from_pretrained(source, **hub).architectures
+    except (OSError, ValueError, KeyError):
+        return True  # loading will say what is wrong
+    causal = {
+        name
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    return not architectures or any(name in causal for name in architectures)
 
 
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.alignment import Alignment
-from calmlm.backbone import Backbone, fingerprint, load_base, load_encoder, text_config
+from calmlm.backbone import Backbone, fingerprint, holds_decoder, load_base, load_encoder, text_config
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import ConfigError, ModelError
@@ -32,6 +32,8 @@ def compose(
     rotary: bool = False,
     query_key_bias: float | None = None,
     null_key: bool = False,
+    rank: int | None = None,
+    connector: str = "cross_attention",
     refresh: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
@@ -58,7 +60,8 @@ def compose(
             0-based: the output of the first layer is read into the output of the second. See
             ``calmlm.config.resolve_connections``. Several augmenting models may have their own, by name.
         num_heads: heads of the cross-attentions; by default the anchor's own number.
-        norm, gate, rotary, query_key_bias, null_key: connector options, see ``calmlm.config.ConnectorConfig``.
+        norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
+        connector: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``, see ``calmlm.connectors``.
         refresh: whether augmenting decoders read generated tokens too; False is the paper's ablation "m_A as encoder".
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
@@ -131,6 +134,8 @@ def compose(
             "rotary": rotary and entry["reads"] in ("tokens", "text"),
             "query_key_bias": query_key_bias,
             "null_key": null_key,
+            "rank": rank,
+            "kind": connector,
         }
         entry["connections"] = [list(pair) for pair in pairs]
         entry["connector"] = vars(ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads))
@@ -176,17 +181,12 @@ def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None
 
 
 def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
-    """Load a decoder or, where the id or folder holds none, an encoder.
+    """Load a causal language model or, where the id or folder was saved as something else, an encoder.
 
     Raises:
         ModelError: when it is neither.
     """
-    try:
-        return load_base(source, role, **options)
-    except ModelError as error:
-        if "Unrecognized configuration class" not in str(error.__cause__):
-            raise
-    return load_encoder(source, role, **options)
+    return (load_base if holds_decoder(source, **options) else load_encoder)(source, role, **options)
 
 
 def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:

@@ -23,6 +23,8 @@ READS = ("tokens", "text", "prompt", "inputs")
 """What an augmenting model reads: the anchor's token ids, the same text in tokens of its own, the prompt alone, or (an
 encoder) inputs of its own."""
 
+KINDS = ("cross_attention", "flamingo", "legonn")
+
 EVERY = 4  # N_A / n in all experiments of the paper
 
 
@@ -111,6 +113,8 @@ class ConnectorConfig:
         rotary: rotate queries and keys by their positions, so that attention knows distances.
         query_key_bias: start of a learned bias on queries and keys; with ``rotary`` it favours nearby positions.
         null_key: one learned key with a zero value, so that a position may attend to nothing.
+        rank: width of the middle of low-rank projections; None for full ones.
+        kind: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``; see ``calmlm.connectors``.
     """
 
     num_heads: int
@@ -119,6 +123,8 @@ class ConnectorConfig:
     rotary: bool = False
     query_key_bias: float | None = None
     null_key: bool = False
+    rank: int | None = None
+    kind: str = "cross_attention"
 
     @classmethod
     def build(cls, options: dict[str, Any], anchor_size: int, default_heads: int) -> ConnectorConfig:
@@ -143,6 +149,15 @@ class ConnectorConfig:
                 f"leave it out to take the anchor's own."
             )
         config = cls(**{**options, "num_heads": heads})
+        if config.kind not in KINDS:
+            raise ConfigError(
+                f"The connector must be one of {', '.join(KINDS)}, but got {config.kind!r}: use one of these."
+            )
+        if config.rank is not None and not 1 <= config.rank <= anchor_size:
+            raise ConfigError(
+                f"rank must lie between 1 and the anchor's width {anchor_size}, but got {config.rank}: leave it out "
+                f"for full projections."
+            )
         if config.rotary and (anchor_size // heads) % 2:
             raise ConfigError(
                 f"rotary needs an even width per head, but {anchor_size} / {heads} is odd: choose another num_heads."

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calmlm.backbone import state_of, with_state
-from calmlm.connector import Attention, CrossAttention, Rotation
+from calmlm.connector import Attention, Rotation
+from calmlm.connectors import Connector
 
 
 @dataclass
@@ -78,15 +79,19 @@ class CaptureHook:
 class InjectHook:
     """On a layer of the anchor: adds one connection's cross-attention to the layer's output."""
 
-    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: CrossAttention) -> None:
+    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: Connector) -> None:
         self.slot, self.name, self.connection, self.layer, self.connector = slot, name, connection, layer, connector
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        new = self.change(state_of(output))
+        return None if new is None else with_state(output, new)
+
+    def change(self, state: Tensor) -> Tensor | None:
+        """The anchor's state (B, T, D_B) with this connection in it; None where there is nothing to add."""
         call = self.slot.call
         if call is None or self.name not in call.streams:
             return None
         stream = call.streams[self.name]
-        state = state_of(output)
         device = state.device
         if self.layer in stream.hidden:
             hidden = stream.hidden[self.layer].to(device)
@@ -99,8 +104,18 @@ class InjectHook:
         else:
             return None  # the augmenting model has read nothing yet
         mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
-        new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
-        return with_state(output, new)
+        return self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+
+
+class InjectBeforeHook(InjectHook):
+    """On a layer of the anchor: changes the layer's input instead."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
+        if args:
+            new = self.change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = self.change(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
 
 
 def _on(device: torch.device, value: Any) -> Any:

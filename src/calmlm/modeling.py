@@ -20,9 +20,9 @@ from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, freeze, text_config
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
-from calmlm.connector import CrossAttention
+from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectHook, QuietCheckpoint, Slot
+from calmlm.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot
 from calmlm.readers import (
     AlignedReader,
     EncoderReader,
@@ -121,8 +121,9 @@ class CalmModel(CalmPreTrainedModel):
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
         for name in self.augmenting:
-            first: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
-            common = (name, self._backbones[name], first, self.config, self.slot)
+            first: Connector = self.connectors[name][0]  # type: ignore[index,assignment]
+            layers = tuple(sorted({i for i, _ in self.config.augmenting[name]["connections"]}))
+            common = (name, self.augmenting[name], self._backbones[name], layers, first, self.config, self.slot)
             reads = self.config.augmenting[name]["reads"]
             if reads == "tokens":
                 self._readers[name] = SharedReader(*common, anchor_vocabulary=self._backbones[""].vocab_size)
@@ -135,17 +136,23 @@ class CalmModel(CalmPreTrainedModel):
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
-        options = ConnectorConfig(**entry["connector"])
+        options = vars(ConnectorConfig(**entry["connector"])).copy()
+        kind = options.pop("kind")
+        size = augmenting.vocab_size if CONNECTORS[kind].reads_distribution else augmenting.size
         connectors = nn.ModuleList()
         for _, j in entry["connections"]:
-            connector = CrossAttention(augmenting.size, anchor.size, **vars(options))
+            connector = build_connector(kind, size, anchor.size, options)
             connector.to(next(anchor.layers[j].parameters()).device)
             connectors.append(connector)
         for index, (i, j) in reversed(list(enumerate(entry["connections"]))):
-            hook = InjectHook(self.slot, name, index, i, connectors[index])
             # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
             # so that connections into one layer follow in their order, each on the result of the one before.
-            anchor.layers[j].register_forward_hook(hook, prepend=True)
+            if connectors[index].before_layer:
+                before = InjectBeforeHook(self.slot, name, index, i, connectors[index])
+                anchor.layers[j].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            else:
+                hook = InjectHook(self.slot, name, index, i, connectors[index])
+                anchor.layers[j].register_forward_hook(hook, prepend=True)
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
         self.connectors[name] = connectors

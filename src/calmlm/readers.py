@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -20,6 +20,7 @@ from calmlm.alignment import LOOKBACK
 from calmlm.backbone import Backbone, accepts
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
+from calmlm.connectors import Connector
 from calmlm.errors import DataError
 from calmlm.frontier import Frontier
 from calmlm.hooks import Call, Slot, Stream
@@ -55,20 +56,31 @@ class Reader(Protocol):
 
 @dataclass
 class Common:
-    """What every reader holds: a name, its model's decoder or encoder, one of its connectors, the configuration."""
+    """What every reader holds: its name and model, the connected layers, the first connector, the configuration."""
 
     name: str
+    model: nn.Module
     backbone: Backbone
-    connector: CrossAttention
+    layers: tuple[int, ...]
+    first: Connector
     config: PreTrainedConfig
     slot: Slot
+
+    @property
+    def connector(self) -> CrossAttention:
+        """The cross-attention of the first connection; all have the same options."""
+        return self.first.attention
 
     def run(self, stream: Stream, **arguments: Any) -> None:
         """Run the model without gradients; hooks on its connected layers put their outputs into ``stream``."""
         self.slot.call = Call({self.name: stream})
         try:
             with torch.no_grad():
-                self.backbone.decoder(**arguments)
+                if self.first.reads_distribution:
+                    distribution = self.model(**arguments).logits.softmax(-1, dtype=torch.float32)
+                    stream.hidden.update(dict.fromkeys(self.layers, distribution))
+                else:
+                    self.backbone.decoder(**arguments)
         finally:
             self.slot.call = None
 
@@ -90,7 +102,7 @@ class Common:
             visible = visible | ~anything
         if kind == "sdpa":
             return visible, seeing, attention
-        dtype = self.connector.q_proj.weight.dtype
+        dtype = self.connector.dtype
         additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return additive.masked_fill(~visible, torch.finfo(dtype).min), seeing, attention
 
@@ -136,7 +148,7 @@ class SharedReader(Common):
 
     def mask(self, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache | None) -> Any:
         """The causal cross-attention mask for new positions of the shape (B, T) of ``like``."""
-        shape_only = torch.empty((*like.shape[:2], 0), dtype=self.connector.q_proj.weight.dtype, device=like.device)
+        shape_only = torch.empty((*like.shape[:2], 0), dtype=self.connector.dtype, device=like.device)
         return create_causal_mask(
             config=self.config,
             inputs_embeds=shape_only,

@@ -52,7 +52,7 @@ def in_batches(
     return ordered
 
 
-def _collator(pad: int):  # noqa: ANN202
+def _collator(pad: int):
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), pad)
@@ -69,7 +69,7 @@ def _collator(pad: int):  # noqa: ANN202
 class _SupervisedTrainer(Trainer):
     """The stock Trainer, but the vocabulary's logits are computed at supervised positions only (a third of the time)."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         supervised = labels != _IGNORED

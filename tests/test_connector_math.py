@@ -265,3 +265,15 @@ def test_a_whole_composition_is_the_papers_equations(anchor: str, pairs, attn_im
     assert_close(logits_of(model, ids), hidden, 1e-5)
     # And the composition is no small part of it.
     assert (logits_of(model, ids) - logits_of(model.anchor, ids)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_composition() -> None:
+    # The state after layer j is what layer j + 1 reads: with the cross-attention in it.
+    model, ids = tiny_composition("llama", "gpt2", [(2, 1)], norm=False), tiny_tokens(2, 6)
+    found = model(ids, output_hidden_states=True).hidden_states
+    alone = tiny_model("llama", seed=1)(ids, output_hidden_states=True).hidden_states
+    below = tiny_model("gpt2", seed=2)(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(found[1], alone[1])
+    assert_close(found[2], cross(model.model.connectors["augmenting"][0], alone[2], below[3]), 1e-5)
+    assert torch.equal(model.model(ids).last_hidden_state, found[-1])

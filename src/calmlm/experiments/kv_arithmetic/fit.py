@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from calmlm.experiments.kv_arithmetic.presets import Stage
 from calmlm.experiments.kv_arithmetic.world import Example
 
-__all__ = ["answer", "encode", "fit"]
+__all__ = ["SupervisedTrainer", "answer", "collator", "encode", "fit", "in_batches"]
 
 _IGNORED = -100
 _FIGURES = re.compile(r"▁?-?\d+")
@@ -50,7 +50,7 @@ def in_batches(rows: list[dict[str, list[int]]], batch_size: int, seed: int, win
     return ordered
 
 
-def _collator(pad: int):  # noqa: ANN202
+def collator(pad: int):  # noqa: ANN202
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), pad)
@@ -64,7 +64,7 @@ def _collator(pad: int):  # noqa: ANN202
     return collate
 
 
-class _SupervisedTrainer(Trainer):
+class SupervisedTrainer(Trainer):
     """The stock Trainer, but the vocabulary's logits are computed at supervised positions only (a third of the time)."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ANN001, ANN201
@@ -105,7 +105,7 @@ def fit(
             remove_unused_columns=False,
             **options,
         )
-        trainer = _SupervisedTrainer(model=model, args=arguments, train_dataset=in_batches(rows, stage.batch_size, seed), data_collator=_collator(pad))
+        trainer = SupervisedTrainer(model=model, args=arguments, train_dataset=in_batches(rows, stage.batch_size, seed), data_collator=collator(pad))
         trainer.train()
     model.eval()
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -23,7 +23,7 @@ from calmlm.errors import ConfigError
 from calmlm.experiments.kv_arithmetic.bases import new_model, train_anchor, train_augmenting
 from calmlm.experiments.kv_arithmetic.composition import VARIANTS, train_composition
 from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, models, score
-from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset
+from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset, Stage
 from calmlm.experiments.kv_arithmetic.report import INTERVAL, summarise, write_report
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
@@ -37,7 +37,7 @@ _DONE = "stage.json"
 
 
 def get_preset(name: str, max_steps: int | None = None, items: int | None = None) -> Preset:
-    """Return a preset, with every training cut to ``max_steps`` and every column to ``items`` where these are given.
+    """Return a preset; ``max_steps`` cuts every training, and its batches to 16 rows, ``items`` cuts every column.
 
     Raises:
         ConfigError: for an unknown name.
@@ -46,10 +46,12 @@ def get_preset(name: str, max_steps: int | None = None, items: int | None = None
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}, but got {name!r}: choose one of these.")
     preset = PRESETS[name]
     if max_steps is not None:
-        cut = {
-            stage: dataclasses.replace(getattr(preset, stage), steps=min(max_steps, getattr(preset, stage).steps))
-            for stage in ("augmenting", "anchor", "composition")
-        }
+        cut = {}
+        for stage_name in ("augmenting", "anchor", "composition"):
+            stage: Stage = getattr(preset, stage_name)
+            cut[stage_name] = dataclasses.replace(
+                stage, steps=min(max_steps, stage.steps), batch_size=min(16, stage.batch_size)
+            )
         preset = dataclasses.replace(preset, **cut)
     return dataclasses.replace(preset, items=items) if items is not None else preset
 
@@ -155,7 +157,7 @@ def run(
         seeds: each seed has its own keys, models and items.
         output: folder of the report: ``<preset>.json``, ``<preset>.md`` and a plot.
         cache: folder of finished stages; a stage that is found there is not repeated.
-        max_steps: upper limit for the steps of each training, for a trial.
+        max_steps: upper limit for the steps of each training, for a trial; batches are cut to 16 rows then.
         items: evaluation items per column, instead of the preset's.
         command: the command that the report names as its origin.
         report: called with each line of progress.

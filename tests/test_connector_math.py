@@ -132,6 +132,10 @@ def test_a_null_key_takes_its_share_of_the_weight_and_gives_nothing() -> None:
     read = torch.softmax(query @ keys.transpose(-1, -2) / 2, -1) @ values * (seen / (seen + null))[..., None]
     expected = anchor + connector.o_proj(read.transpose(1, 2).flatten(2))
     assert_close(connector(anchor, keys, values, None), expected, 1e-5)
+    # The same with a mask of either kind that hides nothing.
+    seen_all = torch.zeros(2, 1, 5, 7)
+    assert_close(connector(anchor, keys, values, seen_all), expected, 1e-5)
+    assert_close(connector(anchor, keys, values, seen_all == 0, attention=boolean_attention), expected, 1e-5)
     # Where nothing else is visible, the null key leaves the anchor alone, with either kind of mask.
     for mask in (torch.full((2, 1, 5, 7), NEVER), torch.zeros(2, 1, 5, 7, dtype=torch.bool)):
         attention = eager_attention if mask.dtype != torch.bool else boolean_attention

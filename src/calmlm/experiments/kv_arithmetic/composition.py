@@ -55,7 +55,11 @@ def compose_bases(world: World, anchor: LlamaForCausalLM, augmenting: LlamaForCa
 
 
 def train_composition(
-    world: World, tokenizer: PreTrainedTokenizerBase, anchor: LlamaForCausalLM, augmenting: LlamaForCausalLM, variant: str
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    anchor: LlamaForCausalLM,
+    augmenting: LlamaForCausalLM,
+    variant: str,
 ) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
     """Compose ``anchor`` with ``augmenting`` and train the composition on its D_C."""
     model = compose_bases(world, anchor, augmenting)

@@ -94,8 +94,8 @@ _SMALL = Preset(
     heads=4,
 )
 
-# The paper's data: 25K keys with a value each, 3 to 6 operands, a product too. Numbers are spelled in digits. Meant for a
-# GPU; the sizes of the models and the lengths of the trainings are ours.
+# The paper's data: 25K keys with a value each, 3 to 6 operands, a product too. Numbers are spelled in digits. Meant for
+# a GPU; the sizes of the models and the lengths of the trainings are ours.
 _PAPER = Preset(
     name="paper",
     keys=25_000,

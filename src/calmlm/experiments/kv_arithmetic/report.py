@@ -106,8 +106,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Wall-clock, mean over seeds: {stages}.",
         "",
-        f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the composition "
-        f"{result['parameters']['added']:,}.",
+        f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the "
+        f"composition {result['parameters']['added']:,}.",
         "",
         f"Made by `{result['command']}` at commit {result['commit']} on {machine['processor']} ({machine['cores']} "
         f"cores, {machine['threads']} threads, {machine['device']}) with "
@@ -133,7 +133,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     columns = [column for column in COLUMNS if column != "keys_arithmetic_seen"]
     width = 0.8 / len(METHODS)
     for i, (method, title) in enumerate(METHODS.items()):
-        rows = [row for column in columns for row in result["rows"] if (row["method"], row["column"]) == (method, column)]
+        rows = [
+            row for column in columns for row in result["rows"] if (row["method"], row["column"]) == (method, column)
+        ]
         places = [columns.index(row["column"]) + (i - (len(METHODS) - 1) / 2) * width for row in rows]
         errors = [[max(0, r["mean"] - r["low"]) for r in rows], [max(0, r["high"] - r["mean"]) for r in rows]]
         axes.bar(places, [row["mean"] for row in rows], width, label=title, yerr=errors, error_kw={"linewidth": 0.8})

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import calmlm
 from calmlm.errors import ConfigError
@@ -27,7 +27,7 @@ from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset, Stage
 from calmlm.experiments.kv_arithmetic.report import INTERVAL, summarise, write_report
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
-from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
+from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, PHRASINGS, World
 from calmlm.storage import write_text
 
 __all__ = ["get_preset", "run", "run_seed"]
@@ -46,7 +46,7 @@ def get_preset(name: str, max_steps: int | None = None, items: int | None = None
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}, but got {name!r}: choose one of these.")
     preset = PRESETS[name]
     if max_steps is not None:
-        cut = {}
+        cut: dict[str, Any] = {}
         for stage_name in ("augmenting", "anchor", "composition"):
             stage: Stage = getattr(preset, stage_name)
             cut[stage_name] = dataclasses.replace(
@@ -207,19 +207,20 @@ def footer(preset: Preset) -> str:
     """Say what the bases and the composition were trained on, and how the columns are drawn."""
     low, high = preset.operands
     some, most = preset.anchor_operands
+    languages = ", ".join(NUMBER_WORDS)
     return (
         f"**What the models have seen.** m_A: {preset.keys:,} keys (2 to 6 letters) with values 1 to {preset.highest}, "
-        f"as rows of keys each followed by its value, bare, among other words and inside the phrasings below, and as "
-        f"KV-SUBS over all keys (`ab + cd ->` gives `10 + 22`); never a sum. m_B: arithmetic "
-        f"({' '.join(preset.operators)}) over {some} to {most} numbers in all {len(DC_PHRASINGS + OOD_PHRASINGS + HARD_PHRASINGS)} "
-        f"phrasings, numbers in figures or as words of {len(NUMBER_WORDS)} languages ({', '.join(NUMBER_WORDS)}), with "
-        f"random words before or after some; it answers step by step (`12 + 5 = 17 - 3 = 14`) and restates expressions "
+        f"as rows of keys each with its value (behind the key, or behind the sign that follows it), bare, among other "
+        f"words and inside the phrasings below, and as KV-SUBS over all keys (`ab + cd ->` gives `10 + 22`); never a sum. m_B: arithmetic "
+        f"({' '.join(preset.operators)}) over {some} to {most} numbers in all {len(PHRASINGS)} phrasings, "
+        f"numbers in figures or as words of {len(NUMBER_WORDS)} languages ({languages}) and of {preset.languages} "
+        f"invented ones, with random words before or after some; it answers step by step (`12 + 5 = 17 - 3 = 14`) and restates expressions "
         f"in figures; never a key with its value. D_C: {100 * preset.composition_share:.0f} % of the keys, {low} to "
         f"{high} operands; keys arithmetic in the phrasings {', '.join(DC_PHRASINGS)} with "
         f"{100 * preset.figure_share:.0f} % of operands in figures, or KV-SUBS; either with "
         f"{100 * preset.numeric_share:.0f} % numeric arithmetic. **Columns.** Key-Value: KV-SUBS; Numeric: figures in "
-        f"D_C's phrasings; Keys arithmetic: D_C's phrasings; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the "
-        f"phrasings {', '.join(HARD_PHRASINGS)} with {high + 1} operands. Keys are outside D_C except in the last "
+        f"D_C's phrasings; Keys arithmetic: D_C's phrasings; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; "
+        f"OOD-hard: the phrasings {', '.join(HARD_PHRASINGS)} with {high + 1} operands. Keys are outside D_C except in the last "
         f"column; {preset.items} items per column and seed. {INTERVAL}"
     )
 
@@ -237,7 +238,9 @@ def _machine() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}

@@ -1,8 +1,8 @@
 """The tokenizer that both models of the key-value experiment share.
 
-Letters come in pieces of two (the last of an odd word alone); a piece that starts a word carries its space. Small integers
-are one token each, sign included; larger ones are spelled in digits. ``-7`` is a signed integer, `` - 7`` an operator and
-an integer. ``decode(encode(text))`` gives the text back for single-spaced text over these characters.
+Letters come in pieces of two (the last of an odd word alone); a piece that starts a word carries its space. Small
+integers are one token each, sign included; larger ones are spelled in digits. ``-7`` is a signed integer, `` - 7`` an
+operator and an integer. ``decode(encode(text))`` gives the text back for single-spaced text over these characters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The key-value world: which key has which value, and the texts that are written about keys and numbers.
 
-Everything is text, a prompt and its completion, and everything follows from a preset and a seed. An answer goes through the
-expression from the left and restates each operand as a number: ``ab + five - 3 =`` gives ``12 + 5 = 17 - 3 = 14``; the final
-answer is what follows the last ``=``. The prompt ``ab + cd ->`` asks for the expression over numbers alone (KV-SUBS).
+Everything is text, a prompt and its completion, and everything follows from a preset and a seed. An answer goes
+through the expression from the left and restates each operand as a number: ``ab + five - 3 =`` gives
+``12 + 5 = 17 - 3 = 14``; the final answer is what follows the last ``=``. The prompt ``ab + cd ->`` asks for the
+expression over numbers alone (KV-SUBS).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ DC_PHRASINGS = ("plain", "value", "compute", "evaluate", "start")
 OOD_PHRASINGS = ("what", "expression")
 HARD_PHRASINGS = ("take", "let")
 # What follows an operand somewhere in the phrasings.
-_FOLLOWERS = (" +", " -", " ×", " =", " ->", " plus", " minus", " less", " subtracted", " and", " is", " Solving", *",.?")
+_FOLLOWERS = [f" {word}" for word in "+ - × = -> plus minus less subtracted and is Solving".split()] + [",", ".", "?"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ class World:
         """Return a generator of its own for one purpose; it depends on the preset, the seed and the purpose alone."""
         return random.Random(f"kv-{purpose}-{self.preset.name}-{self.seed}")
 
-    def expression(self, rng: random.Random, operands: tuple[int, int], keys: Sequence[str] | None) -> tuple[Expression, list[str]]:
+    def expression(
+        self, rng: random.Random, operands: tuple[int, int], keys: Sequence[str] | None
+    ) -> tuple[Expression, list[str]]:
         """Draw an expression; its operands are from ``keys`` (the second result), or numbers where ``keys`` is None."""
         count = rng.randint(*operands)
         chosen = [rng.choice(keys) for _ in range(count)] if keys else []

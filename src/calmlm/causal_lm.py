@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -244,6 +246,45 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         storage.write_together(folder, files)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the composition's tensors, configuration and model card to a repository, made if needed.
+
+        Args:
+            repo_id: name of the repository, with its owner.
+            commit_message: of the upload.
+            private: whether a new repository is private; the hub's default where None.
+            token: the hub's access token; the stored one by default.
+            revision: branch to upload to.
+            create_pr: whether to open a pull request instead.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ConfigError: when a base model has no hub id, so that nobody else could load the composition.
+        """
+        storage.check_published(self.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                commit_message=commit_message or "Upload a composition",
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:

@@ -152,7 +152,7 @@ class CalmConfig(PreTrainedConfig):
     Args:
         text_config: the anchor's configuration (so named that ``get_text_config()`` finds it).
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
-        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "config",
+        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint",
             "connections", "connector"}``; ``connections`` are explicit 0-based pairs.
     """
 

@@ -132,6 +132,10 @@ def test_a_null_key_takes_its_share_of_the_weight_and_gives_nothing() -> None:
     read = torch.softmax(query @ keys.transpose(-1, -2) / 2, -1) @ values * (seen / (seen + null))[..., None]
     expected = anchor + connector.o_proj(read.transpose(1, 2).flatten(2))
     assert_close(connector(anchor, keys, values, None), expected, 1e-5)
+    # The same with a mask of either kind that hides nothing.
+    seen_all = torch.zeros(2, 1, 5, 7)
+    assert_close(connector(anchor, keys, values, seen_all), expected, 1e-5)
+    assert_close(connector(anchor, keys, values, seen_all == 0, attention=boolean_attention), expected, 1e-5)
     # Where nothing else is visible, the null key leaves the anchor alone, with either kind of mask.
     for mask in (torch.full((2, 1, 5, 7), NEVER), torch.zeros(2, 1, 5, 7, dtype=torch.bool)):
         attention = eager_attention if mask.dtype != torch.bool else boolean_attention
@@ -265,3 +269,15 @@ def test_a_whole_composition_is_the_papers_equations(anchor: str, pairs, attn_im
     assert_close(logits_of(model, ids), hidden, 1e-5)
     # And the composition is no small part of it.
     assert (logits_of(model, ids) - logits_of(model.anchor, ids)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_composition() -> None:
+    # The state after layer j is what layer j + 1 reads: with the cross-attention in it.
+    model, ids = tiny_composition("llama", "gpt2", [(2, 1)], norm=False), tiny_tokens(2, 6)
+    found = model(ids, output_hidden_states=True).hidden_states
+    alone = tiny_model("llama", seed=1)(ids, output_hidden_states=True).hidden_states
+    below = tiny_model("gpt2", seed=2)(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(found[1], alone[1])
+    assert_close(found[2], cross(model.model.connectors["augmenting"][0], alone[2], below[3]), 1e-5)
+    assert torch.equal(model.model(ids).last_hidden_state, found[-1])

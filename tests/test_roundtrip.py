@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import hub
 
 import calmlm
-from calmlm import CalmForCausalLM, CheckpointError, storage
+from calmlm import CalmForCausalLM, CheckpointError, ConfigError, causal_lm, storage
 from compositions import assert_helpful, awaken, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
@@ -395,29 +393,36 @@ def test_the_loaded_weights_do_not_hang_on_the_file(saved: Path) -> None:
 
 def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    files: set[str] = set()
+    files: dict[str, str] = {}
     model = from_folders(models)
 
-    def upload(self: Any, folder: Any, repo_id: str, *_: Any, **kwargs: Any) -> str:
-        calls.append({"repo_id": repo_id, **kwargs})
-        files.update(path.name for path in Path(folder).iterdir())
-        return "done"
-
     class Api:
+        def __init__(self, token: Any = None) -> None:
+            calls.append({"token": token})
+
         def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
             calls.append({"created": repo_id, **kwargs})
             return SimpleNamespace(repo_id=repo_id)
 
-    monkeypatch.setattr(hub, "hf_api", Api)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
-    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
-    model.push_to_hub("someone/something", private=True, commit_message="first")
-    assert calls[0]["created"] == "someone/something"
-    assert calls[0]["private"] is True
-    assert calls[-1]["repo_id"] == "someone/something"
-    assert calls[-1]["commit_message"] == "first"
-    assert {"model.safetensors", "config.json", "README.md"} <= files
-    assert not any("bin" in name or "pytorch" in name for name in files)
+        def upload_folder(self, *, folder_path: str, **kwargs: Any) -> str:
+            files.update({path.name: path.read_text(errors="replace") for path in Path(folder_path).iterdir()})
+            calls.append(kwargs)
+            return "done"
+
+    monkeypatch.setattr(causal_lm, "HfApi", Api)
+    with pytest.raises(ConfigError) as caught:  # a folder of this machine means nothing to others
+        model.push_to_hub("someone/something")
+    assert_helpful(caught.value, "hub ids", "compose from its id")
+    assert calls == []
+
+    model.config.anchor["id"], model.config.augmenting["augmenting"]["id"] = "someone/anchor", "someone/augmenting"
+    assert model.push_to_hub("someone/something", private=True, commit_message="first", token="t") == "done"
+    assert calls[0] == {"token": "t"}
+    assert calls[1] == {"created": "someone/something", "private": True, "exist_ok": True}
+    assert calls[2]["repo_id"] == "someone/something"
+    assert calls[2]["commit_message"] == "first"
+    assert set(files) == {"model.safetensors", "config.json", "generation_config.json", "README.md"}
+    assert "someone/anchor" in files["README.md"]
 
     pushed: list[Any] = []
     monkeypatch.setattr(CalmForCausalLM, "push_to_hub", lambda _, *args, **kwargs: pushed.append((args, kwargs)))

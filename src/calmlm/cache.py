@@ -118,12 +118,20 @@ class CalmCache(Cache):
         """What belongs to one augmenting model."""
         return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name))
 
-    def check(self) -> None:
+    def check(self, active: Iterable[str]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
 
+        Args:
+            active: the augmenting models that speak in this call.
+
         Raises:
-            ModelError: when the anchor went on alone.
+            ModelError: when the anchor went on alone, or other augmenting models spoke before.
         """
+        if set(active) != set(self.cross):
+            raise ModelError(
+                f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), but "
+                f"it comes from {', '.join(sorted(self.cross))}: begin a new one."
+            )
         together = [
             part for name, part in (*self.augmenting.items(), *self.cross.items()) if name not in self.frontiers
         ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,8 +22,8 @@ from calmlm import storage
 from calmlm.alignment import Alignment
 from calmlm.backbone import accepts
 from calmlm.cache import CalmCache
-from calmlm.config import CalmConfig
-from calmlm.errors import ConfigError
+from calmlm.config import CalmConfig, check_names
+from calmlm.errors import CheckpointError, ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs
@@ -106,6 +108,87 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             yield self
         finally:
             self.model.enabled = before
+
+    # Several augmenting models
+
+    def add_augmenting(
+        self, name: str, source: str | Path | CalmForCausalLM, *, source_name: str | None = None, **options: Any
+    ) -> None:
+        """Join an augmenting model whose connections were trained in another composition on the same anchor.
+
+        Nothing is trained: both sets of connections then work side by side, at the sum of their costs.
+
+        Args:
+            name: what to call it here.
+            source: the other composition: a folder, a hub id or a loaded one, which stays as it is.
+            source_name: which of its augmenting models to take, where it has several.
+            options: passed to ``from_pretrained`` for a folder or an id.
+
+        Raises:
+            ConfigError: for a name that is taken or cannot be used, or a ``source_name`` that is missing.
+            CheckpointError: when the other composition was made on another anchor.
+        """
+        self._check_new_name(name)
+        if isinstance(source, CalmForCausalLM):
+            other = source
+            if other.config.anchor.get("fingerprint") != self.config.anchor.get("fingerprint"):
+                raise CheckpointError(
+                    f"Both compositions must have one anchor, but this one has {self.config.anchor.get('id')!r} and "
+                    f"the other {other.config.anchor.get('id')!r} with other weights: train it on this anchor."
+                )
+        else:
+            other = type(self).from_pretrained(source, anchor=self.anchor, **options)
+        names = list(other.config.augmenting)
+        taken = source_name if source_name is not None else names[0]
+        if taken in names and (source_name is not None or len(names) == 1):
+            entry = copy.deepcopy(other.config.augmenting[taken])
+            tensors = {key: tensor.clone() for key, tensor in other.model.connectors[taken].state_dict().items()}
+            self.model.add(name, other.augmenting[taken], entry, other.model.alignments.get(taken), tensors)
+        if other is not source:  # it was loaded around this anchor, so its hooks have to go
+            for loaded in names:
+                other.model.remove(loaded)
+        if name not in self.model.augmenting:
+            raise ConfigError(
+                f"source_name must be one of the augmenting models of that composition ({', '.join(names)}), but got "
+                f"{source_name!r}: name one of them."
+            )
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
+
+    def remove_augmenting(self, name: str) -> None:
+        """Take one augmenting model out; the last one cannot be.
+
+        Raises:
+            ConfigError: for a name that there is not, or the last one.
+        """
+        self._check_name(name)
+        if len(self.model.augmenting) == 1:
+            raise ConfigError(
+                f"A composition must keep one augmenting model, but {name!r} is the last: use disable_composition() or "
+                f"the anchor itself."
+            )
+        self.model.remove(name)
+
+    def enable_augmenting(self, name: str) -> None:
+        """Let one augmenting model speak again after ``disable_augmenting``; caches begin anew."""
+        self._check_name(name)
+        self.model.active.add(name)
+
+    def disable_augmenting(self, name: str) -> None:
+        """Silence one augmenting model until ``enable_augmenting``; caches begin anew."""
+        self._check_name(name)
+        self.model.active.discard(name)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.model.augmenting:
+            raise ConfigError(
+                f"The name must be one of the augmenting models ({', '.join(self.model.augmenting)}), but got "
+                f"{name!r}: use one of these."
+            )
+
+    def _check_new_name(self, name: str) -> None:
+        check_names([name])
+        if name in self.model.augmenting:
+            raise ConfigError(f"An augmenting model needs a name of its own, but {name!r} is taken: choose another.")
 
     # Calls
 
@@ -265,6 +348,45 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         storage.write_together(folder, files)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the composition's tensors, configuration and model card to a repository, made if needed.
+
+        Args:
+            repo_id: name of the repository, with its owner.
+            commit_message: of the upload.
+            private: whether a new repository is private; the hub's default where None.
+            token: the hub's access token; the stored one by default.
+            revision: branch to upload to.
+            create_pr: whether to open a pull request instead.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ConfigError: when a base model has no hub id, so that nobody else could load the composition.
+        """
+        storage.check_published(self.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                commit_message=commit_message or "Upload a composition",
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, fingerprint, holds_decoder, load_base, load_encoder, text_config
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
+from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokenizers import find_tokenizer
 
@@ -158,21 +158,6 @@ def _is_name(source: Any) -> bool:
 def is_decoder(model: PreTrainedModel) -> bool:
     """Whether an augmenting model reads text as the anchor does, rather than inputs of its own."""
     return getattr(model, "get_output_embeddings", lambda: None)() is not None and not model.config.is_encoder_decoder
-
-
-def check_names(names: Mapping[str, Any]) -> None:
-    """Raise unless the names can name modules.
-
-    Raises:
-        ConfigError: for no name, or one that is empty or holds a dot.
-    """
-    if not names:
-        raise ConfigError("At least one augmenting model is needed, but got none: pass one, or several by name.")
-    for name in names:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(
-                f"The name of an augmenting model must be letters, digits and underscores, but got {name!r}: rename it."
-            )
 
 
 def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None) -> dict[str, Any]:

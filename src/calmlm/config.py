@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,6 +98,22 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
         if pairs.count(pair) > 1:
             raise ConfigError(f"Each connection may be given once, but {pair} is given twice: remove one of them.")
     return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise unless the names can name modules.
+
+    Raises:
+        ConfigError: for no name, or one that is empty or holds a dot.
+    """
+    names = list(names)
+    if not names:
+        raise ConfigError("At least one augmenting model is needed, but got none: pass one, or several by name.")
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(
+                f"The name of an augmenting model must be letters, digits and underscores, but got {name!r}: rename it."
+            )
 
 
 @dataclass(frozen=True)

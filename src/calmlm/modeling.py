@@ -157,6 +157,52 @@ class CalmModel(CalmPreTrainedModel):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
         self.connectors[name] = connectors
 
+    def add(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        entry: dict[str, Any],
+        alignment: Alignment | None,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """Join one more augmenting model with connectors that were trained elsewhere on the same anchor.
+
+        Args:
+            name: what to call it.
+            model: the augmenting model.
+            entry: its part of a ``CalmConfig``.
+            alignment: the alignment of a model that has tokens of its own.
+            tensors: its connectors' tensors, named as in ``self.connectors[name]``.
+        """
+        self.config.augmenting[name] = entry
+        self.augmenting[name] = model
+        if alignment is not None:
+            self.transcoders[name] = Transcoder(alignment)
+        self._find_parts()
+        self._connect(name)
+        self.connectors[name].load_state_dict(tensors)
+        self._make_readers()
+        self.active.add(name)
+        freeze(model)
+        self.train(self.training)
+
+    def remove(self, name: str) -> None:
+        """Take one augmenting model out, with its connectors and hooks: the others are as they were without it."""
+        for model in (self.anchor, self.augmenting[name]):
+            for module in model.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    for key in [
+                        k for k, hook in hooks.items() if getattr(hook, "slot", None) is self.slot and hook.name == name
+                    ]:
+                        del hooks[key]
+                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del self.config.augmenting[name], self.augmenting[name], self.connectors[name]
+        if name in self.transcoders:
+            del self.transcoders[name]
+        self.active.discard(name)
+        self._find_parts()
+        self._make_readers()
+
     @property
     def alignments(self) -> dict[str, Alignment]:
         """The alignments of the augmenting models that have tokens of their own."""
@@ -213,16 +259,14 @@ class CalmModel(CalmPreTrainedModel):
         """
         if anchor_cache is None:
             anchor_cache = DynamicCache(config=text_config(self.anchor))
+        entries = {name: entry for name, entry in self.config.augmenting.items() if name in self.active}
+        reading = [name for name, entry in entries.items() if entry["reads"] in ("tokens", "text")]
         return CalmCache.around(
             anchor_cache,
-            {
-                name: text_config(model)
-                for name, model in self.augmenting.items()
-                if self.config.augmenting[name]["reads"] in ("tokens", "text")
-            },
-            {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
+            {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
+            {name: len(entry["connections"]) for name, entry in entries.items()},
             length,
-            {name for name, entry in self.config.augmenting.items() if entry["reads"] != "tokens"},
+            [name for name, entry in entries.items() if entry["reads"] != "tokens"],
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
@@ -230,7 +274,7 @@ class CalmModel(CalmPreTrainedModel):
         if past_key_values is None:
             return self.new_cache() if use_cache else None
         if isinstance(past_key_values, CalmCache):
-            past_key_values.check()
+            past_key_values.check(self.active)
             return past_key_values
         return self.new_cache(past_key_values)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calmlm.config import CalmConfig
-from calmlm.errors import CheckpointError
+from calmlm.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
@@ -128,6 +128,21 @@ def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
     for entry in (config.anchor, *config.augmenting.values()):
         entry["id"] = relative_source(entry.get("id") or "", folder)
     return config
+
+
+def check_published(config: CalmConfig) -> None:
+    """Raise unless every base model has a hub id.
+
+    Raises:
+        ConfigError: naming the first that has none.
+    """
+    for role, entry in (("anchor", config.anchor), *config.augmenting.items()):
+        source = entry.get("id") or ""
+        if not source or source.startswith((".", "/")) or Path(source).is_dir():
+            raise ConfigError(
+                f"The bases of a composition must have hub ids before it is uploaded, but {role!r} comes from "
+                f"{source or 'memory'!r}: upload that model first and compose from its id."
+            )
 
 
 def model_card(config: CalmConfig) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from calmlm.experiments.kv_arithmetic.presets import Stage
 from calmlm.experiments.kv_arithmetic.world import Example
 
-__all__ = ["answer", "encode", "fit"]
+__all__ = ["SupervisedTrainer", "answer", "collator", "encode", "fit", "in_batches"]
 
 _IGNORED = -100
 _FIGURES = re.compile(r"▁?-?\d+")
@@ -40,8 +41,8 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
 def in_batches(
     rows: list[dict[str, list[int]]], batch_size: int, seed: int, window: int = 30
 ) -> list[dict[str, list[int]]]:
-    """Order ``rows`` so that consecutive batches hold rows of about one length: within each window of batches, sort, cut
-    into batches and shuffle these. The order of windows stays, so a curriculum survives."""
+    """Order ``rows`` so that the rows of a batch have about one length: within each window of batches, sort, cut into
+    batches and shuffle these. The order of windows stays, so a curriculum survives."""
     rng = random.Random(seed)
     ordered: list[dict[str, list[int]]] = []
     for start in range(0, len(rows), window * batch_size):
@@ -52,7 +53,9 @@ def in_batches(
     return ordered
 
 
-def _collator(pad: int):
+def collator(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
+    """Return a function that pads rows on the right and stacks them."""
+
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), pad)
@@ -66,10 +69,13 @@ def _collator(pad: int):
     return collate
 
 
-class _SupervisedTrainer(Trainer):
-    """The stock Trainer, but the vocabulary's logits are computed at supervised positions only (a third of the time)."""
+class SupervisedTrainer(Trainer):
+    """The stock Trainer, but the vocabulary's logits are computed at supervised positions only: a fifth faster."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Mean cross-entropy over the labelled positions."""
         hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         supervised = labels != _IGNORED
@@ -83,7 +89,7 @@ def fit(
     pad: int,
     stage: Stage,
     seed: int,
-    **options: object,
+    **options: Any,
 ) -> list[tuple[int, float]]:
     """Train the parameters of ``model`` that require gradients; return (step, loss) as logged."""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,11 +113,11 @@ def fit(
             remove_unused_columns=False,
             **options,
         )
-        trainer = _SupervisedTrainer(
+        trainer = SupervisedTrainer(
             model=model,
             args=arguments,
             train_dataset=in_batches(rows, stage.batch_size, seed),
-            data_collator=_collator(pad),
+            data_collator=collator(pad),
         )
         trainer.train()
     model.eval()

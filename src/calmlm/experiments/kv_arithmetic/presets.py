@@ -45,9 +45,11 @@ class Preset:
     operators: tuple[str, ...] = ("+", "-")
     composition_share: float = 0.2
     """Share of the keys that D_C uses."""
+    languages: int = 10
+    """Invented languages whose number words m_B knows beside the real ones; random letters, as keys are."""
     word_share: float = 0.45
     """Share of the numbers in m_B's training that are written as words."""
-    substitution_share: float = 0.3
+    substitution_share: float = 0.35
     """Share of KV-SUBS in m_A's training; the rest are rows of keys and values."""
     numeric_share: float = 0.2
     """Share of D_C that is numeric arithmetic."""
@@ -71,7 +73,7 @@ _TINY = Preset(
     augmenting=Stage(300, 32, 4e-3),
     anchor=Stage(500, 64, 3e-3),
     composition=Stage(300, 64, 4e-3),
-    connections=((2, 0),),
+    connections=((2, 0), (2, 1)),
     heads=4,
     items=200,
 )
@@ -79,21 +81,21 @@ _TINY = Preset(
 _SMALL = Preset(
     name="small",
     keys=3000,
-    highest=20,
+    highest=12,
     operands=(2, 3),
     anchor_operands=(1, 4),
-    largest_integer=99,
+    largest_integer=60,
     augmenting_size=(96, 4, 4),
     anchor_size=(128, 4, 4),
-    augmenting=Stage(1000, 40, 4e-3),
-    anchor=Stage(2000, 64, 2e-3),
-    composition=Stage(700, 96, 3e-3),
-    connections=((3, 0),),
+    augmenting=Stage(1600, 40, 4e-3, 0.2),
+    anchor=Stage(2200, 64, 2e-3),
+    composition=Stage(800, 96, 4e-3),
+    connections=((3, 0), (3, 1)),
     heads=4,
 )
 
-# The paper's data: 25K keys with a value each, 3 to 6 operands, a product too. Numbers are spelled in digits. Meant for a
-# GPU; the sizes of the models and the lengths of the trainings are ours.
+# The paper's data: 25K keys with a value each, 3 to 6 operands, a product too. Numbers are spelled in digits. Meant for
+# a GPU; the sizes of the models and the lengths of the trainings are ours.
 _PAPER = Preset(
     name="paper",
     keys=25_000,
@@ -101,13 +103,13 @@ _PAPER = Preset(
     operands=(3, 6),
     anchor_operands=(1, 7),
     largest_integer=9,
-    augmenting_size=(512, 8, 8),
-    anchor_size=(768, 16, 12),
+    augmenting_size=(256, 8, 8),
+    anchor_size=(512, 12, 8),
     augmenting=Stage(20_000, 256, 1e-3),
     anchor=Stage(60_000, 256, 6e-4),
     composition=Stage(10_000, 256, 1e-3),
-    connections=((3, 1), (7, 5)),
-    heads=12,
+    connections=((7, 0), (7, 1)),
+    heads=8,
     operators=("+", "-", "×"),
     word_share=0.1,
     items=500,

@@ -106,8 +106,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"Wall-clock, mean over seeds: {stages}.",
         "",
-        f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the composition "
-        f"{result['parameters']['added']:,}.",
+        f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the "
+        f"composition {result['parameters']['added']:,}.",
         "",
         f"Made by `{result['command']}` at commit {result['commit']} on {machine['processor']} ({machine['cores']} "
         f"cores, {machine['threads']} threads, {machine['device']}) with "

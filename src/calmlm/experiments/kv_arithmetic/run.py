@@ -23,11 +23,11 @@ from calmlm.errors import ConfigError
 from calmlm.experiments.kv_arithmetic.bases import new_model, train_anchor, train_augmenting
 from calmlm.experiments.kv_arithmetic.composition import VARIANTS, train_composition
 from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, models, score
-from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset
+from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset, Stage
 from calmlm.experiments.kv_arithmetic.report import INTERVAL, summarise, write_report
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
-from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
+from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, PHRASINGS, World
 from calmlm.storage import write_text
 
 __all__ = ["get_preset", "run", "run_seed"]
@@ -37,7 +37,7 @@ _DONE = "stage.json"
 
 
 def get_preset(name: str, max_steps: int | None = None, items: int | None = None) -> Preset:
-    """Return a preset, with every training cut to ``max_steps`` and every column to ``items`` where these are given.
+    """Return a preset; ``max_steps`` cuts every training, and its batches to 16 rows, ``items`` cuts every column.
 
     Raises:
         ConfigError: for an unknown name.
@@ -46,10 +46,12 @@ def get_preset(name: str, max_steps: int | None = None, items: int | None = None
         raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}, but got {name!r}: choose one of these.")
     preset = PRESETS[name]
     if max_steps is not None:
-        cut = {
-            stage: dataclasses.replace(getattr(preset, stage), steps=min(max_steps, getattr(preset, stage).steps))
-            for stage in ("augmenting", "anchor", "composition")
-        }
+        cut: dict[str, Any] = {}
+        for stage_name in ("augmenting", "anchor", "composition"):
+            stage: Stage = getattr(preset, stage_name)
+            cut[stage_name] = dataclasses.replace(
+                stage, steps=min(max_steps, stage.steps), batch_size=min(16, stage.batch_size)
+            )
         preset = dataclasses.replace(preset, **cut)
     return dataclasses.replace(preset, items=items) if items is not None else preset
 
@@ -155,7 +157,7 @@ def run(
         seeds: each seed has its own keys, models and items.
         output: folder of the report: ``<preset>.json``, ``<preset>.md`` and a plot.
         cache: folder of finished stages; a stage that is found there is not repeated.
-        max_steps: upper limit for the steps of each training, for a trial.
+        max_steps: upper limit for the steps of each training, for a trial; batches are cut to 16 rows then.
         items: evaluation items per column, instead of the preset's.
         command: the command that the report names as its origin.
         report: called with each line of progress.
@@ -205,20 +207,22 @@ def footer(preset: Preset) -> str:
     """Say what the bases and the composition were trained on, and how the columns are drawn."""
     low, high = preset.operands
     some, most = preset.anchor_operands
+    languages = ", ".join(NUMBER_WORDS)
     return (
         f"**What the models have seen.** m_A: {preset.keys:,} keys (2 to 6 letters) with values 1 to {preset.highest}, "
-        f"as rows of keys each followed by its value, bare, among other words and inside the phrasings below, and as "
-        f"KV-SUBS over all keys (`ab + cd ->` gives `10 + 22`); never a sum. m_B: arithmetic "
-        f"({' '.join(preset.operators)}) over {some} to {most} numbers in all {len(DC_PHRASINGS + OOD_PHRASINGS + HARD_PHRASINGS)} "
-        f"phrasings, numbers in figures or as words of {len(NUMBER_WORDS)} languages ({', '.join(NUMBER_WORDS)}), with "
-        f"random words before or after some; it answers step by step (`12 + 5 = 17 - 3 = 14`) and restates expressions "
-        f"in figures; never a key with its value. D_C: {100 * preset.composition_share:.0f} % of the keys, {low} to "
-        f"{high} operands; keys arithmetic in the phrasings {', '.join(DC_PHRASINGS)} with "
-        f"{100 * preset.figure_share:.0f} % of operands in figures, or KV-SUBS; either with "
-        f"{100 * preset.numeric_share:.0f} % numeric arithmetic. **Columns.** Key-Value: KV-SUBS; Numeric: figures in "
-        f"D_C's phrasings; Keys arithmetic: D_C's phrasings; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the "
-        f"phrasings {', '.join(HARD_PHRASINGS)} with {high + 1} operands. Keys are outside D_C except in the last "
-        f"column; {preset.items} items per column and seed. {INTERVAL}"
+        f"as rows of keys each with its value (behind the key, or behind the sign that follows it), bare, among other "
+        f"words and inside the phrasings below, and as KV-SUBS over all keys (`ab + cd ->` gives `10 + 22`); never a "
+        f"sum. m_B: arithmetic ({' '.join(preset.operators)}) over {some} to {most} numbers in all {len(PHRASINGS)} "
+        f"phrasings, numbers in figures or as words of {len(NUMBER_WORDS)} languages ({languages}) and of "
+        f"{preset.languages} invented ones, with random words before or after some; it answers step by step "
+        f"(`12 + 5 = 17 - 3 = 14`) and restates expressions in figures; never a key with its value. "
+        f"D_C: {100 * preset.composition_share:.0f} % of the keys, {low} to {high} operands; keys arithmetic in the "
+        f"phrasings {', '.join(DC_PHRASINGS)} with {100 * preset.figure_share:.0f} % of operands in figures, or "
+        f"KV-SUBS; either with {100 * preset.numeric_share:.0f} % numeric arithmetic and restating. "
+        f"**Columns.** Key-Value: KV-SUBS; Numeric: figures in D_C's phrasings; Keys arithmetic: D_C's phrasings; OOD: "
+        f"the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the phrasings {', '.join(HARD_PHRASINGS)} with "
+        f"{high + 1} operands. Keys are outside D_C except in the last column; {preset.items} items per column and "
+        f"seed. {INTERVAL}"
     )
 
 

@@ -1,8 +1,9 @@
 """The key-value world: which key has which value, and the texts that are written about keys and numbers.
 
-Everything is text, a prompt and its completion, and everything follows from a preset and a seed. An answer goes through the
-expression from the left and restates each operand as a number: ``ab + five - 3 =`` gives ``12 + 5 = 17 - 3 = 14``; the final
-answer is what follows the last ``=``. The prompt ``ab + cd ->`` asks for the expression over numbers alone (KV-SUBS).
+Everything is text, a prompt and its completion, and everything follows from a preset and a seed. An answer goes
+through the expression from the left and restates each operand as a number: ``ab + five - 3 =`` gives
+``12 + 5 = 17 - 3 = 14``; the final answer is what follows the last ``=``. The prompt ``ab + cd ->`` asks for the
+expression over numbers alone (KV-SUBS).
 """
 
 from __future__ import annotations
@@ -57,16 +58,19 @@ PHRASINGS: dict[str, Phrasing] = {
     "plain": Phrasing("", " +", " -", " ="),
     "value": Phrasing("The value of", " plus", " minus", " is"),
     "compute": Phrasing("Compute", " +", " -", ". Result:"),
+    "evaluate": Phrasing("Evaluate", " plus", " less", ". Answer:"),
+    "start": Phrasing("Start from", ", increase by", ", decrease by", ". Result:"),
     "what": Phrasing("What is", " +", " subtracted with", "? Answer:"),
     "expression": Phrasing("Expression:", " +", " -", " Solving:"),
-    "evaluate": Phrasing("Evaluate", " plus", " less", ". Answer:"),
     "take": Phrasing("Take", ", add", ", subtract", ". Total:"),
-    "start": Phrasing("Start from", ", increase by", ", decrease by", ". Result:"),
+    "let": Phrasing("Let sum be", " and then add", " and then take away", ". Total:"),
 }
 REWRITE = Phrasing("", " +", " -", " ->")
-DC_PHRASINGS = ("plain", "value", "compute")
-OOD_PHRASINGS = ("what", "expression", "evaluate")
-HARD_PHRASINGS = ("take", "start")
+DC_PHRASINGS = ("plain", "value", "compute", "evaluate", "start")
+OOD_PHRASINGS = ("what", "expression")
+HARD_PHRASINGS = ("take", "let")
+# What follows an operand somewhere in the phrasings.
+_FOLLOWERS = [f" {word}" for word in "+ - × = -> plus minus less subtracted and is Solving".split()] + [",", ".", "?"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,9 @@ class World:
         named = min(preset.highest, 20)
         for word, value in word_values(named).items():
             self._words.setdefault(value, []).append(word)
+        invented = [word for word in sample_keys(2 * preset.languages * named, rng) if word not in self.value]
+        for i, word in enumerate(invented[: preset.languages * named]):
+            self._words[1 + i % named].append(word)
         self._known = {word for words in self._words.values() for word in words}
 
     def rng(self, purpose: str) -> random.Random:
@@ -143,12 +150,17 @@ class World:
     # What m_A is trained on -------------------------------------------------------------------------------------------
 
     def row(self, rng: random.Random) -> Example:
-        """Keys each followed by its value: a list, with other words between, or inside a phrasing."""
-        entries = [f"{key} {self.value[key]}" for key in rng.choices(self.keys, k=rng.randint(4, 7))]
-        if rng.random() < 0.4:
-            return Example(" ".join(f"{random_word(rng)} {e}" if rng.random() < 0.3 else e for e in entries), "")
+        """Keys each with its value: right behind the key, or behind the sign or word that follows the key."""
+        keys = rng.choices(self.keys, k=rng.randint(4, 7))
+        draw = rng.random()
+        if draw < 0.5:
+            entries = [f"{key}{rng.choice(_FOLLOWERS)} {self.value[key]}" for key in keys]
+        else:
+            entries = [f"{key} {self.value[key]}" for key in keys]
+        if draw < 0.7:
+            return Example(" ".join(f"{random_word(rng)} {e}" if rng.random() < 0.25 else e for e in entries), "")
         phrasing = rng.choice([*PHRASINGS.values(), REWRITE])
-        operators = [rng.choice(self.preset.operators) for _ in entries[1:]]
+        operators = [rng.choice(self.preset.operators) for _ in keys[1:]]
         return Example(phrasing.prompt(entries, operators), "")
 
     def substitution(self, rng: random.Random, keys: Sequence[str]) -> Example:

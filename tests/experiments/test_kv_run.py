@@ -1,0 +1,100 @@
+"""Running the key-value experiment: training on examples, stages that resume, the report."""
+
+import json
+
+import pytest
+import torch
+
+from calmlm.errors import ConfigError
+from calmlm.experiments.kv_arithmetic import run as run_module
+from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.kv_arithmetic.composition import compose_bases
+from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
+from calmlm.experiments.kv_arithmetic.fit import SupervisedTrainer, answer, collator, encode, in_batches
+from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.report import METHODS, interval, markdown, summarise
+from calmlm.experiments.kv_arithmetic.run import get_preset, run
+from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
+from calmlm.experiments.kv_arithmetic.world import Example, World
+
+
+def test_loss_at_supervised_positions_is_the_models_own_loss():
+    tokenizer = build_tokenizer(29)
+    world = World(PRESETS["tiny"], 0)
+    rng = world.rng("test")
+    rows = encode([world.general(rng) for _ in range(6)] + [world.row(rng) for _ in range(6)], tokenizer)
+    batch = collator(tokenizer.pad_token_id)(rows)
+    anchor, augmenting = new_model(tokenizer, (32, 2, 2), 0), new_model(tokenizer, (16, 3, 2), 1)
+    for model in (anchor, compose_bases(world, anchor, augmenting)):
+        ours = SupervisedTrainer.compute_loss(None, model, batch)
+        assert torch.allclose(ours, model(**batch).loss, atol=1e-5)
+
+
+def test_rows_are_supervised_at_values_only():
+    tokenizer = build_tokenizer(29)
+    row = encode([Example("abc 7 - de+ 12", "")], tokenizer)[0]
+    supervised = [i for i in row["labels"] if i != -100]
+    assert tokenizer.convert_ids_to_tokens(supervised) == ["▁7", "▁12"]
+
+
+def test_batches_keep_the_curriculum_and_every_row():
+    rows = [{"input_ids": [0] * (1 + i % 7), "labels": [i]} for i in range(100)]
+    ordered = in_batches(rows, 4, seed=0, window=5)
+    assert sorted(row["labels"][0] for row in ordered) == list(range(100))
+    assert {row["labels"][0] for row in ordered[:20]} == set(range(20))
+
+
+def test_answers_do_not_depend_on_the_batch():
+    tokenizer = build_tokenizer(29)
+    model = new_model(tokenizer, (32, 2, 2), 0).eval()
+    prompts = ["ab + cd =", "The value of abc plus defgh minus x is", "5 ->"]
+    together = answer(model, tokenizer, prompts, 6)
+    assert together == [answer(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+
+
+def test_interval_by_hand():
+    assert interval([100.0, 100.0], 200) == (100.0, 100.0)
+    low, high = interval([50.0], 100)
+    assert low == pytest.approx(50 - 1.96 * 5, abs=0.5) and high == pytest.approx(50 + 1.96 * 5, abs=0.5)
+
+
+def test_unknown_preset_and_seeds_given_twice():
+    with pytest.raises(ConfigError, match="one of tiny, small, paper"):
+        get_preset("huge")
+    with pytest.raises(ConfigError, match="each once"):
+        run("tiny", seeds=(1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_run_resumes_and_reports(preset, tmp_path, monkeypatch):
+    arguments = {"output": tmp_path / "results", "cache": tmp_path / "cache", "max_steps": 2, "items": 3}
+    result = run(preset, (0,), command="calmlm repro kv-arithmetic", report=lambda line: None, **arguments)
+    written = json.loads((tmp_path / "results" / f"{preset}.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert {(row["method"], row["column"]) for row in written["rows"]} == {(m, c) for m in METHODS for c in COLUMNS}
+    for row in written["rows"]:
+        assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 100 and row["seeds"] == 1
+    page = (tmp_path / "results" / f"{preset}.md").read_text()
+    assert "[84.30]" in page and result["footer"] in page
+
+    def fail(*_):
+        raise AssertionError("a stored stage was repeated")
+
+    for name in ("train_augmenting", "train_anchor", "train_composition", "score"):
+        monkeypatch.setattr(run_module, name, fail)
+    again = run(preset, (0,), command="calmlm repro kv-arithmetic", report=lambda line: None, **arguments)
+    assert again["rows"] == result["rows"]
+
+
+def test_summary_and_table_with_two_seeds():
+    table = {method: dict.fromkeys(COLUMNS, 50.0) for method in METHODS}
+    rows = summarise({0: table, 1: table}, 100)
+    assert len(rows) == len(METHODS) * len(COLUMNS)
+    assert rows[0]["seeds"] == 2 and rows[0]["low"] < 50 < rows[0]["high"]
+    result = {
+        "preset": "tiny", "seeds": [0, 1], "rows": rows, "footer": "footer", "seconds": {"anchor": 1.0},
+        "parameters": {"m_A": 1, "m_B": 2, "added": 3}, "command": "c", "commit": "d", "versions": {"torch": "2"},
+        "machine": {"processor": "p", "cores": 2, "threads": 2, "device": "no accelerator"},
+    }  # fmt: skip
+    assert "| Composed, D_C of keys arithmetic | 50.0 (" in markdown(result)

@@ -129,8 +129,8 @@ class CalmCache(Cache):
         """
         if set(active) != set(self.cross):
             raise ModelError(
-                f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), but "
-                f"it comes from {', '.join(sorted(self.cross))}: begin a new one."
+                f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
+                f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
             )
         together = [
             part for name, part in (*self.augmenting.items(), *self.cross.items()) if name not in self.frontiers

@@ -67,18 +67,18 @@ class Preset:
 
 _TINY = Preset(
     name="tiny",
-    keys=200,
-    highest=9,
+    keys=600,
+    highest=6,
     operands=(2, 2),
     composition_operands=(2, 3),
     anchor_operands=(1, 3),
-    largest_integer=29,
-    augmenting_size=(64, 3, 4),
-    anchor_size=(96, 3, 4),
-    augmenting=Stage(300, 32, 4e-3),
-    anchor=Stage(500, 64, 3e-3),
-    composition=Stage(300, 64, 4e-3),
-    connections=((2, 0), (2, 1)),
+    largest_integer=20,
+    augmenting_size=(64, 4, 4),
+    anchor_size=(96, 4, 4),
+    augmenting=Stage(600, 32, 4e-3, 0.2),
+    anchor=Stage(700, 48, 3e-3),
+    composition=Stage(300, 64, 5e-3, 0.3),
+    connections=((3, 0), (3, 1)),
     heads=4,
     items=200,
 )
@@ -95,8 +95,8 @@ _SMALL = Preset(
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
-    composition=Stage(800, 96, 4e-3, 0.3),
-    connections=((3, 0), (3, 1)),
+    composition=Stage(1600, 96, 5e-3, 0.1),
+    connections=((3, 0),),
     heads=4,
 )
 

@@ -14,7 +14,7 @@ from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 __all__ = ["VARIANTS", "compose_bases", "composition_examples", "train_composition"]
 
 VARIANTS = {
-    "composed": "D_C: arithmetic over held-in keys (paper, section 3.2)",
+    "composed": "D_C: arithmetic over held-in keys (paper, section 3.2), a tenth of it restated only",
     "composed_subs": "D_C: KV-SUBS over held-in keys (paper, section 4.1)",
     "composed_random": "as composed, with an untrained m_A",
 }
@@ -32,10 +32,11 @@ def _example(world: World, rng: random.Random, variant: str) -> Example:
     if draw < 0.25 * world.preset.numeric_share:
         return world.numeric_restatement(rng)
     if draw < world.preset.numeric_share:
-        return world.numeric(rng, DC_PHRASINGS)
-    if variant == "composed_subs":
-        return world.substitution(rng, world.composition_keys)
-    return world.arithmetic(rng, world.composition_keys, DC_PHRASINGS, number_share=world.preset.figure_share)
+        return world.numeric(rng, DC_PHRASINGS, world.preset.composition_operands)
+    keys, operands = world.composition_keys, world.preset.composition_operands
+    if variant == "composed_subs" or rng.random() < world.preset.restated_share:
+        return world.substitution(rng, keys, operands)
+    return world.arithmetic(rng, keys, DC_PHRASINGS, operands, world.preset.figure_share)
 
 
 def compose_bases(world: World, anchor: LlamaForCausalLM, augmenting: LlamaForCausalLM) -> PreTrainedModel:

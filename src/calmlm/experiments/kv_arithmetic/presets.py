@@ -27,7 +27,9 @@ class Preset:
     highest: int
     """Values of keys are 1 to this."""
     operands: tuple[int, int]
-    """Fewest and most operands in D_C and in the evaluation (OOD-hard has one more than the most)."""
+    """Fewest and most operands in the evaluation (OOD-hard has one more than the most)."""
+    composition_operands: tuple[int, int]
+    """Fewest and most operands in D_C."""
     anchor_operands: tuple[int, int]
     """Fewest and most operands in m_B's training."""
     largest_integer: int
@@ -55,6 +57,8 @@ class Preset:
     """Share of D_C that is numeric arithmetic."""
     figure_share: float = 0.15
     """Share of the operands of D_C's key expressions that are in figures."""
+    restated_share: float = 0.1
+    """Share of D_C's key expressions that are restated only, where D_C is keys arithmetic."""
     query_key_bias: float = 1.5
     """Start of the connector's bias on queries and keys."""
     items: int = 400
@@ -63,17 +67,18 @@ class Preset:
 
 _TINY = Preset(
     name="tiny",
-    keys=200,
-    highest=9,
+    keys=600,
+    highest=6,
     operands=(2, 2),
+    composition_operands=(2, 3),
     anchor_operands=(1, 3),
-    largest_integer=29,
-    augmenting_size=(64, 3, 4),
-    anchor_size=(96, 3, 4),
-    augmenting=Stage(300, 32, 4e-3),
-    anchor=Stage(500, 64, 3e-3),
-    composition=Stage(300, 64, 4e-3),
-    connections=((2, 0), (2, 1)),
+    largest_integer=20,
+    augmenting_size=(64, 4, 4),
+    anchor_size=(96, 4, 4),
+    augmenting=Stage(600, 32, 4e-3, 0.2),
+    anchor=Stage(700, 48, 3e-3),
+    composition=Stage(300, 64, 5e-3, 0.3),
+    connections=((3, 0), (3, 1)),
     heads=4,
     items=200,
 )
@@ -83,14 +88,15 @@ _SMALL = Preset(
     keys=3000,
     highest=12,
     operands=(2, 3),
+    composition_operands=(2, 4),
     anchor_operands=(1, 4),
     largest_integer=60,
     augmenting_size=(96, 4, 4),
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
-    composition=Stage(800, 96, 4e-3),
-    connections=((3, 0), (3, 1)),
+    composition=Stage(1600, 96, 5e-3, 0.1),
+    connections=((3, 0),),
     heads=4,
 )
 
@@ -101,6 +107,7 @@ _PAPER = Preset(
     keys=25_000,
     highest=25_000,
     operands=(3, 6),
+    composition_operands=(3, 7),
     anchor_operands=(1, 7),
     largest_integer=9,
     augmenting_size=(256, 8, 8),

@@ -216,13 +216,14 @@ def footer(preset: Preset) -> str:
         f"phrasings, numbers in figures or as words of {len(NUMBER_WORDS)} languages ({languages}) and of "
         f"{preset.languages} invented ones, with random words before or after some; it answers step by step "
         f"(`12 + 5 = 17 - 3 = 14`) and restates expressions in figures; never a key with its value. "
-        f"D_C: {100 * preset.composition_share:.0f} % of the keys, {low} to {high} operands; keys arithmetic in the "
-        f"phrasings {', '.join(DC_PHRASINGS)} with {100 * preset.figure_share:.0f} % of operands in figures, or "
-        f"KV-SUBS; either with {100 * preset.numeric_share:.0f} % numeric arithmetic and restating. "
-        f"**Columns.** Key-Value: KV-SUBS; Numeric: figures in D_C's phrasings; Keys arithmetic: D_C's phrasings; OOD: "
-        f"the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the phrasings {', '.join(HARD_PHRASINGS)} with "
-        f"{high + 1} operands. Keys are outside D_C except in the last column; {preset.items} items per column and "
-        f"seed. {INTERVAL}"
+        f"D_C: {100 * preset.composition_share:.0f} % of the keys, {preset.composition_operands[0]} to "
+        f"{preset.composition_operands[1]} operands; keys arithmetic in the phrasings {', '.join(DC_PHRASINGS)} with "
+        f"{100 * preset.figure_share:.0f} % of operands in figures and {100 * preset.restated_share:.0f} % of the "
+        f"expressions restated only, or KV-SUBS alone; either with {100 * preset.numeric_share:.0f} % numeric "
+        f"arithmetic and restating. **Columns.** Key-Value: KV-SUBS; Numeric: figures in D_C's phrasings; Keys "
+        f"arithmetic: D_C's phrasings; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the phrasing "
+        f"{', '.join(HARD_PHRASINGS)} with {high + 1} operands, the other columns {low} to {high}. Keys are outside "
+        f"D_C except in the last column; {preset.items} items per column and seed. {INTERVAL}"
     )
 
 

@@ -66,9 +66,9 @@ PHRASINGS: dict[str, Phrasing] = {
     "let": Phrasing("Let sum be", " and then add", " and then take away", ". Total:"),
 }
 REWRITE = Phrasing("", " +", " -", " ->")
-DC_PHRASINGS = ("plain", "value", "compute", "evaluate", "start")
+DC_PHRASINGS = ("plain", "value", "compute", "evaluate", "start", "let")
 OOD_PHRASINGS = ("what", "expression")
-HARD_PHRASINGS = ("take", "let")
+HARD_PHRASINGS = ("take",)
 # What follows an operand somewhere in the phrasings.
 _FOLLOWERS = [f" {word}" for word in "+ - × = -> plus minus less subtracted and is Solving".split()] + [",", ".", "?"]
 
@@ -163,9 +163,9 @@ class World:
         operators = [rng.choice(self.preset.operators) for _ in keys[1:]]
         return Example(phrasing.prompt(entries, operators), "")
 
-    def substitution(self, rng: random.Random, keys: Sequence[str]) -> Example:
+    def substitution(self, rng: random.Random, keys: Sequence[str], operands: tuple[int, int] | None = None) -> Example:
         """KV-SUBS: an expression over keys, and the same over their values."""
-        expression, names = self.expression(rng, self.preset.operands, keys)
+        expression, names = self.expression(rng, operands or self.preset.operands, keys)
         return Example(REWRITE.prompt(names, expression.operators), expression.restated())
 
     # What m_B is trained on -------------------------------------------------------------------------------------------

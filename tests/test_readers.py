@@ -24,7 +24,6 @@ from transformers import (
 )
 
 import calmlm
-from calmlm.backbone import state_of, with_state
 from compositions import assert_close, assert_helpful, awaken, logits_of
 from tiny import tiny_model, tiny_tokens
 

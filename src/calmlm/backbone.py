@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -255,23 +256,32 @@ def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
 
 
 def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
-    """Load a text, image or sound encoder from a hub id or a folder; otherwise like ``load_base``."""
-    return _load(AutoModel, "model", source, role, options)
+    """Load a text, image or sound encoder from a hub id or a folder, as the class that was saved.
+
+    Otherwise like ``load_base``.
+    """
+    named = getattr(transformers, (_architectures(source, options) or [""])[0], AutoModel)
+    return _load(named, "model", source, role, options)
 
 
 def holds_decoder(source: str, **options: Any) -> bool:
     """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
-    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
-    try:
-        architectures = AutoConfig.from_pretrained(source, **hub).architectures
-    except (OSError, ValueError, KeyError):
-        return True  # loading will say what is wrong
+    architectures = _architectures(source, options)
     causal = {
         name
         for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         for name in ([names] if isinstance(names, str) else names)
     }
     return not architectures or any(name in causal for name in architectures)
+
+
+def _architectures(source: str, options: dict[str, Any]) -> list[str] | None:
+    """The classes that a model was saved as; None where nothing tells, and loading will say what is wrong."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
+    try:
+        return AutoConfig.from_pretrained(source, **hub).architectures
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:

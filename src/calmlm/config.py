@@ -189,6 +189,7 @@ class CalmConfig(PreTrainedConfig):
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
         augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
             "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
+        order: the names in the order in which they were joined, in a saved file.
     """
 
     model_type = "calm"
@@ -197,10 +198,15 @@ class CalmConfig(PreTrainedConfig):
     text_config: Any = None
     anchor: dict[str, Any] = dataclasses.field(default_factory=dict)
     augmenting: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    order: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor = dict(self.anchor)
-        self.augmenting = {name: dict(entry) for name, entry in self.augmenting.items()}
+        # JSON forgets the order of names, and connections into one layer build on each other.
+        names = sorted(
+            self.augmenting, key=lambda name: self.order.index(name) if name in self.order else len(self.order)
+        )
+        self.augmenting = {name: dict(self.augmenting[name]) for name in names}
         anchor, experts = self.text_config, None
         if isinstance(anchor, PreTrainedConfig):
             # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.

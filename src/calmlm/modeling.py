@@ -341,6 +341,12 @@ class CalmModel(CalmPreTrainedModel):
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
             )
+        for name in inputs.augmenting:
+            if name in self.augmenting and self.config.augmenting[name]["reads"] != "inputs":
+                raise DataError(
+                    f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
+                    f"leave its inputs out."
+                )
         unknown = sorted(set(inputs.augmenting) - set(self.augmenting))
         if unknown:
             raise DataError(

@@ -217,8 +217,8 @@ class EncoderReader(Common):
             given = inputs.augmenting.get(self.name)
             if given is None:
                 raise DataError(
-                    f"The augmenting model {self.name!r} reads inputs of its own, but got none: pass "
-                    f"augmenting_inputs={{{self.name!r}: {{...}}}}."
+                    f"The augmenting model {self.name!r} must be given inputs of its own, but got none: pass "
+                    f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
                 )
             self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
             owner = self._spread(stream, given, inputs.ids)

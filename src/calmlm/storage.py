@@ -125,6 +125,7 @@ def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
     config = copy.deepcopy(config)
     config.architectures = ["CalmForCausalLM"]
     config.text_config.name_or_path = ""
+    config.order = list(config.augmenting)
     for entry in (config.anchor, *config.augmenting.values()):
         entry["id"] = relative_source(entry.get("id") or "", folder)
     return config

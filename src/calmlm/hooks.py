@@ -118,6 +118,11 @@ class InjectBeforeHook(InjectHook):
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
 
+def belongs(hook: Any, slot: Slot, name: str) -> bool:
+    """Whether a hook is that of one augmenting model in the composition that ``slot`` serves."""
+    return isinstance(hook, (CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+
+
 def _on(device: torch.device, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(tensor.to(device) for tensor in value)

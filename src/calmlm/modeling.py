@@ -22,7 +22,7 @@ from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot
+from calmlm.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot, belongs
 from calmlm.readers import (
     AlignedReader,
     EncoderReader,
@@ -191,9 +191,7 @@ class CalmModel(CalmPreTrainedModel):
         for model in (self.anchor, self.augmenting[name]):
             for module in model.modules():
                 for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                    for key in [
-                        k for k, hook in hooks.items() if getattr(hook, "slot", None) is self.slot and hook.name == name
-                    ]:
+                    for key in [key for key, hook in hooks.items() if belongs(hook, self.slot, name)]:
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
         del self.config.augmenting[name], self.augmenting[name], self.connectors[name]

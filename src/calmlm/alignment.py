@@ -128,11 +128,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, role: str = "anchor") -> lis
     """
     spelling = Spelling.of(tokenizer, role)
     table: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
-    added = tokenizer.added_tokens_decoder
+    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
     for token, index in tokenizer.get_vocab().items():
         if index in added and not BYTE_TOKEN.fullmatch(token):
             table[index] = None if added[index].special else added[index].content.encode()
-        elif index not in tokenizer.all_special_ids or BYTE_TOKEN.fullmatch(token):
+        elif index not in special or BYTE_TOKEN.fullmatch(token):
             table[index] = spelling.bytes_of(token)
     return table
 
@@ -168,7 +168,7 @@ class Alignment:
         Raises:
             ModelError: when one of them cannot be read, or the augmenting tokenizer cannot write the anchor's text.
         """
-        writer = Writer(augmenting)
+        writer, spelling = Writer(augmenting), Spelling.of(anchor, "anchor")
         pieces = token_bytes(anchor, "anchor")
         roles = _special_ids(anchor, augmenting)
         body: list[list[int]] = []
@@ -187,9 +187,7 @@ class Alignment:
             text = piece.decode(errors="ignore")
             if not text[-1:].isalnum():
                 opens.append(index)
-            first = writer.write(
-                piece.removeprefix(b" ") if Spelling.of(anchor, "anchor").dummy_space else piece, start=True
-            )
+            first = writer.write(piece.removeprefix(b" ") if spelling.dummy_space else piece, start=True)
             if first is not None and first != ids:
                 start[index] = first
         unknown = [] if augmenting.unk_token_id is None else [augmenting.unk_token_id]

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment, Spelling
 from calmlm.transcoding import Transcoder
-from compositions import assert_close, assert_helpful, awaken, logits_of
+from compositions import awaken, logits_of
 from tiny import tiny_model
-from tokenizers_tiny import tokenizer
+from tokenizers_tiny import CORPUS, SPECIAL, _wrapped, tokenizer
 
 
 def written(ours: Any, theirs: Any, ids: list[int]) -> list[int]:
@@ -27,3 +28,53 @@ def test_a_tokenizer_is_looked_at_once_and_not_for_every_token(monkeypatch: pyte
     monkeypatch.setattr(Spelling, "of", lambda *given: calls.append(given) or look(*given))
     Alignment.between(tokenizer("bytes"), tokenizer("unigram"))
     assert len(calls) < 5
+
+
+def test_the_first_token_after_the_beginning_is_the_first_of_the_text() -> None:
+    pieces, ours = tokenizer("sentencepiece"), tokenizer("bytes")
+    text = "hello world"
+    for one, other in ((pieces, ours), (ours, pieces)):
+        ids = [one.bos_token_id, *one(text, add_special_tokens=False).input_ids]
+        found = written(one, other, ids)
+        assert found[0] == other.bos_token_id
+        assert other.decode(found[1:]) == text
+        assert found[1:] == written(one, other, ids[1:])
+
+
+def test_a_token_with_several_roles_keeps_the_one_that_counts() -> None:
+    ours, theirs = copy.deepcopy(tokenizer("bytes")), copy.deepcopy(tokenizer("unigram"))
+    ours.add_special_tokens(dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|end|>"))
+    end, letter = ours.eos_token_id, ours("h", add_special_tokens=False).input_ids
+    found = written(ours, theirs, [end, *letter, end])
+    assert (found[0], found[-1]) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+def test_ids_beyond_the_tokenizer_say_nothing() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("bytes-large")
+    ids = ours("hello", add_special_tokens=False).input_ids
+    for k in range(len(ids) + 1):
+        padded = [*ids[:k], len(ours) + 7, *ids[k:]]
+        assert theirs.decode(written(ours, theirs, padded)) == "hello"
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours) + 20),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    logits_of(awaken(model), torch.tensor([[len(ours) + 19, *ids, len(ours) + 3, *ids]]))
+
+
+def test_a_mark_at_the_end_of_words_is_written_word_by_word() -> None:
+    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder("</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    ours, theirs = tokenizer("bytes-large"), _wrapped(backend)
+    ids = ours("hello world, 12", add_special_tokens=False).input_ids
+    assert "<unk>" not in theirs.convert_ids_to_tokens(written(ours, theirs, ids))
+    assert theirs.decode(written(ours, theirs, ids)).replace(" ", "") == "helloworld,12"

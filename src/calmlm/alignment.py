@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.errors import ModelError
 
 SPACE = "▁"
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
+ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "mask_token", "unk_token", "pad_token")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 LOOKBACK = 3
 """A character of UTF-8 has at most four bytes, so the three tokens before one decide what its first bytes complete."""
@@ -48,11 +48,13 @@ class Spelling:
             the end of words) or ``"words"`` (whole words, a space between).
         mark: the kind's own mark: the stand-in of a space, the prefix of a continuation, the suffix of a word.
         dummy_space: whether the first token of a text carries a space that is not in the text.
+        every_segment: whether the first token after any special token does so as well.
     """
 
     kind: str
     mark: str = ""
     dummy_space: bool = False
+    every_segment: bool = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, role: str) -> Spelling:
@@ -73,23 +75,23 @@ class Spelling:
         normalizers = {part["type"]: part for part in _flat(data["normalizer"], "normalizers")}
         model = data["model"]
         if "ByteLevel" in parts or "ByteLevel" in before:
-            return cls("bytes", dummy_space=bool(before.get("ByteLevel", {}).get("add_prefix_space")))
+            prefixed = bool(before.get("ByteLevel", {}).get("add_prefix_space"))
+            return cls("bytes", dummy_space=prefixed, every_segment=prefixed)
         if "Metaspace" in parts:
-            return cls(
-                "metaspace",
-                parts["Metaspace"].get("replacement", SPACE),
-                parts["Metaspace"].get("prepend_scheme", "always") != "never",
-            )
+            scheme = parts["Metaspace"].get("prepend_scheme", "always")
+            mark = parts["Metaspace"].get("replacement", SPACE)
+            return cls("metaspace", mark, scheme != "never", scheme == "always")
         replaced = [p for p in _flat(data["decoder"], "decoders") if p["type"] == "Replace" and p.get("content") == " "]
-        if replaced:
-            return cls("metaspace", replaced[0]["pattern"]["String"], "Strip" in parts or "Prepend" in normalizers)
+        if replaced and "String" in replaced[0]["pattern"]:
+            every = "Prepend" in normalizers or before.get("Metaspace", {}).get("prepend_scheme") == "always"
+            return cls("metaspace", replaced[0]["pattern"]["String"], "Strip" in parts or every, every)
         if model["type"] == "WordPiece" or "WordPiece" in parts:
-            return cls("wordpiece", model.get("continuing_subword_prefix") or "##", dummy_space=True)
+            return cls("wordpiece", model.get("continuing_subword_prefix") or "##", True, True)
         suffix = parts.get("BPEDecoder", {}).get("suffix") or model.get("end_of_word_suffix")
         if suffix:
             return cls("suffix", suffix)
         if model["type"] == "WordLevel" and "Fuse" not in parts:
-            return cls("words", dummy_space=True)
+            return cls("words", "", True, True)
         return cls("plain")
 
     def bytes_of(self, token: str) -> bytes:
@@ -144,7 +146,7 @@ class Alignment:
     Attributes:
         body: for each anchor id, the augmenting ids of its bytes inside a text.
         start: the same at the start of a word that no space announces, where it differs.
-        opens: anchor ids after which such a word may start; only WordPiece asks for them.
+        opens: anchor ids after which such a word may start: special tokens, and for WordPiece what ends no word.
         partial: bytes of anchor ids that are parts of characters, where the augmenting tokenizer cannot write bytes.
         characters: the augmenting ids of each character it knows; needed where there are such parts.
         unknown: the augmenting ids of a character that it does not know.
@@ -179,6 +181,8 @@ class Alignment:
             if piece is None:
                 body.append(roles.get(index, []))
                 opens.append(index)
+                if index == anchor.bos_token_id and augmenting.bos_token_id is not None:
+                    start[index] = [augmenting.bos_token_id]  # one token may be both the beginning and the end
                 continue
             ids = writer.write(piece)
             if ids is None:
@@ -190,11 +194,16 @@ class Alignment:
             first = writer.write(piece.removeprefix(b" ") if spelling.dummy_space else piece, start=True)
             if first is not None and first != ids:
                 start[index] = first
+        if writer.spelling.kind != "wordpiece":
+            leads = spelling if spelling.dummy_space else writer.spelling
+            begin = (anchor.bos_token_id, anchor.cls_token_id)
+            opens = [i for i in opens if pieces[i] is None and (leads.every_segment or i in begin)]
+            opens = opens if leads.dummy_space else []
         unknown = [] if augmenting.unk_token_id is None else [augmenting.unk_token_id]
         return cls(
             body=body,
             start=start,
-            opens=opens if writer.spelling.kind == "wordpiece" else [],
+            opens=opens,
             partial=partial,
             characters=writer.characters() if partial else {},
             unknown=unknown,
@@ -261,8 +270,11 @@ class Writer:
             return self._tokenize(prefix + text.replace(" ", mark))
         if kind == "wordpiece":
             return self._wordpieces(text, start)
-        if kind == "words":
-            return [i for word in text.split() for i in self._tokenize(word)]
+        if kind in ("words", "suffix"):
+            normalizer, splitter = self.backend.normalizer, self.backend.pre_tokenizer
+            text = text if normalizer is None else normalizer.normalize_str(text)
+            words = text.split() if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+            return [i for word in words for i in self._tokenize(word)]
         return self._tokenize(text)
 
     def _wordpieces(self, text: str, start: bool) -> list[int]:
@@ -317,10 +329,10 @@ def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenize
     for index, token in anchor.added_tokens_decoder.items():
         if token.content in theirs:
             found[index] = [theirs[token.content]]
-    for role in ROLES:
+    for role in ROLES:  # one token may have several roles; the first of them counts
         ours, other = getattr(anchor, f"{role}_id", None), getattr(augmenting, f"{role}_id", None)
         if ours is not None and other is not None:
-            found[ours] = [other]
+            found.setdefault(ours, [other])
     return found
 
 

@@ -38,8 +38,10 @@ class Transcoder(nn.Module):
         self.opens: Tensor
         self.whole: Tensor
         self.alignment, self.partial, self.fill = alignment, alignment.partial, alignment.fill
-        size = len(alignment.body)
-        rows = [*alignment.body, *(alignment.start.get(i, alignment.body[i]) for i in range(size))]
+        # One empty row at the end, for ids beyond the tokenizer's: models often have more embeddings than that.
+        body = [*alignment.body, []]
+        size = len(body)
+        rows = [*body, *(alignment.start.get(i, body[i]) for i in range(size))]
         lengths = torch.tensor([len(row) for row in rows])
         opens = torch.zeros(size, dtype=torch.bool)
         opens[torch.tensor(alignment.opens, dtype=torch.long)] = True
@@ -60,7 +62,10 @@ class Transcoder(nn.Module):
             real: (B, T) bool, False at padding.
             previous: (B, 3) int64, the real anchor ids before these, the latest last; -1 where there are none.
         """
+        if self.flat.device != ids.device:
+            self.to(ids.device)
         batch, length = ids.shape
+        ids, previous = ids.clamp(max=self.size - 1), previous.clamp(max=self.size - 1)
         before = torch.cat((previous[:, -1:], ids[:, :-1]), dim=1)
         # A real token is the first of its text when nothing real stands before it.
         first = (real.cumsum(1) == 1) & (previous[:, -1:] < 0)

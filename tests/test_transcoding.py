@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment, Spelling
 from calmlm.transcoding import Transcoder
-from compositions import awaken, logits_of
+from compositions import assert_close, assert_helpful, awaken, logits_of
 from tiny import tiny_model
 from tokenizers_tiny import CORPUS, SPECIAL, _wrapped, tokenizer
 
@@ -78,3 +78,55 @@ def test_a_mark_at_the_end_of_words_is_written_word_by_word() -> None:
     ids = ours("hello world, 12", add_special_tokens=False).input_ids
     assert "<unk>" not in theirs.convert_ids_to_tokens(written(ours, theirs, ids))
     assert theirs.decode(written(ours, theirs, ids)).replace(" ", "") == "helloworld,12"
+
+
+def test_a_tokenizer_too_large_for_its_model_is_refused() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("bytes-large")
+    with pytest.raises(calmlm.ModelError) as caught:
+        calmlm.compose(
+            tiny_model("llama", vocab_size=len(ours)),
+            tiny_model("gpt2", vocab_size=100),
+            2,
+            tokenizer=ours,
+            augmenting_tokenizer=theirs,
+        )
+    assert_helpful(caught.value, "100", "augmenting tokenizer")
+
+
+def test_packed_rows_are_refused() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    ids = ours("hello world", return_tensors="pt").input_ids
+    positions = torch.arange(ids.shape[1])[None]
+    logits_of(model, ids, position_ids=positions)
+    with pytest.raises(calmlm.DataError) as caught:
+        model(torch.cat((ids, ids), dim=1), position_ids=torch.cat((positions, positions), dim=1))
+    assert_helpful(caught.value, "packing")
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "flamingo"])
+def test_a_token_that_sees_nothing_is_left_alone_with_a_null_key_too(kind: str) -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        connector=kind,
+        null_key=True,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    awaken(model)
+    ids = ours("😀 hello", return_tensors="pt", add_special_tokens=False).input_ids
+    full = logits_of(model, ids)
+    assert torch.equal(full[:, :1], model.anchor(ids).logits[:, :1])
+    with torch.no_grad():
+        first = model(ids[:, :1], use_cache=True)
+        rest = model(ids[:, 1:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, rest.logits), dim=1), full, 1e-4)

@@ -211,6 +211,12 @@ class Alignment:
             digest=digest(anchor, augmenting),
         )
 
+    @property
+    def highest(self) -> int:
+        """The largest augmenting id in it."""
+        rows = (*self.body, *self.start.values(), *self.characters.values(), self.unknown, [self.fill])
+        return max(i for row in rows for i in row)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``from_json`` is the inverse."""
         data = dataclasses.asdict(self)

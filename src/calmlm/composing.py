@@ -125,6 +125,11 @@ def compose(
         else:
             backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
             entry["reads"] = "inputs"
+            if connector == "legonn":
+                raise ConfigError(
+                    f"connector='legonn' needs an augmenting model with an output distribution, but the {role} is an "
+                    f"encoder without one: use 'cross_attention' or 'flamingo'."
+                )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
         pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
         options = {
@@ -192,7 +197,14 @@ def align(
     """
     if tokenizer is not None and augmenting_tokenizer is not None:
         if tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
-            return Alignment.between(tokenizer, augmenting_tokenizer)
+            alignment = Alignment.between(tokenizer, augmenting_tokenizer)
+            if alignment.highest >= augmenting.vocab_size:
+                raise ModelError(
+                    f"The augmenting tokenizer's ids must lie below {augmenting.vocab_size}, the vocabulary of its "
+                    f"model, but the text needs {alignment.highest}: pass that model's own tokenizer, or resize the "
+                    f"model's embeddings."
+                )
+            return alignment
         if augmenting.vocab_size >= len(tokenizer):
             return None
     if anchor.vocab_size != augmenting.vocab_size:

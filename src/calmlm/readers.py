@@ -35,7 +35,7 @@ class Inputs:
         ids: (B, T) int64, the anchor's new tokens; None only while the composition is disabled.
         mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
         positions: (B or 1, T) int64, or None.
-        prompt: (B, T) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
+        prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
         augmenting: inputs of augmenting encoders, by name.
     """
 
@@ -91,13 +91,12 @@ class Common:
             kind = "sdpa"
         return kind, ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
 
-    def masked(self, visible: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    def masked(self, visible: Tensor) -> tuple[Tensor, Tensor, Any]:
         """From (B, 1, T, S) bool: the mask that the attention takes, which rows see anything (B, T), the attention."""
         kind, attention = self.attention(boolean_mask=True)
-        seeing = None
+        anything = visible.any(-1, keepdim=True)
+        seeing = anything[:, 0, :, 0]
         if self.connector.null_key is None:
-            anything = visible.any(-1, keepdim=True)
-            seeing = anything[:, 0, :, 0]
             # A row that sees nothing must see something for softmax to be defined; its result is then dropped.
             visible = visible | ~anything
         if kind == "sdpa":
@@ -182,6 +181,7 @@ class AlignedReader(Common):
         assert self.transcoder is not None
         frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
         real = real_tokens(inputs, self.name)
+        check_one_text(inputs, real, self.name)
         block = self.transcoder(inputs.ids, real, frontier.previous(LOOKBACK, inputs.ids))
         frontier.extend(inputs.ids, real, block.owner)
         new, queries = block.ids.shape[1], inputs.ids.shape[1]
@@ -254,9 +254,10 @@ class PromptReader(Common):
         frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
         stream = Stream(None, None, None, past.cross if past is not None else None, eager_attention)
         real = real_tokens(inputs, self.name)
+        check_one_text(inputs, real, self.name)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
-            prompt = real if inputs.prompt is None else real & inputs.prompt
+            prompt = real if inputs.prompt is None else real & self._prompt(inputs)
             self.run(
                 stream,
                 **base_arguments(
@@ -272,6 +273,17 @@ class PromptReader(Common):
         stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
         return stream
 
+    def _prompt(self, inputs: Inputs) -> Tensor:
+        """The prompt among the tokens of this call, which may hold generated ones after it."""
+        assert inputs.prompt is not None
+        length, prompt = inputs.ids.shape[1], inputs.prompt.bool()
+        if prompt.shape[1] > length:
+            raise DataError(
+                f"The prompt must come in one call, because the augmenting model {self.name!r} reads it at once, but "
+                f"got {length} of its {prompt.shape[1]} tokens: leave prefill_chunk_size out."
+            )
+        return nn.functional.pad(prompt, (0, length - prompt.shape[1]))
+
 
 def real_tokens(inputs: Inputs, name: str) -> Tensor:
     """Which of the new tokens are no padding, (B, T) bool."""
@@ -284,6 +296,23 @@ def real_tokens(inputs: Inputs, name: str) -> Tensor:
             f"own, but got {tuple(mask.shape)}: pass a padding mask."
         )
     return mask[:, -inputs.ids.shape[1] :].bool()
+
+
+def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:
+    """Raise where positions begin anew within a row: the streams of several texts in one row would mix.
+
+    Raises:
+        DataError: for packed rows.
+    """
+    positions = inputs.positions
+    if positions is None or positions.shape[-1] < 2:
+        return
+    both = (real[:, 1:] & real[:, :-1]).to(positions.device)
+    if bool((both & (positions[..., 1:] <= positions[..., :-1])).any()):
+        raise DataError(
+            f"Each row must hold one text where the augmenting model {name!r} does not share the anchor's token ids, "
+            f"but got position_ids that begin anew within a row: switch packing off."
+        )
 
 
 def base_arguments(

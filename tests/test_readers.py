@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def test_encoders_save_and_load(seeing: Any, tmp_path: Path) -> None:
     assert torch.equal(logits_of(loaded, ids, augmenting_inputs=given), expected)
 
 
+def test_the_anchor_alone_generates_whatever_its_encoders_are_given(seeing: Any) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 4)
+    with model.disable_composition():
+        found = model.generate(ids, **GREEDY, augmenting_inputs=given)
+    assert torch.equal(found, model.anchor.generate(ids, **GREEDY))
+
+
 def test_missing_and_unknown_inputs_are_named(seeing: Any) -> None:
     model, given = seeing
     with pytest.raises(calmlm.DataError) as caught:
@@ -162,6 +171,26 @@ def test_a_prompt_reader_is_not_refreshed() -> None:
     changed[:, -1] = (changed[:, -1] + 5) % 90 + 3
     before, after = logits_of(model, prompt), logits_of(model, changed)
     assert not torch.allclose(before[:, 0], after[:, 0], atol=1e-4)
+
+
+def test_a_prompt_reader_reads_no_drafts_and_no_generated_tokens() -> None:
+    model = awaken(calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2, refresh=False))
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    seen: list[Tensor] = []
+    handle = model.augmenting["augmenting"].base_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"].sum()), with_kwargs=True
+    )
+    expected = model.generate(ids, **GREEDY)
+    modes: list[dict[str, Any]] = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
+    for mode in modes:
+        found = model.generate(ids, **GREEDY, **mode)
+        if "num_beams" not in mode:
+            assert torch.equal(found, expected)
+    handle.remove()
+    assert {int(count) for count in seen} <= {8, 16}
+    with pytest.raises(calmlm.DataError) as caught:
+        model.generate(ids, **GREEDY, prefill_chunk_size=3)
+    assert_helpful(caught.value, "prefill_chunk_size")
 
 
 # Several augmenting models
@@ -243,7 +272,34 @@ def test_faults_are_named(folders: Path) -> None:
     assert_helpful(caught.value, "past_key_values")
 
 
+def test_a_composition_saved_before_there_were_readers_loads(folders: Path) -> None:
+    path = folders / "with-one" / "config.json"
+    ids = tiny_tokens(2, 7)
+    expected = logits_of(load(folders / "with-one"), ids)
+    data = json.loads(path.read_text())
+    for entry in data["augmenting"].values():
+        del entry["reads"], entry["connector"]["kind"], entry["connector"]["rank"]
+    del data["order"]
+    path.write_text(json.dumps(data))
+    assert torch.equal(logits_of(load(folders / "with-one"), ids), expected)
+
+
+def test_a_static_cache_leaves_the_disabled_out() -> None:
+    parts = {"a": tiny_model("gpt2", seed=2), "b": tiny_model("qwen3", seed=3)}
+    model = awaken(calmlm.compose(tiny_model("llama"), parts, 1))
+    model.disable_augmenting("b")
+    ids = tiny_tokens(2, 5)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids, **GREEDY, **static), model.generate(ids, **GREEDY, use_cache=False))
+
+
 # Connectors
+
+
+def test_an_encoder_has_no_distribution_for_legonn() -> None:
+    with pytest.raises(calmlm.ConfigError) as caught:
+        calmlm.compose(tiny_model("llama"), {"senses": ENCODERS["bert"][0]()}, 2, connector="legonn")
+    assert_helpful(caught.value, "legonn", "encoder")
 
 
 @pytest.mark.parametrize("kind", ["flamingo", "legonn"])

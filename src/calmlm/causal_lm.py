@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -254,7 +255,12 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with the composition disabled, the anchor's own ``generate``."""
         if not self.model.enabled:
-            return self.anchor.generate(*args, **kwargs)
+            own = ("augmenting_inputs", "prompt_mask")
+            return self.anchor.generate(*args, **{key: value for key, value in kwargs.items() if key not in own})
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
+        if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
+            kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -304,8 +310,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
                 masks[prefix] = made
 
         add("anchor", self.anchor, past_key_values.anchor)
-        for name, model in self.model.augmenting.items():
-            add(f"augmenting.{name}", model, past_key_values.augmenting[name])
+        for name, own in past_key_values.augmenting.items():
+            add(f"augmenting.{name}", self.augmenting[name], own)
             masks[f"cross.{name}"] = self.model.cross_mask(
                 name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
             )

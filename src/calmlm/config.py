@@ -206,7 +206,8 @@ class CalmConfig(PreTrainedConfig):
         names = sorted(
             self.augmenting, key=lambda name: self.order.index(name) if name in self.order else len(self.order)
         )
-        self.augmenting = {name: dict(self.augmenting[name]) for name in names}
+        # Compositions saved before there was anything else to read have no "reads".
+        self.augmenting = {name: {"reads": "tokens"} | self.augmenting[name] for name in names}
         anchor, experts = self.text_config, None
         if isinstance(anchor, PreTrainedConfig):
             # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.

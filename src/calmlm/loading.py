@@ -122,7 +122,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
         isinstance(entry, dict)
         and isinstance(entry.get("connections"), list)
         and isinstance(entry.get("connector"), dict)
-        and entry.get("reads") in READS
+        and entry.get("reads", "tokens") in READS
         for entry in entries
     )
     if not whole:

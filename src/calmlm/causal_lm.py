@@ -21,14 +21,16 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm import storage
 from calmlm.alignment import Alignment
-from calmlm.backbone import accepts
+from calmlm.backbone import accepts, check_fingerprint
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, check_names
-from calmlm.errors import CheckpointError, ConfigError
+from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs
 
+# Arguments that only a composition takes.
+OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask")
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -132,11 +134,14 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         self._check_new_name(name)
         if isinstance(source, CalmForCausalLM):
             other = source
-            if other.config.anchor.get("fingerprint") != self.config.anchor.get("fingerprint"):
-                raise CheckpointError(
-                    f"Both compositions must have one anchor, but this one has {self.config.anchor.get('id')!r} and "
-                    f"the other {other.config.anchor.get('id')!r} with other weights: train it on this anchor."
-                )
+            ours, theirs = self.config.anchor, other.config.anchor
+            check_fingerprint(
+                self.anchor,
+                theirs.get("fingerprint"),
+                "anchor",
+                theirs.get("id") or "the other composition's anchor",
+                ours.get("id") or "this one's anchor",
+            )
         else:
             other = type(self).from_pretrained(source, anchor=self.anchor, **options)
         names = list(other.config.augmenting)
@@ -255,8 +260,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with the composition disabled, the anchor's own ``generate``."""
         if not self.model.enabled:
-            own = ("augmenting_inputs", "prompt_mask")
-            return self.anchor.generate(*args, **{key: value for key, value in kwargs.items() if key not in own})
+            return self.anchor.generate(*args, **_without_own(kwargs))
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
         if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
@@ -275,6 +279,11 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = self.model.new_cache(cache)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("assistant_model"), CalmForCausalLM):
+            kwargs["model_kwargs"] = _without_own(kwargs["model_kwargs"])
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:
         cache = super()._prepare_static_cache(*args, **kwargs)
@@ -410,6 +419,10 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             ModelError: when a base model cannot be loaded.
         """
         return load_composition(cls, pretrained_model_name_or_path, **kwargs)
+
+
+def _without_own(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key not in OWN_ARGUMENTS}
 
 
 AutoConfig.register(CalmConfig.model_type, CalmConfig)

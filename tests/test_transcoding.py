@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,3 +132,16 @@ def test_a_token_that_sees_nothing_is_left_alone_with_a_null_key_too(kind: str) 
         first = model(ids[:, :1], use_cache=True)
         rest = model(ids[:, 1:], past_key_values=first.past_key_values)
     assert_close(torch.cat((first.logits, rest.logits), dim=1), full, 1e-4)
+
+
+def test_a_changed_tokenizer_is_noticed(tmp_path: Path) -> None:
+    for name, kind, family in (("m_B", "bytes", "llama"), ("m_A", "unigram", "gpt2")):
+        tiny_model(family, vocab_size=len(tokenizer(kind))).save_pretrained(tmp_path / name)
+        tokenizer(kind).save_pretrained(tmp_path / name)
+    calmlm.compose(tmp_path / "m_B", tmp_path / "m_A", 2).save_pretrained(tmp_path / "composition")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")
+    tokenizer("wordpiece").save_pretrained(tmp_path / "m_A")
+    with pytest.warns(UserWarning, match="tokenizer"):
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")

@@ -151,7 +151,7 @@ class Alignment:
         characters: the augmenting ids of each character it knows; needed where there are such parts.
         unknown: the augmenting ids of a character that it does not know.
         fill: the augmenting id that stands where a row has no token.
-        digest: sha256 over both vocabularies.
+        digest: sha256 over both tokenizers.
     """
 
     body: list[list[int]]
@@ -343,6 +343,9 @@ def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenize
 
 
 def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> str:
-    """sha256 over both tokenizers as they stand, so that a changed one is noticed."""
-    text = "".join(t.backend_tokenizer.to_str() for t in (anchor, augmenting))
-    return hashlib.sha256(text.encode()).hexdigest()
+    """sha256 over both tokenizers, so that a changed one is noticed; how they last padded or cut is no part of them."""
+    mark = hashlib.sha256()
+    for tokenizer in (anchor, augmenting):
+        data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        mark.update(json.dumps(data, sort_keys=True).encode())
+    return mark.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from calmlm import storage
-from calmlm.alignment import Alignment
+from calmlm.alignment import Alignment, digest
 from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base, load_encoder
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError
+from calmlm.tokenizers import find_tokenizer
 
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -86,6 +88,8 @@ def load_composition(
     alignments = {
         name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
     }
+    for name, alignment in alignments.items():
+        _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     tensors = storage.read_tensors(weights, expected.items(), str(source))
@@ -147,6 +151,26 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
             f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
             f"save the composition again or fetch it anew."
         ) from error
+
+
+def _check_tokenizers(
+    alignment: Alignment, name: str, anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig
+) -> None:
+    """Warn where the tokenizers that lie beside both models are not those that the alignment was made from."""
+    found = [
+        find_tokenizer(model.name_or_path, revision=entry.get("revision"), local_files_only=True)
+        if model.name_or_path
+        else None
+        for model, entry in ((anchor, config.anchor), (augmenting, config.augmenting[name]))
+    ]
+    if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
+        return  # the saved table needs neither
+    if digest(*found) != alignment.digest:
+        warnings.warn(
+            f"The tokenizer of the anchor or of the augmenting model {name!r} is not the one that this composition was "
+            f"made with: its saved table still reads by the old ones. Use those to write its input.",
+            stacklevel=4,
+        )
 
 
 def _check_entry(

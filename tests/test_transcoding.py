@@ -145,3 +145,22 @@ def test_a_changed_tokenizer_is_noticed(tmp_path: Path) -> None:
     tokenizer("wordpiece").save_pretrained(tmp_path / "m_A")
     with pytest.warns(UserWarning, match="tokenizer"):
         calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")
+
+
+def test_case_and_accents_are_those_of_the_augmenting_tokenizer() -> None:
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    ours, theirs = tokenizer("bytes"), _wrapped(backend)
+    ids = ours("Hello Wörld", add_special_tokens=False).input_ids
+    assert theirs.decode(written(ours, theirs, ids)) == "hello world"
+
+
+def test_leading_spaces_survive_a_prepended_one() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
+    for text in ("hello", " hello", "  hello"):
+        ids = ours(text, add_special_tokens=False).input_ids
+        assert theirs.decode(written(ours, theirs, ids)) == text

@@ -17,12 +17,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
 
 SPACE = "▁"
 ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "mask_token", "unk_token", "pad_token")
+REWRITING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Precompiled")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 LOOKBACK = 3
 """A character of UTF-8 has at most four bytes, so the three tokens before one decide what its first bytes complete."""
@@ -239,14 +241,21 @@ class Writer:
         self.spelling = Spelling.of(tokenizer, "augmenting model")
         self.backend = tokenizer.backend_tokenizer
         self.vocabulary = tokenizer.get_vocab()
+        normalizers = _flat(json.loads(self.backend.to_str())["normalizer"], "normalizers")
+        self.prepends = any(part["type"] == "Prepend" for part in normalizers)
+        self.rewrite = _rewriting(normalizers)
         self.byte_ids = [self.vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
 
     def characters(self) -> dict[str, list[int]]:
-        """The ids of every character that stands alone in the vocabulary."""
+        """The ids of every character that stands alone in the vocabulary, or becomes such a one (case, accents)."""
         known = {chr(code) for code in range(128)}
         for token in self.vocabulary:
             text = self.spelling.bytes_of(token).decode(errors="ignore").strip()
             known |= set(text) if len(text) == 1 else set()
+        rewrite = self.backend.normalizer if self.spelling.kind == "wordpiece" else self.rewrite
+        if rewrite is not None:
+            others = [chr(code) for code in range(128, 0x10000) if not 0xD800 <= code < 0xE000]
+            known |= {c for c in others if (new := rewrite.normalize_str(c).strip()) and set(new) <= known}
         return {character: self.write(character.encode()) or [] for character in sorted(known)}
 
     def write(self, piece: bytes, start: bool = False) -> list[int] | None:
@@ -271,8 +280,10 @@ class Writer:
 
     def _write_text(self, text: str, start: bool) -> list[int]:
         kind, mark = self.spelling.kind, self.spelling.mark
+        if kind in ("metaspace", "plain") and self.rewrite is not None:
+            text = self.rewrite.normalize_str(text)
         if kind == "metaspace":
-            prefix = mark if start and self.spelling.dummy_space and not text.startswith(" ") else ""
+            prefix = mark if start and self.spelling.dummy_space and (self.prepends or text[:1] != " ") else ""
             return self._tokenize(prefix + text.replace(" ", mark))
         if kind == "wordpiece":
             return self._wordpieces(text, start)
@@ -310,6 +321,16 @@ class Writer:
 
     def _tokenize(self, text: str) -> list[int]:
         return [token.id for token in self.backend.model.tokenize(text)] if text else []
+
+
+def _rewriting(parts: list[dict[str, Any]]) -> Any:
+    """Those normalizers that change characters one by one (case, accents, compatibility forms), or None."""
+    parts = [part for part in parts if part["type"] in REWRITING]
+    if not parts:
+        return None
+    bare = json.loads(Tokenizer(models.WordLevel({}, unk_token="")).to_str())
+    bare["normalizer"] = {"type": "Sequence", "normalizers": parts}
+    return Tokenizer.from_str(json.dumps(bare)).normalizer
 
 
 def _characters(piece: bytes) -> list[tuple[str, bytes]]:

@@ -48,6 +48,8 @@ NOT_DECODERS: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("role", ["anchor", "augmenting"])
 @pytest.mark.parametrize("kind", NOT_DECODERS)
 def test_what_is_no_decoder_is_refused(kind: str, role: str) -> None:
+    if role == "augmenting" and kind in ("bert-encoder", "t5"):
+        pytest.skip("an encoder may augment")
     make, mention = NOT_DECODERS[kind]
     models = {"anchor": tiny_model("llama"), "augmenting": tiny_model("gpt2"), role: make()}
     with pytest.raises(calmlm.ModelError) as error:
@@ -143,10 +145,9 @@ def test_vocabularies_that_do_not_match() -> None:
         calmlm.compose(tiny_model("llama"), tiny_model("gpt2", vocab_size=90))
     assert_helpful(error.value, "97", "90")
     ours, theirs = tiny_tokenizer(), tiny_tokenizer()
-    theirs.add_tokens(["<new>"])
-    with pytest.raises(calmlm.ModelError) as error:
-        calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), tokenizer=ours, augmenting_tokenizer=theirs)
-    assert_helpful(error.value, "'<new>'")
+    theirs.add_tokens(["<new>"])  # a text in its tokens is aligned
+    apart = calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), tokenizer=ours, augmenting_tokenizer=theirs)
+    assert apart.config.augmenting["augmenting"]["reads"] == "text"
     # One tokenizer and a padded embedding matrix go together.
     options = {"tokenizer": ours, "augmenting_tokenizer": tiny_tokenizer()}
     calmlm.compose(tiny_model("llama", vocab_size=112), tiny_model("gpt2"), **options)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from calmlm.errors import CheckpointError, DataError, ModelError
 
@@ -106,6 +106,13 @@ class Backbone:
         if not isinstance(model, PreTrainedModel):
             raise ModelError(
                 f"The {role} must be a model of transformers, but got {type(model).__name__}: load it with AutoModel."
+            )
+        kind = model.config.model_type
+        reads_on = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if reads_on and not model.config.is_encoder_decoder:
+            raise ModelError(
+                f"The {role} must be an encoder or a causal language model with its head, but got "
+                f"{type(model).__name__}: load it with AutoModelForCausalLM."
             )
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model
         config = encoder.config

@@ -98,9 +98,11 @@ def compose(
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model = load_any(str(source), role, revision=augmenting_revision, **shared) if _is_name(source) else source
+        if not isinstance(model, PreTrainedModel):
+            Backbone.of(model, role)  # says what is wrong with it
         if any(model is other for other in (anchor_model, *models.values())):
             raise ModelError(
-                f"The {role} must be a model of its own, but got one that is already in the composition: "
+                f"The {role} must be a model of its own, but got one model twice: "
                 f"load it a second time to compose it with itself."
             )
         entry = _entry(model, augmenting_revision, augmenting_layers_path)

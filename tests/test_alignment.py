@@ -202,3 +202,9 @@ def test_a_mask_of_four_dimensions_is_refused() -> None:
     with pytest.raises(calmlm.DataError) as caught:
         model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
     assert_helpful(caught.value, "attention_mask")
+
+
+def test_a_static_cache_is_refused() -> None:
+    with pytest.raises(calmlm.ModelError) as caught:
+        composition(PAIRS[0]).generate(torch.tensor([[5, 6, 7]]), **GREEDY, cache_implementation="static")
+    assert_helpful(caught.value, "dynamic cache")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -259,12 +259,18 @@ class CalmModel(CalmPreTrainedModel):
             anchor_cache = DynamicCache(config=text_config(self.anchor))
         entries = {name: entry for name, entry in self.config.augmenting.items() if name in self.active}
         reading = [name for name, entry in entries.items() if entry["reads"] in ("tokens", "text")]
+        apart = [name for name, entry in entries.items() if entry["reads"] != "tokens"]
+        if apart and isinstance(anchor_cache, StaticCache):
+            raise ModelError(
+                f"A static cache needs augmenting models that share the anchor's token ids, but {apart[0]!r} does not: "
+                f"use a dynamic cache."
+            )
         return CalmCache.around(
             anchor_cache,
             {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
             {name: len(entry["connections"]) for name, entry in entries.items()},
             length,
-            [name for name, entry in entries.items() if entry["reads"] != "tokens"],
+            apart,
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:

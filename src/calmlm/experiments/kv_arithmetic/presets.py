@@ -27,9 +27,9 @@ class Preset:
     highest: int
     """Values of keys are 1 to this."""
     operands: tuple[int, int]
-    """Fewest and most operands in the evaluation (OOD-hard has one more than the most)."""
+    """Fewest and most operands in the evaluation; OOD-hard has one more than the most."""
     composition_operands: tuple[int, int]
-    """Fewest and most operands in D_C."""
+    """Fewest and most operands in D_C, which has to show every length that is to be restated."""
     anchor_operands: tuple[int, int]
     """Fewest and most operands in m_B's training."""
     largest_integer: int

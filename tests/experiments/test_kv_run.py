@@ -1,5 +1,6 @@
 """Running the key-value experiment: training on examples, stages that resume, the report."""
 
+import dataclasses
 import json
 
 import pytest
@@ -24,7 +25,7 @@ def test_loss_at_supervised_positions_is_the_models_own_loss():
     rng = world.rng("test")
     rows = encode([world.general(rng) for _ in range(6)] + [world.row(rng) for _ in range(6)], tokenizer)
     batch = collator(tokenizer.pad_token_id)(rows)
-    anchor, augmenting = new_model(tokenizer, (32, 2, 2), 0), new_model(tokenizer, (16, 3, 2), 1)
+    anchor, augmenting = new_model(tokenizer, (32, 2, 2), 0), new_model(tokenizer, (16, 4, 2), 1)
     for model in (anchor, compose_bases(world, anchor, augmenting)):
         ours = SupervisedTrainer.compute_loss(None, model, batch)
         assert torch.allclose(ours, model(**batch).loss, atol=1e-5)
@@ -68,6 +69,9 @@ def test_unknown_preset_and_seeds_given_twice():
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_run_resumes_and_reports(preset, tmp_path, monkeypatch):
+    # The preset's data and stages on narrow models: the paper preset's own take minutes on a CPU.
+    narrow = dataclasses.replace(PRESETS[preset], augmenting_size=(16, 8, 2), anchor_size=(32, 3, 2), heads=2)
+    monkeypatch.setitem(PRESETS, preset, narrow)
     arguments = {"output": tmp_path / "results", "cache": tmp_path / "cache", "max_steps": 2, "items": 3}
     result = run(preset, (0,), command="calmlm repro kv-arithmetic", report=lambda line: None, **arguments)
     written = json.loads((tmp_path / "results" / f"{preset}.json").read_text())

@@ -70,7 +70,7 @@ def collator(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, torch
 
 
 class SupervisedTrainer(Trainer):
-    """The stock Trainer, but the vocabulary's logits are computed at supervised positions only: a fifth faster."""
+    """The stock Trainer, but the vocabulary's logits are computed at supervised positions only."""
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any

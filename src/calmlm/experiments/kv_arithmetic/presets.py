@@ -27,9 +27,9 @@ class Preset:
     highest: int
     """Values of keys are 1 to this."""
     operands: tuple[int, int]
-    """Fewest and most operands in the evaluation (OOD-hard has one more than the most)."""
+    """Fewest and most operands in the evaluation; OOD-hard has one more than the most."""
     composition_operands: tuple[int, int]
-    """Fewest and most operands in D_C."""
+    """Fewest and most operands in D_C, which has to show every length that is to be restated."""
     anchor_operands: tuple[int, int]
     """Fewest and most operands in m_B's training."""
     largest_integer: int
@@ -77,7 +77,7 @@ _TINY = Preset(
     anchor_size=(96, 4, 4),
     augmenting=Stage(600, 32, 4e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
-    composition=Stage(300, 64, 5e-3, 0.3),
+    composition=Stage(450, 64, 5e-3, 0.1),
     connections=((3, 0), (3, 1)),
     heads=4,
     items=200,
@@ -95,8 +95,8 @@ _SMALL = Preset(
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
-    composition=Stage(1600, 96, 5e-3, 0.1),
-    connections=((3, 0),),
+    composition=Stage(1200, 96, 4e-3, 0.1),
+    connections=((3, 0), (3, 1)),
     heads=4,
 )
 

@@ -65,9 +65,11 @@ class _Seed:
         self.folder = cache / f"{preset.name}-{mark}" / f"seed-{seed}"
         self.report = report
         self.tokenizer: PreTrainedTokenizerBase = build_tokenizer(preset.largest_integer)
-        # Longest answer: per operand an operator, a number and a total, each number in as many tokens as it has digits.
-        digits = 1 if preset.largest_integer > 9 else 2 + len(str(preset.highest**2))
-        self.max_new_tokens = (preset.operands[1] + 1) * (2 + 2 * digits) + 2
+        # Longest answer: per operand two signs, a number and a total; beyond 9 each digit may be a token of its own.
+        count = preset.operands[1] + 1
+        largest = preset.highest**count if "×" in preset.operators else preset.highest * count
+        digits = (1, 1) if preset.largest_integer > 9 else (len(str(preset.highest)), 1 + len(str(largest)))
+        self.max_new_tokens = count * (2 + sum(digits)) + 2
 
     def stage(self, name: str, work: Callable[[], tuple[PreTrainedModel | None, dict[str, Any]]]) -> dict[str, Any]:
         """Do a stage unless it is stored; return its record. The record is written last, so a stored one is whole."""

@@ -71,9 +71,10 @@ class Backbone:
         # A masked language model has output embeddings as well, but only a causal one generates.
         causal = isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
         if not causal or model.get_output_embeddings() is None:
+            advice = "" if role == "anchor" else ", or pass an encoder by name"
             raise ModelError(
                 f"The {role} must be a causal language model of transformers, but got {name}: "
-                f"load it with AutoModelForCausalLM."
+                f"load it with AutoModelForCausalLM{advice}."
             )
         if model.config.is_encoder_decoder:
             raise ModelError(

@@ -54,8 +54,8 @@ def compose(
 
     Args:
         anchor: the large model m_B: a hub id, a folder or a loaded causal language model.
-        augmenting: the small model m_A, likewise; or several, by name. A model without a language-modelling head (a
-            text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
+        augmenting: the small model m_A, likewise; or several, by name. A named model without a language-modelling head
+            (a text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
         connections: ``"every-4"`` (the paper's), ``"top"``, a number, or pairs ``(augmenting_layer, anchor_layer)``,
             0-based: the output of the first layer is read into the output of the second. See
             ``calmlm.config.resolve_connections``. Several augmenting models may have their own, by name.
@@ -98,8 +98,10 @@ def compose(
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model = load_any(str(source), role, revision=augmenting_revision, **shared) if _is_name(source) else source
-        if not isinstance(model, PreTrainedModel):
-            Backbone.of(model, role)  # says what is wrong with it
+        named = isinstance(augmenting, Mapping)
+        if not isinstance(model, PreTrainedModel) or (not named and not is_decoder(model)):
+            # Says what is wrong with it; an encoder's inputs come by name, so the encoder itself has to.
+            Backbone.of(model, role, augmenting_layers_path)
         if any(model is other for other in (anchor_model, *models.values())):
             raise ModelError(
                 f"The {role} must be a model of its own, but got one model twice: "

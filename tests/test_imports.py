@@ -15,9 +15,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "calmlm"
 LAYERS = [
     {"errors"},
     {"config", "connector", "tokenizers"},
-    {"backbone"},
+    {"connectors", "alignment", "frontier"},
+    {"backbone", "transcoding"},
     {"cache", "hooks", "storage"},
-    {"loading"},
+    {"loading", "readers"},
     {"modeling"},
     {"causal_lm"},
     {"composing"},

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from calmlm.errors import CheckpointError, DataError, ModelError
 
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 LAYER_NAMES = ("layers", "h", "blocks")
 POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
 SAMPLE = 256  # values per tensor that go into a fingerprint
@@ -68,9 +71,10 @@ class Backbone:
         # A masked language model has output embeddings as well, but only a causal one generates.
         causal = isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
         if not causal or model.get_output_embeddings() is None:
+            advice = "" if role == "anchor" else ", or pass an encoder by name"
             raise ModelError(
                 f"The {role} must be a causal language model of transformers, but got {name}: "
-                f"load it with AutoModelForCausalLM."
+                f"load it with AutoModelForCausalLM{advice}."
             )
         if model.config.is_encoder_decoder:
             raise ModelError(
@@ -91,6 +95,49 @@ class Backbone:
             absolute_positions=bool(positions),
             max_positions=getattr(config, "max_position_embeddings", None) if learned else None,
             cache_argument=_cache_argument(model, decoder),
+        )
+
+    @classmethod
+    def of_encoder(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
+        """Find the layers of a text, image or sound encoder, or of the encoder of an encoder-decoder.
+
+        Raises:
+            ModelError: when ``model`` is no model of transformers or its layers are not found.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(
+                f"The {role} must be a model of transformers, but got {type(model).__name__}: load it with AutoModel."
+            )
+        kind = model.config.model_type
+        reads_on = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if reads_on and not model.config.is_encoder_decoder:
+            raise ModelError(
+                f"The {role} must be an encoder or a causal language model with its head, but got "
+                f"{type(model).__name__}: load it with AutoModelForCausalLM."
+            )
+        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+        config = encoder.config
+        if layers_path is not None:
+            layers = _layers_at(model, role, layers_path)[1]
+        else:
+            depth = getattr(config, "num_hidden_layers", None)
+            found = _shallowest(encoder, depth)
+            if found is None:
+                raise ModelError(
+                    f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none "
+                    f"of length {depth}: name it with layers_path."
+                )
+            layers = found
+        return cls(
+            decoder=encoder,
+            layers=layers,
+            size=config.hidden_size,
+            num_heads=getattr(config, "num_attention_heads", None) or 1,
+            vocab_size=0,
+            takes_positions=False,
+            absolute_positions=False,
+            max_positions=None,
+            cache_argument=None,
         )
 
     def check_length(self, role: str, length: int, positions: Tensor | None) -> None:
@@ -201,40 +248,73 @@ def first_line(error: BaseException) -> str:
     return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__
 
 
-def load_base(source: str, role: str, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """Load one base model from a hub id or a folder.
+def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model from a hub id or a folder.
 
     Args:
         source: id or folder.
         role: ``"anchor"`` or ``"augmenting model"``, for messages.
-        trust_remote_code: whether code that comes with the model may run.
-        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None.
+        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None; remote code is off unless
+            ``trust_remote_code`` is given.
 
     Raises:
         ModelError: when there is no such model, it is no causal language model, or some of its weights are missing.
     """
-    options = {key: value for key, value in options.items() if value is not None}
+    return _load(AutoModelForCausalLM, "causal language model", source, role, options)
+
+
+def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a text, image or sound encoder from a hub id or a folder, as the class that was saved.
+
+    Otherwise like ``load_base``.
+    """
+    named = getattr(transformers, (_architectures(source, options) or [""])[0], AutoModel)
+    return _load(named, "model", source, role, options)
+
+
+def holds_decoder(source: str, **options: Any) -> bool:
+    """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
+    architectures = _architectures(source, options)
+    causal = {
+        name
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    return not architectures or any(name in causal for name in architectures)
+
+
+def _architectures(source: str, options: dict[str, Any]) -> list[str] | None:
+    """The classes that a model was saved as; None where nothing tells, and loading will say what is wrong."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
-        )
+        return AutoConfig.from_pretrained(source, **hub).architectures
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
+    options = {"trust_remote_code": False, "use_safetensors": True} | {
+        k: v for k, v in options.items() if v is not None
+    }
+    try:
+        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(
-            f"The {role} must be the id or folder of a causal language model, but {str(source)!r} could not be loaded "
+            f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
             f"({first_line(error)}): check the name, the revision and your access to it."
         ) from error
     except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
         if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
             raise
         raise ModelError(
-            f"The {role} must have readable weights, but those of {str(source)!r} are damaged "
+            f"The {role} must have readable weights, but those of {source!r} are damaged "
             f"({first_line(error)}): fetch or save the model again."
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw them at random
         raise ModelError(
-            f"The {role} must come with all its weights, but those of {str(source)!r} lack {len(missing)} tensors, for "
-            f"example {missing[0]!r}: choose a complete causal language model."
+            f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
+            f"example {missing[0]!r}: choose a complete {kind}."
         )
     return model
 
@@ -254,16 +334,24 @@ def _find_layers(
             if isinstance(layers, nn.ModuleList) and len(layers):
                 return decoder, layers
     for decoder in candidates:
-        queue = deque([decoder])
-        while queue:
-            module = queue.popleft()
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-                return decoder, module
-            queue.extend(module.children())
+        found = _shallowest(decoder, config.num_hidden_layers)
+        if found is not None:
+            return decoder, found
     raise ModelError(
         f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
         f"{config.num_hidden_layers}: name it with layers_path."
     )
+
+
+def _shallowest(module: nn.Module, length: int | None) -> nn.ModuleList | None:
+    """The first module list of this length, breadth first."""
+    queue = deque([module])
+    while queue:
+        module = queue.popleft()
+        if isinstance(module, nn.ModuleList) and len(module) == length:
+            return module
+        queue.extend(module.children())
+    return None
 
 
 def _layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:

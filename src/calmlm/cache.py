@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from transformers.cache_utils import (
 )
 
 from calmlm.errors import ModelError
+from calmlm.frontier import Frontier
+
+
+@dataclass(frozen=True)
+class Past:
+    """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams."""
+
+    own: Cache | None
+    cross: Cache
+    frontier: Frontier | None
 
 
 def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
@@ -53,16 +64,29 @@ class CalmCache(Cache):
         anchor: the anchor's cache.
         augmenting: the augmenting models' caches, by name.
         cross: the cross-attention caches, by name; layer ``c`` belongs to connection ``c``.
+        frontiers: the records of both streams, for the models that do not advance token by token with the anchor.
     """
 
-    def __init__(self, anchor: Cache, augmenting: dict[str, Cache], cross: dict[str, Cache]) -> None:
+    def __init__(
+        self,
+        anchor: Cache,
+        augmenting: dict[str, Cache],
+        cross: dict[str, Cache],
+        frontiers: dict[str, Frontier] | None = None,
+    ) -> None:
         self.anchor = anchor
         self.augmenting = augmenting
         self.cross = cross
+        self.frontiers = frontiers or {}
 
     @classmethod
     def around(
-        cls, anchor: Cache, configs: dict[str, PreTrainedConfig], connections: dict[str, int], length: int | None = None
+        cls,
+        anchor: Cache,
+        configs: dict[str, PreTrainedConfig],
+        connections: dict[str, int],
+        length: int | None = None,
+        unaligned: Iterable[str] = (),
     ) -> CalmCache:
         """A cache for a composition around the anchor's own empty one.
 
@@ -72,6 +96,7 @@ class CalmCache(Cache):
             connections: how many connections each has.
             length: for how many tokens a static ``anchor`` was made; by default what its layers tell. Where all of them
                 are sliding windows they do not tell, and the other caches are dynamic.
+            unaligned: those that do not advance token by token with the anchor.
 
         Raises:
             ModelError: when ``anchor`` already holds tokens, which the augmenting model has not seen.
@@ -86,15 +111,32 @@ class CalmCache(Cache):
             anchor,
             {name: like(anchor, config, length) for name, config in configs.items()},
             {name: cross_cache(count, length) for name, count in connections.items()},
+            {name: Frontier() for name in unaligned},
         )
 
-    def check(self) -> None:
+    def part(self, name: str) -> Past:
+        """What belongs to one augmenting model."""
+        return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name))
+
+    def check(self, active: Iterable[str]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
 
+        Args:
+            active: the augmenting models that speak in this call.
+
         Raises:
-            ModelError: when the anchor went on alone.
+            ModelError: when the anchor went on alone, or other augmenting models spoke before.
         """
-        lengths = {length for length in map(_length, self.parts()) if type(length) is int}
+        if set(active) != set(self.cross):
+            raise ModelError(
+                f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
+                f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
+            )
+        together = [
+            part for name, part in (*self.augmenting.items(), *self.cross.items()) if name not in self.frontiers
+        ]
+        lengths = {length for length in map(_length, (self.anchor, *together)) if type(length) is int}
+        lengths |= {frontier.length for frontier in self.frontiers.values()} if lengths else set()
         if len(lengths) > 1:
             raise ModelError(
                 f"past_key_values must have grown by this composition alone, but its parts hold from {min(lengths)} to "
@@ -143,24 +185,36 @@ class CalmCache(Cache):
     # What generation does to a cache: all parts follow.
 
     def reset(self) -> None:
-        for part in self.parts():
+        for part in (*self.parts(), *self.frontiers.values()):
             part.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for part in self.parts():
             part.reorder_cache(beam_idx)
+        for frontier in self.frontiers.values():
+            frontier.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        for part in self.parts():
-            part.crop(tokens_to_remove)
+        self.anchor.crop(tokens_to_remove)
+        for name, cross in self.cross.items():
+            gone = tokens_to_remove
+            if name in self.frontiers:
+                gone = -self.frontiers[name].crop(-tokens_to_remove)
+            for part in (cross, self.augmenting.get(name)):
+                if part is not None:
+                    part.crop(gone)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for part in self.parts():
             part.batch_repeat_interleave(repeats)
+        for frontier in self.frontiers.values():
+            frontier.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for part in self.parts():
             part.batch_select_indices(indices)
+        for frontier in self.frontiers.values():
+            frontier.select(indices)
 
     def activate_past_recording(self) -> None:
         for part in self.parts():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -18,13 +20,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm import storage
-from calmlm.backbone import accepts
+from calmlm.alignment import Alignment
+from calmlm.backbone import accepts, check_fingerprint
 from calmlm.cache import CalmCache
-from calmlm.config import CalmConfig
+from calmlm.config import CalmConfig, check_names
 from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
+from calmlm.readers import Inputs
 
+# Arguments that only a composition takes.
+OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask")
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -35,9 +41,15 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     Only the connectors have ``requires_grad``. Make one with ``calmlm.compose`` or ``from_pretrained``.
     """
 
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
+    def __init__(
+        self,
+        config: CalmConfig,
+        anchor: PreTrainedModel,
+        augmenting: dict[str, PreTrainedModel],
+        alignments: dict[str, Alignment] | None = None,
+    ) -> None:
         super().__init__(config, anchor)
-        self.model = CalmModel(config, anchor, augmenting)
+        self.model = CalmModel(config, anchor, augmenting, alignments)
         self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
@@ -100,6 +112,90 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         finally:
             self.model.enabled = before
 
+    # Several augmenting models
+
+    def add_augmenting(
+        self, name: str, source: str | Path | CalmForCausalLM, *, source_name: str | None = None, **options: Any
+    ) -> None:
+        """Join an augmenting model whose connections were trained in another composition on the same anchor.
+
+        Nothing is trained: both sets of connections then work side by side, at the sum of their costs.
+
+        Args:
+            name: what to call it here.
+            source: the other composition: a folder, a hub id or a loaded one, which stays as it is.
+            source_name: which of its augmenting models to take, where it has several.
+            options: passed to ``from_pretrained`` for a folder or an id.
+
+        Raises:
+            ConfigError: for a name that is taken or cannot be used, or a ``source_name`` that is missing.
+            CheckpointError: when the other composition was made on another anchor.
+        """
+        self._check_new_name(name)
+        if isinstance(source, CalmForCausalLM):
+            other = source
+            ours, theirs = self.config.anchor, other.config.anchor
+            check_fingerprint(
+                self.anchor,
+                theirs.get("fingerprint"),
+                "anchor",
+                theirs.get("id") or "the other composition's anchor",
+                ours.get("id") or "this one's anchor",
+            )
+        else:
+            other = type(self).from_pretrained(source, anchor=self.anchor, **options)
+        names = list(other.config.augmenting)
+        taken = source_name if source_name is not None else names[0]
+        if taken in names and (source_name is not None or len(names) == 1):
+            entry = copy.deepcopy(other.config.augmenting[taken])
+            tensors = {key: tensor.clone() for key, tensor in other.model.connectors[taken].state_dict().items()}
+            self.model.add(name, other.augmenting[taken], entry, other.model.alignments.get(taken), tensors)
+        if other is not source:  # it was loaded around this anchor, so its hooks have to go
+            for loaded in names:
+                other.model.remove(loaded)
+        if name not in self.model.augmenting:
+            raise ConfigError(
+                f"source_name must be one of the augmenting models of that composition ({', '.join(names)}), but got "
+                f"{source_name!r}: name one of them."
+            )
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
+
+    def remove_augmenting(self, name: str) -> None:
+        """Take one augmenting model out; the last one cannot be.
+
+        Raises:
+            ConfigError: for a name that there is not, or the last one.
+        """
+        self._check_name(name)
+        if len(self.model.augmenting) == 1:
+            raise ConfigError(
+                f"A composition must keep one augmenting model, but {name!r} is the last: use disable_composition() or "
+                f"the anchor itself."
+            )
+        self.model.remove(name)
+
+    def enable_augmenting(self, name: str) -> None:
+        """Let one augmenting model speak again after ``disable_augmenting``; caches begin anew."""
+        self._check_name(name)
+        self.model.active.add(name)
+
+    def disable_augmenting(self, name: str) -> None:
+        """Silence one augmenting model until ``enable_augmenting``; caches begin anew."""
+        self._check_name(name)
+        self.model.active.discard(name)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.model.augmenting:
+            raise ConfigError(
+                f"The name must be one of the augmenting models ({', '.join(self.model.augmenting)}), but got "
+                f"{name!r}: use one of these."
+            )
+
+    def _check_new_name(self, name: str) -> None:
+        check_names([name])
+        if name in self.model.augmenting:
+            raise ConfigError(f"An augmenting model needs a name of its own, but {name!r} is taken: choose another.")
+
     # Calls
 
     def forward(
@@ -112,6 +208,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and a loss where labels are given.
@@ -124,6 +222,9 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
             use_cache: whether to return a cache; by default in evaluation mode.
             logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
+            augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
+            prompt_mask: (B, T) bool, which tokens an augmenting model with ``refresh=False`` may read; by default those
+                before the first label, or all where there are no labels.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
 
         Returns:
@@ -135,9 +236,13 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         keeps = accepts(self.anchor, "logits_to_keep")
         if keeps:
             kwargs["logits_to_keep"] = logits_to_keep
+        if prompt_mask is None and labels is not None:
+            prompt_mask = (labels != -100).cumsum(-1) == 0
         output, cache = self.model.run(
-            self.anchor, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
-        )
+            self.anchor,
+            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs or {}),
+            past_key_values, inputs_embeds, use_cache, kwargs,
+        )  # fmt: skip
         logits = output.logits if keeps else slice_logits_to_keep(output.logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -155,7 +260,11 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; with the composition disabled, the anchor's own ``generate``."""
         if not self.model.enabled:
-            return self.anchor.generate(*args, **kwargs)
+            return self.anchor.generate(*args, **_without_own(kwargs))
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
+        if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
+            kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -170,6 +279,11 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = self.model.new_cache(cache)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("assistant_model"), CalmForCausalLM):
+            kwargs["model_kwargs"] = _without_own(kwargs["model_kwargs"])
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:
         cache = super()._prepare_static_cache(*args, **kwargs)
@@ -205,8 +319,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
                 masks[prefix] = made
 
         add("anchor", self.anchor, past_key_values.anchor)
-        for name, model in self.model.augmenting.items():
-            add(f"augmenting.{name}", model, past_key_values.augmenting[name])
+        for name, own in past_key_values.augmenting.items():
+            add(f"augmenting.{name}", self.augmenting[name], own)
             masks[f"cross.{name}"] = self.model.cross_mask(
                 name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
             )
@@ -240,6 +354,9 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),
             "config.json": storage.text_writer(config.to_json_string()),
             "generation_config.json": storage.text_writer(self.generation_config.to_json_string()),
+        } | {
+            storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
+            for name, alignment in self.model.alignments.items()
         }
         if not (folder / storage.CARD_NAME).exists():
             files[storage.CARD_NAME] = storage.text_writer(storage.model_card(config))
@@ -302,6 +419,10 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             ModelError: when a base model cannot be loaded.
         """
         return load_composition(cls, pretrained_model_name_or_path, **kwargs)
+
+
+def _without_own(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key not in OWN_ARGUMENTS}
 
 
 AutoConfig.register(CalmConfig.model_type, CalmConfig)

@@ -1,27 +1,30 @@
-"""``compose``: two pretrained language models in, one composition out."""
+"""``compose``: pretrained language models in, one composition out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.backbone import Backbone, fingerprint, load_base, text_config
+from calmlm.alignment import Alignment
+from calmlm.backbone import Backbone, fingerprint, holds_decoder, load_base, load_encoder, text_config
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
-from calmlm.errors import ModelError
+from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
+from calmlm.errors import ConfigError, ModelError
 from calmlm.tokenizers import find_tokenizer
 
 DEFAULT_NAME = "augmenting"
+Source: TypeAlias = str | Path | PreTrainedModel
+Connections: TypeAlias = str | int | Sequence[Sequence[int]]
 
 
 def compose(
-    anchor: str | Path | PreTrainedModel,
-    augmenting: str | Path | PreTrainedModel,
-    connections: str | int | Sequence[Sequence[int]] = "every-4",
+    anchor: Source,
+    augmenting: Source | Mapping[str, Source],
+    connections: Connections | Mapping[str, Connections] = "every-4",
     num_heads: int | None = None,
     *,
     norm: bool = True,
@@ -29,8 +32,11 @@ def compose(
     rotary: bool = False,
     query_key_bias: float | None = None,
     null_key: bool = False,
+    rank: int | None = None,
+    connector: str = "cross_attention",
+    refresh: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    augmenting_tokenizer: PreTrainedTokenizerBase | None = None,
+    augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
     dtype: torch.dtype | str | None = None,
     composition_dtype: torch.dtype = torch.float32,
     device_map: Any = None,
@@ -42,85 +48,125 @@ def compose(
     augmenting_layers_path: str | None = None,
     **load_options: Any,
 ) -> CalmForCausalLM:
-    """Join a frozen anchor and a frozen augmenting model by trainable cross-attentions.
+    """Join a frozen anchor and frozen augmenting models by trainable cross-attentions.
 
     The result starts out as the anchor, bit for bit; only the connections train.
 
     Args:
         anchor: the large model m_B: a hub id, a folder or a loaded causal language model.
-        augmenting: the small model m_A, likewise.
+        augmenting: the small model m_A, likewise; or several, by name. A named model without a language-modelling head
+            (a text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
         connections: ``"every-4"`` (the paper's), ``"top"``, a number, or pairs ``(augmenting_layer, anchor_layer)``,
             0-based: the output of the first layer is read into the output of the second. See
-            ``calmlm.config.resolve_connections``.
+            ``calmlm.config.resolve_connections``. Several augmenting models may have their own, by name.
         num_heads: heads of the cross-attentions; by default the anchor's own number.
-        norm, gate, rotary, query_key_bias, null_key: connector options, see ``calmlm.config.ConnectorConfig``.
+        norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
+        connector: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``, see ``calmlm.connectors``.
+        refresh: whether augmenting decoders read generated tokens too; False is the paper's ablation "m_A as encoder".
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
-            large.
+            large. Where the tokenizers differ, the augmenting model reads the same bytes in its own tokens.
         dtype: dtype of the base models, ``"auto"`` by default for ids and folders.
         composition_dtype: dtype of the connections.
-        device_map, attn_implementation, trust_remote_code: passed to both ``from_pretrained`` calls; remote code is off
+        device_map, attn_implementation, trust_remote_code: passed to all ``from_pretrained`` calls; remote code is off
             by default.
-        revision, augmenting_revision: which revision of the anchor and of the augmenting model to load.
+        revision, augmenting_revision: which revision of the anchor and of the augmenting models to load.
         layers_path, augmenting_layers_path: where a model's layers are, if they are not found by themselves.
-        load_options: passed to both ``from_pretrained`` calls as well (``token``, ``quantization_config``, ...).
+        load_options: passed to all ``from_pretrained`` calls as well (``token``, ``quantization_config``, ...).
 
     Returns:
         the composition, in evaluation mode.
 
     Raises:
-        ConfigError: for connections or connector options that do not fit.
-        ModelError: for a model that cannot be loaded or composed, or vocabularies that do not match.
+        ConfigError: for names, connections or connector options that do not fit.
+        ModelError: for a model that cannot be loaded or composed, or tokenizers that cannot be aligned.
     """
     shared = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation, **load_options}
-    sources = {"anchor": (anchor, revision), "augmenting model": (augmenting, augmenting_revision)}
-    models = {}
-    for role, (source, base_revision) in sources.items():
-        if isinstance(source, (str, Path)):
-            source = load_base(str(source), role, revision=base_revision, trust_remote_code=trust_remote_code, **shared)
-        models[role] = source
-    anchor_model, augmenting_model = models["anchor"], models["augmenting model"]
-    if anchor_model is augmenting_model:
-        raise ModelError(
-            "The anchor and the augmenting model must be two models, but the same one was given twice: "
-            "load it a second time to compose it with itself."
-        )
+    shared["trust_remote_code"] = trust_remote_code
+    sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
+    check_names(sources)
+    anchor_model = load_base(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
     anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
-    augmenting_backbone = Backbone.of(augmenting_model, "augmenting model", augmenting_layers_path)
-    for backbone, role in ((anchor_backbone, "anchor"), (augmenting_backbone, "augmenting model")):
-        backbone.probe(role)
-
-    pairs = resolve_connections(connections, len(augmenting_backbone.layers), len(anchor_backbone.layers))
-    options = {
-        "num_heads": num_heads,
-        "norm": norm,
-        "gate": gate,
-        "rotary": rotary,
-        "query_key_bias": query_key_bias,
-        "null_key": null_key,
-    }
-    connector = ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads)
-    options = {"trust_remote_code": trust_remote_code, **load_options}
+    anchor_backbone.probe("anchor")
+    hub = {key: shared[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in shared}
     if tokenizer is None:
-        tokenizer = _tokenizer_of(anchor_model, revision, **options)
-    if augmenting_tokenizer is None:
-        augmenting_tokenizer = _tokenizer_of(augmenting_model, augmenting_revision, **options)
-    check_vocabularies(anchor_backbone, augmenting_backbone, tokenizer, augmenting_tokenizer)
+        tokenizer = _tokenizer_of(anchor_model, revision, **hub)
+
+    models: dict[str, PreTrainedModel] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    alignments: dict[str, Alignment] = {}
+    for name, source in sources.items():
+        role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
+        model = load_any(str(source), role, revision=augmenting_revision, **shared) if _is_name(source) else source
+        named = isinstance(augmenting, Mapping)
+        if not isinstance(model, PreTrainedModel) or (not named and not is_decoder(model)):
+            # Says what is wrong with it; an encoder's inputs come by name, so the encoder itself has to.
+            Backbone.of(model, role, augmenting_layers_path)
+        if any(model is other for other in (anchor_model, *models.values())):
+            raise ModelError(
+                f"The {role} must be a model of its own, but got one model twice: "
+                f"load it a second time to compose it with itself."
+            )
+        entry = _entry(model, augmenting_revision, augmenting_layers_path)
+        if is_decoder(model):
+            backbone = Backbone.of(model, role, augmenting_layers_path)
+            backbone.probe(role)
+            theirs = (
+                augmenting_tokenizer.get(name) if isinstance(augmenting_tokenizer, Mapping) else augmenting_tokenizer
+            )
+            if theirs is None:
+                theirs = _tokenizer_of(model, augmenting_revision, **hub)
+            alignment = align(anchor_backbone, backbone, tokenizer, theirs)
+            if alignment is not None:
+                alignments[name] = alignment
+            entry["reads"] = "text" if alignment is not None else "tokens"
+            if not refresh:
+                if alignment is not None:
+                    raise ConfigError(
+                        "refresh=False needs models that share token ids, but the tokenizers differ: leave refresh on."
+                    )
+                entry["reads"] = "prompt"
+        else:
+            backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
+            entry["reads"] = "inputs"
+            if connector == "legonn":
+                raise ConfigError(
+                    f"connector='legonn' needs an augmenting model with an output distribution, but the {role} is an "
+                    f"encoder without one: use 'cross_attention' or 'flamingo'."
+                )
+        wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
+        pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
+        options = {
+            "num_heads": num_heads,
+            "norm": norm,
+            "gate": gate,
+            "rotary": rotary and entry["reads"] in ("tokens", "text"),
+            "query_key_bias": query_key_bias,
+            "null_key": null_key,
+            "rank": rank,
+            "kind": connector,
+        }
+        entry["connections"] = [list(pair) for pair in pairs]
+        entry["connector"] = vars(ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads))
+        models[name], entries[name] = model, entry
 
     config = CalmConfig(
         text_config=text_config(anchor_model),
         anchor=_entry(anchor_model, revision, layers_path),
-        augmenting={
-            DEFAULT_NAME: {
-                **_entry(augmenting_model, augmenting_revision, augmenting_layers_path),
-                "connections": [list(pair) for pair in pairs],
-                "connector": vars(connector),
-            }
-        },
+        augmenting=entries,
     )
-    model = CalmForCausalLM(config, anchor_model, {DEFAULT_NAME: augmenting_model})
-    model.model.connectors.to(composition_dtype)
-    return model.eval()
+    composed = CalmForCausalLM(config, anchor_model, models, alignments)
+    composed.model.connectors.to(composition_dtype)
+    return composed.eval()
+
+
+def _is_name(source: Any) -> bool:
+    return isinstance(source, (str, Path))
+
+
+def is_decoder(model: PreTrainedModel) -> bool:
+    """Whether an augmenting model reads text as the anchor does, rather than inputs of its own."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None and not model.config.is_encoder_decoder
 
 
 def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None) -> dict[str, Any]:
@@ -128,39 +174,46 @@ def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None
     return entry | ({"layers_path": layers_path} if layers_path else {})
 
 
+def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model or, where the id or folder was saved as something else, an encoder.
+
+    Raises:
+        ModelError: when it is neither.
+    """
+    return (load_base if holds_decoder(source, **options) else load_encoder)(source, role, **options)
+
+
 def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a loaded model's id or folder, or None."""
-    hub = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
-    trust_remote_code = options.get("trust_remote_code", False)
-    if not model.name_or_path:
-        return None
-    return find_tokenizer(model.name_or_path, revision=revision, trust_remote_code=trust_remote_code, **hub)
+    return find_tokenizer(model.name_or_path, revision=revision, **options) if model.name_or_path else None
 
 
-def check_vocabularies(
+def align(
     anchor: Backbone,
     augmenting: Backbone,
     tokenizer: PreTrainedTokenizerBase | None,
     augmenting_tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Raise unless the two models share token ids.
+) -> Alignment | None:
+    """The alignment between two models' tokenizers; None where they share token ids.
 
     Raises:
-        ModelError: when both tokenizers are known and differ, or when the sizes tell that the ids cannot be shared.
+        ModelError: when a tokenizer is missing or cannot be read.
     """
     if tokenizer is not None and augmenting_tokenizer is not None:
-        ours, theirs = tokenizer.get_vocab(), augmenting_tokenizer.get_vocab()
-        if ours != theirs:
-            token = min(set(ours.items()) ^ set(theirs.items()))[0]
-            raise ModelError(
-                f"The anchor and the augmenting model must have the same tokenizer, but theirs differ, for example in "
-                f"{token!r} (ids {ours.get(token, 'none')} and {theirs.get(token, 'none')}): choose others."
-            )
-        if augmenting.vocab_size >= len(ours):
-            return
+        if tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
+            alignment = Alignment.between(tokenizer, augmenting_tokenizer)
+            if alignment.highest >= augmenting.vocab_size:
+                raise ModelError(
+                    f"The augmenting tokenizer's ids must lie below {augmenting.vocab_size}, the vocabulary of its "
+                    f"model, but the text needs {alignment.highest}: pass that model's own tokenizer, or resize the "
+                    f"model's embeddings."
+                )
+            return alignment
+        if augmenting.vocab_size >= len(tokenizer):
+            return None
     if anchor.vocab_size != augmenting.vocab_size:
         raise ModelError(
-            f"The anchor and the augmenting model must share token ids, but their vocabularies have "
-            f"{anchor.vocab_size} and {augmenting.vocab_size} entries: choose models with one tokenizer, or pass the "
-            f"tokenizers if the larger one is only padded."
+            f"The anchor and the augmenting model must share token ids or come with tokenizers, but their vocabularies "
+            f"have {anchor.vocab_size} and {augmenting.vocab_size} entries: pass tokenizer and augmenting_tokenizer."
         )
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,12 @@ Pairs = tuple[tuple[int, int], ...]
 The pair ``(i, j)`` reads the output of the augmenting model's layer ``i`` and adds to the output of the anchor's
 layer ``j``, which is the input of layer ``j + 1`` (paper, section 3.1).
 """
+
+READS = ("tokens", "text", "prompt", "inputs")
+"""What an augmenting model reads: the anchor's token ids, the same text in tokens of its own, the prompt alone, or (an
+encoder) inputs of its own."""
+
+KINDS = ("cross_attention", "flamingo", "legonn")
 
 EVERY = 4  # N_A / n in all experiments of the paper
 
@@ -94,6 +100,22 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
     return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise unless the names can name modules.
+
+    Raises:
+        ConfigError: for no name, or one that is empty or holds a dot.
+    """
+    names = list(names)
+    if not names:
+        raise ConfigError("At least one augmenting model is needed, but got none: pass one, or several by name.")
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(
+                f"The name of an augmenting model must be letters, digits and underscores, but got {name!r}: rename it."
+            )
+
+
 @dataclass(frozen=True)
 class ConnectorConfig:
     """Options of one set of connectors; the formulas stand in ``calmlm.connector``.
@@ -107,6 +129,8 @@ class ConnectorConfig:
         rotary: rotate queries and keys by their positions, so that attention knows distances.
         query_key_bias: start of a learned bias on queries and keys; with ``rotary`` it favours nearby positions.
         null_key: one learned key with a zero value, so that a position may attend to nothing.
+        rank: width of the middle of low-rank projections; None for full ones.
+        kind: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``; see ``calmlm.connectors``.
     """
 
     num_heads: int
@@ -115,6 +139,8 @@ class ConnectorConfig:
     rotary: bool = False
     query_key_bias: float | None = None
     null_key: bool = False
+    rank: int | None = None
+    kind: str = "cross_attention"
 
     @classmethod
     def build(cls, options: dict[str, Any], anchor_size: int, default_heads: int) -> ConnectorConfig:
@@ -139,6 +165,15 @@ class ConnectorConfig:
                 f"leave it out to take the anchor's own."
             )
         config = cls(**{**options, "num_heads": heads})
+        if config.kind not in KINDS:
+            raise ConfigError(
+                f"The connector must be one of {', '.join(KINDS)}, but got {config.kind!r}: use one of these."
+            )
+        if config.rank is not None and not 1 <= config.rank <= anchor_size:
+            raise ConfigError(
+                f"rank must lie between 1 and the anchor's width {anchor_size}, but got {config.rank}: leave it out "
+                f"for full projections."
+            )
         if config.rotary and (anchor_size // heads) % 2:
             raise ConfigError(
                 f"rotary needs an even width per head, but {anchor_size} / {heads} is odd: choose another num_heads."
@@ -152,8 +187,9 @@ class CalmConfig(PreTrainedConfig):
     Args:
         text_config: the anchor's configuration (so named that ``get_text_config()`` finds it).
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
-        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint",
-            "connections", "connector"}``; ``connections`` are explicit 0-based pairs.
+        augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
+            "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
+        order: the names in the order in which they were joined, in a saved file.
     """
 
     model_type = "calm"
@@ -162,10 +198,16 @@ class CalmConfig(PreTrainedConfig):
     text_config: Any = None
     anchor: dict[str, Any] = dataclasses.field(default_factory=dict)
     augmenting: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    order: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchor = dict(self.anchor)
-        self.augmenting = {name: dict(entry) for name, entry in self.augmenting.items()}
+        # JSON forgets the order of names, and connections into one layer build on each other.
+        names = sorted(
+            self.augmenting, key=lambda name: self.order.index(name) if name in self.order else len(self.order)
+        )
+        # Compositions saved before there was anything else to read have no "reads".
+        self.augmenting = {name: {"reads": "tokens"} | self.augmenting[name] for name in names}
         anchor, experts = self.text_config, None
         if isinstance(anchor, PreTrainedConfig):
             # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.

@@ -62,6 +62,24 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class LowRank(nn.Module):
+    """A linear map through a narrow middle: ``x W_down W_up``."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (..., inputs) to (..., outputs)."""
+        return self.up(self.down(x))
+
+
+def projection(inputs: int, outputs: int, rank: int | None, *, bias: bool = False) -> nn.Module:
+    """A linear map, of low rank where one is given."""
+    return nn.Linear(inputs, outputs, bias=bias) if rank is None else LowRank(inputs, outputs, rank, bias=bias)
+
+
 class CrossAttention(nn.Module):
     """Cross-attention from the anchor to the augmenting model (paper, section 3.1).
 
@@ -78,12 +96,15 @@ class CrossAttention(nn.Module):
         augmenting_size: D_A.
         anchor_size: D_B.
         num_heads: N_H, a divisor of D_B.
-        norm, gate, rotary, query_key_bias, null_key: see ``calmlm.config.ConnectorConfig``.
+        norm, gate, rotary, query_key_bias, null_key, rank: see ``calmlm.config.ConnectorConfig``.
     """
 
     # Read by the attention functions of transformers.
     is_causal = True
     num_key_value_groups = 1
+    # The protocol of ``calmlm.connectors``.
+    before_layer = False
+    reads_distribution = False
 
     def __init__(
         self,
@@ -96,31 +117,43 @@ class CrossAttention(nn.Module):
         rotary: bool = False,
         query_key_bias: float | None = None,
         null_key: bool = False,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
+        biased = query_key_bias is not None
         self.num_heads = num_heads
         self.head_dim = anchor_size // num_heads
         self.rotary = rotary
         self.augmenting_norm = nn.RMSNorm(augmenting_size, eps=1e-6) if norm else nn.Identity()
         self.anchor_norm = nn.RMSNorm(anchor_size, eps=1e-6) if norm else nn.Identity()
-        self.f_proj = nn.Linear(augmenting_size, anchor_size, bias=False)
-        self.q_proj = nn.Linear(anchor_size, anchor_size, bias=query_key_bias is not None)
-        self.k_proj = nn.Linear(anchor_size, anchor_size, bias=query_key_bias is not None)
-        self.v_proj = nn.Linear(anchor_size, anchor_size, bias=False)
-        self.o_proj = nn.Linear(anchor_size, anchor_size, bias=False)
+        self.f_proj = projection(augmenting_size, anchor_size, rank)
+        self.q_proj = projection(anchor_size, anchor_size, rank, bias=biased)
+        self.k_proj = projection(anchor_size, anchor_size, rank, bias=biased)
+        self.v_proj = projection(anchor_size, anchor_size, rank)
+        self.o_proj = projection(anchor_size, anchor_size, rank)
         self.null_key = nn.Parameter(torch.zeros(num_heads, self.head_dim)) if null_key else None
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
         self.reset_parameters(query_key_bias)
 
     def reset_parameters(self, query_key_bias: float | None = None) -> None:
         """Draw the weights anew: normal with variance 1 / fan-in; W_O zero unless a gate keeps the output at zero."""
-        for linear in (self.f_proj, self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        if self.gate is None:
-            nn.init.zeros_(self.o_proj.weight)
-        if query_key_bias is not None:
-            nn.init.constant_(self.q_proj.bias, query_key_bias)
-            nn.init.constant_(self.k_proj.bias, query_key_bias)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.constant_(module.bias, query_key_bias or 0.0)
+                if name in ("o_proj", "o_proj.up") and self.gate is None:
+                    nn.init.zeros_(module.weight)
+
+    @property
+    def attention(self) -> CrossAttention:
+        """The cross-attention inside a connector: this one."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which it computes."""
+        return next(self.parameters()).dtype
 
     def keys_values(self, augmenting: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Keys and values of new augmenting positions; they depend on nothing else, so they can be cached.
@@ -132,7 +165,7 @@ class CrossAttention(nn.Module):
         Returns:
             keys and values, each (B, N_H, S_new, d), in this module's dtype.
         """
-        projected = self.f_proj(self.augmenting_norm(augmenting.to(self.f_proj.weight.dtype)))
+        projected = self.f_proj(self.augmenting_norm(augmenting.to(self.dtype)))
         keys, values = self._heads(self.k_proj(projected)), self._heads(self.v_proj(projected))
         return (rotate(keys, rotation) if rotation is not None else keys), values
 
@@ -144,6 +177,7 @@ class CrossAttention(nn.Module):
         mask: Tensor | None,
         rotation: Rotation | None = None,
         attention: Attention = eager_attention,
+        seeing: Tensor | None = None,
     ) -> Tensor:
         """The new anchor states H_{A+B}.
 
@@ -153,11 +187,12 @@ class CrossAttention(nn.Module):
             mask: what ``attention`` takes; when there is a null key, without its column.
             rotation: angles of the anchor positions, needed when ``rotary``.
             attention: an attention function of transformers, or ``eager_attention``.
+            seeing: (B, T) bool, False where a position sees nothing and is left as it is; None where all see something.
 
         Returns:
             (B, T, D_B), in the dtype of ``anchor``.
         """
-        query = self._heads(self.q_proj(self.anchor_norm(anchor.to(self.q_proj.weight.dtype))))
+        query = self._heads(self.q_proj(self.anchor_norm(anchor.to(self.dtype))))
         if rotation is not None:
             query = rotate(query, rotation)
         if self.null_key is not None:
@@ -166,6 +201,8 @@ class CrossAttention(nn.Module):
             self, query, keys.to(query.dtype), values.to(query.dtype), mask, scaling=self.head_dim**-0.5, dropout=0.0
         )
         read = self.o_proj(read.flatten(2))
+        if seeing is not None:
+            read = read.masked_fill(~seeing[..., None], 0.0)
         if self.gate is not None:
             read = read * self.gate.tanh()
         return anchor + read.to(anchor.dtype)

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calmlm.backbone import state_of, with_state
-from calmlm.connector import Attention, CrossAttention, Rotation
+from calmlm.connector import Attention, Rotation
+from calmlm.connectors import Connector
 
 
 @dataclass
@@ -23,17 +25,21 @@ class Stream:
     """One augmenting model's part of a call.
 
     Attributes:
-        hidden: outputs of its connected layers, by layer, each (B, S_new, D_A).
         mask: cross-attention mask in the form that ``attention`` takes, or None.
-        rotation: rotary angles of the new positions, or None.
+        rotation: rotary angles of the new anchor positions, or None.
+        key_rotation: rotary angles of the new augmenting positions, or None.
         cache: keys and values of earlier positions, one layer per connection, or None.
         attention: the attention function.
+        seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
+        hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
     """
 
     mask: Tensor | None
     rotation: Rotation | None
+    key_rotation: Rotation | None
     cache: Cache | None
     attention: Attention
+    seeing: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -73,23 +79,54 @@ class CaptureHook:
 class InjectHook:
     """On a layer of the anchor: adds one connection's cross-attention to the layer's output."""
 
-    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: CrossAttention) -> None:
+    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: Connector) -> None:
         self.slot, self.name, self.connection, self.layer, self.connector = slot, name, connection, layer, connector
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        new = self.change(state_of(output))
+        return None if new is None else with_state(output, new)
+
+    def change(self, state: Tensor) -> Tensor | None:
+        """The anchor's state (B, T, D_B) with this connection in it; None where there is nothing to add."""
         call = self.slot.call
         if call is None or self.name not in call.streams:
             return None
         stream = call.streams[self.name]
-        state = state_of(output)
-        rotation = stream.rotation
-        if rotation is not None:
-            rotation = (rotation[0].to(state.device), rotation[1].to(state.device))
-        keys, values = self.connector.keys_values(stream.hidden[self.layer].to(state.device), rotation)
-        if stream.cache is not None:
-            keys, values = stream.cache.update(keys, values, self.connection)
-        mask = stream.mask if stream.mask is None else stream.mask.to(state.device)
-        return with_state(output, self.connector(state, keys, values, mask, rotation, stream.attention))
+        device = state.device
+        if self.layer in stream.hidden:
+            hidden = stream.hidden[self.layer].to(device)
+            keys, values = self.connector.keys_values(hidden, _on(device, stream.key_rotation))
+            if stream.cache is not None:
+                keys, values = stream.cache.update(keys, values, self.connection)
+        elif stream.cache is not None and stream.cache.get_seq_length(self.connection):
+            past = stream.cache.layers[self.connection]
+            keys, values = past.keys, past.values
+        else:
+            return None  # the augmenting model has read nothing yet
+        mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
+        return self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+
+
+class InjectBeforeHook(InjectHook):
+    """On a layer of the anchor: changes the layer's input instead."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
+        if args:
+            new = self.change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = self.change(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+
+def belongs(hook: Any, slot: Slot, name: str) -> bool:
+    """Whether a hook is that of one augmenting model in the composition that ``slot`` serves."""
+    return isinstance(hook, (CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(tensor.to(device) for tensor in value)
+    return value if value is None else value.to(device)
 
 
 class QuietCheckpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +11,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from calmlm import storage
-from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base
-from calmlm.config import CalmConfig, ConnectorConfig, resolve_connections
+from calmlm.alignment import Alignment, digest
+from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base, load_encoder
+from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError
+from calmlm.tokenizers import find_tokenizer
 
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -63,7 +66,8 @@ def load_composition(
         else:
             name = str(given) if given is not None else storage.resolve_source(recorded, folder)
             base_revision = entry.get("revision") if given is None else None
-            model = load_base(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
+            load = load_encoder if entry.get("reads") == "inputs" else load_base
+            model = load(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
         check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
         # Relative to this folder, the name would lead nowhere once the composition is saved in another.
         entry["id"] = storage.resolve_source(recorded, folder)
@@ -81,7 +85,12 @@ def load_composition(
     for name, augmenting_model in augmenting_models.items():
         _check_entry(config.augmenting[name], anchor_model, augmenting_model, config, source)
     config.text_config = anchor_model.config.get_text_config(decoder=True)
-    model = cls(config, anchor_model, augmenting_models)
+    alignments = {
+        name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
+    }
+    for name, alignment in alignments.items():
+        _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
+    model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     tensors = storage.read_tensors(weights, expected.items(), str(source))
     for name, parameter in model.named_parameters():
@@ -117,6 +126,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
         isinstance(entry, dict)
         and isinstance(entry.get("connections"), list)
         and isinstance(entry.get("connector"), dict)
+        and entry.get("reads", "tokens") in READS
         for entry in entries
     )
     if not whole:
@@ -127,12 +137,49 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
     return CalmConfig.from_dict(data)
 
 
+def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment:
+    """The alignment of one augmenting model, as it was when the composition was made.
+
+    Raises:
+        CheckpointError: when there is none, or it is damaged.
+    """
+    path = fetch(source, storage.alignment_name(name), hub)
+    try:
+        return Alignment.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
+            f"save the composition again or fetch it anew."
+        ) from error
+
+
+def _check_tokenizers(
+    alignment: Alignment, name: str, anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig
+) -> None:
+    """Warn where the tokenizers that lie beside both models are not those that the alignment was made from."""
+    found = [
+        find_tokenizer(model.name_or_path, revision=entry.get("revision"), local_files_only=True)
+        if model.name_or_path
+        else None
+        for model, entry in ((anchor, config.anchor), (augmenting, config.augmenting[name]))
+    ]
+    if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
+        return  # the saved table needs neither
+    if digest(*found) != alignment.digest:
+        warnings.warn(
+            f"The tokenizer of the anchor or of the augmenting model {name!r} is not the one that this composition was "
+            f"made with: its saved table still reads by the old ones. Use those to write its input.",
+            stacklevel=4,
+        )
+
+
 def _check_entry(
     entry: dict[str, Any], anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig, source: str | Path
 ) -> None:
     """Raise unless the connections and the connector of ``entry`` fit the two models."""
     above = Backbone.of(anchor, "anchor", config.anchor.get("layers_path"))
-    below = Backbone.of(augmenting, "augmenting model", entry.get("layers_path"))
+    find = Backbone.of_encoder if entry.get("reads") == "inputs" else Backbone.of
+    below = find(augmenting, "augmenting model", entry.get("layers_path"))
     try:
         resolve_connections(entry["connections"], len(below.layers), len(above.layers))
         ConnectorConfig.build(entry["connector"], above.size, above.num_heads)

@@ -10,20 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.backbone import Backbone, accepts, freeze, text_config
+from calmlm.alignment import Alignment
+from calmlm.backbone import Backbone, freeze, text_config
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, ConnectorConfig
-from calmlm.connector import CrossAttention, eager_attention, rotary_angles
+from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectHook, QuietCheckpoint, Slot, Stream
+from calmlm.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot, belongs
+from calmlm.readers import (
+    AlignedReader,
+    EncoderReader,
+    Inputs,
+    PromptReader,
+    Reader,
+    SharedReader,
+    base_arguments,
+    length_of,
+    mask_of,
+    positions_for,
+)
+from calmlm.transcoding import Transcoder
 
 ATTENTION_FALLBACK = "sdpa"
 
@@ -67,49 +79,132 @@ class CalmModel(CalmPreTrainedModel):
         augmenting: the augmenting models by name, each a causal language model.
     """
 
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel, augmenting: dict[str, PreTrainedModel]) -> None:
+    def __init__(
+        self,
+        config: CalmConfig,
+        anchor: PreTrainedModel,
+        augmenting: dict[str, PreTrainedModel],
+        alignments: dict[str, Alignment] | None = None,
+    ) -> None:
         super().__init__(config, anchor)
         self.anchor = anchor
         self.augmenting = nn.ModuleDict(augmenting)
         self.connectors = nn.ModuleDict()
         self.enabled = True
+        self.active = set(augmenting)
         self.slot = Slot()
-        self._backbones = {"": Backbone.of(anchor, "anchor", config.anchor.get("layers_path"))}
-        for name, model in augmenting.items():
-            path = config.augmenting[name].get("layers_path")
-            self._backbones[name] = Backbone.of(model, "augmenting model", path)
+        self.transcoders = nn.ModuleDict({name: Transcoder(table) for name, table in (alignments or {}).items()})
+        self._find_parts()
+        for name in augmenting:
             self._connect(name)
+        self._make_readers()
         for base in self.bases():
             freeze(base)
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The backbones only point at modules of this model; they are found again when it is copied or unpickled.
-        return {key: value for key, value in self.__dict__.items() if key != "_backbones"}
+        # Backbones and readers only point at modules of this model; they are made again when it is copied or unpickled.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_backbones", "_readers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._find_parts()
+        self._make_readers()
+
+    def _find_parts(self) -> None:
         self._backbones = {"": Backbone.of(self.anchor, "anchor", self.config.anchor.get("layers_path"))}
         for name, model in self.augmenting.items():
-            path = self.config.augmenting[name].get("layers_path")
-            self._backbones[name] = Backbone.of(model, "augmenting model", path)
+            entry = self.config.augmenting[name]
+            find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
+            self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
+
+    def _make_readers(self) -> None:
+        self._readers: dict[str, Reader] = {}
+        for name in self.augmenting:
+            first: Connector = self.connectors[name][0]  # type: ignore[index,assignment]
+            layers = tuple(sorted({i for i, _ in self.config.augmenting[name]["connections"]}))
+            common = (name, self.augmenting[name], self._backbones[name], layers, first, self.config, self.slot)
+            reads = self.config.augmenting[name]["reads"]
+            if reads == "tokens":
+                self._readers[name] = SharedReader(*common, anchor_vocabulary=self._backbones[""].vocab_size)
+            elif reads == "text":
+                self._readers[name] = AlignedReader(*common, transcoder=self.transcoders[name])  # type: ignore[arg-type]
+            elif reads == "prompt":
+                self._readers[name] = PromptReader(*common)
+            else:
+                self._readers[name] = EncoderReader(*common)
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
-        options = ConnectorConfig(**entry["connector"])
+        options = vars(ConnectorConfig(**entry["connector"])).copy()
+        kind = options.pop("kind")
+        size = augmenting.vocab_size if CONNECTORS[kind].reads_distribution else augmenting.size
         connectors = nn.ModuleList()
         for _, j in entry["connections"]:
-            connector = CrossAttention(augmenting.size, anchor.size, **vars(options))
+            connector = build_connector(kind, size, anchor.size, options)
             connector.to(next(anchor.layers[j].parameters()).device)
             connectors.append(connector)
         for index, (i, j) in reversed(list(enumerate(entry["connections"]))):
-            hook = InjectHook(self.slot, name, index, i, connectors[index])
             # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
             # so that connections into one layer follow in their order, each on the result of the one before.
-            anchor.layers[j].register_forward_hook(hook, prepend=True)
+            if connectors[index].before_layer:
+                before = InjectBeforeHook(self.slot, name, index, i, connectors[index])
+                anchor.layers[j].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            else:
+                hook = InjectHook(self.slot, name, index, i, connectors[index])
+                anchor.layers[j].register_forward_hook(hook, prepend=True)
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
         self.connectors[name] = connectors
+
+    def add(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        entry: dict[str, Any],
+        alignment: Alignment | None,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """Join one more augmenting model with connectors that were trained elsewhere on the same anchor.
+
+        Args:
+            name: what to call it.
+            model: the augmenting model.
+            entry: its part of a ``CalmConfig``.
+            alignment: the alignment of a model that has tokens of its own.
+            tensors: its connectors' tensors, named as in ``self.connectors[name]``.
+        """
+        self.config.augmenting[name] = entry
+        self.augmenting[name] = model
+        if alignment is not None:
+            self.transcoders[name] = Transcoder(alignment)
+        self._find_parts()
+        self._connect(name)
+        self.connectors[name].load_state_dict(tensors)
+        self._make_readers()
+        self.active.add(name)
+        freeze(model)
+        self.train(self.training)
+
+    def remove(self, name: str) -> None:
+        """Take one augmenting model out, with its connectors and hooks: the others are as they were without it."""
+        for model in (self.anchor, self.augmenting[name]):
+            for module in model.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    for key in [key for key, hook in hooks.items() if belongs(hook, self.slot, name)]:
+                        del hooks[key]
+                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del self.config.augmenting[name], self.augmenting[name], self.connectors[name]
+        if name in self.transcoders:
+            del self.transcoders[name]
+        self.active.discard(name)
+        self._find_parts()
+        self._make_readers()
+
+    @property
+    def alignments(self) -> dict[str, Alignment]:
+        """The alignments of the augmenting models that have tokens of their own."""
+        return {name: transcoder.alignment for name, transcoder in self.transcoders.items()}  # type: ignore[misc]
 
     def bases(self) -> Iterator[PreTrainedModel]:
         """The frozen models: the anchor, then the augmenting models."""
@@ -152,7 +247,8 @@ class CalmModel(CalmPreTrainedModel):
     @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
-        return all(backbone.cache_argument is not None for backbone in self._backbones.values())
+        reading = [name for name, entry in self.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
+        return all(self._backbones[name].cache_argument is not None for name in ("", *reading))
 
     def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default).
@@ -161,11 +257,20 @@ class CalmModel(CalmPreTrainedModel):
         """
         if anchor_cache is None:
             anchor_cache = DynamicCache(config=text_config(self.anchor))
+        entries = {name: entry for name, entry in self.config.augmenting.items() if name in self.active}
+        reading = [name for name, entry in entries.items() if entry["reads"] in ("tokens", "text")]
+        apart = [name for name, entry in entries.items() if entry["reads"] != "tokens"]
+        if apart and isinstance(anchor_cache, StaticCache):
+            raise ModelError(
+                f"A static cache needs augmenting models that share the anchor's token ids, but {apart[0]!r} does not: "
+                f"use a dynamic cache."
+            )
         return CalmCache.around(
             anchor_cache,
-            {name: text_config(model) for name, model in self.augmenting.items()},
-            {name: len(entry["connections"]) for name, entry in self.config.augmenting.items()},
+            {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
+            {name: len(entry["connections"]) for name, entry in entries.items()},
             length,
+            apart,
         )
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
@@ -173,96 +278,28 @@ class CalmModel(CalmPreTrainedModel):
         if past_key_values is None:
             return self.new_cache() if use_cache else None
         if isinstance(past_key_values, CalmCache):
-            past_key_values.check()
+            past_key_values.check(self.active)
             return past_key_values
         return self.new_cache(past_key_values)
 
-    def begin(
-        self,
-        input_ids: Tensor,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        cache: CalmCache | None,
-    ) -> Call:
-        """Run the augmenting models and prepare what the anchor's hooks need.
-
-        Args:
-            input_ids: (B, T) int64, the new tokens.
-            attention_mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
-            position_ids: (B or 1, T) int64, or None.
-            cache: the composition's cache, or None.
+    def begin(self, inputs: Inputs, cache: CalmCache | None) -> Call:
+        """Let every augmenting model read; returns what the anchor's hooks need.
 
         Raises:
-            DataError: for ids that the augmenting model does not have.
+            DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        call = Call()
-        for name in self.augmenting:
-            backbone = self._backbones[name]
-            self._check_ids(input_ids, name)
-            positions = _positions(backbone, position_ids, input_ids, attention_mask)
-            backbone.check_length(f"augmenting model {name!r}", _length(input_ids, attention_mask, cache), positions)
-            cross = cache.cross[name] if cache is not None else None
-            call.streams[name] = self._stream(name, input_ids, attention_mask, position_ids, cross)
-            arguments = base_arguments(
-                backbone,
-                input_ids=input_ids.to(next(backbone.decoder.parameters()).device),
-                attention_mask=_mask_of(attention_mask, f"augmenting.{name}"),
-                position_ids=positions,
-                cache=cache.augmenting[name] if cache is not None else None,
-            )
-            self.slot.call = call
-            try:
-                with torch.no_grad():
-                    backbone.decoder(**arguments)
-            finally:
-                self.slot.call = None
-        return call
-
-    def _check_ids(self, input_ids: Tensor, name: str) -> None:
-        size = self._backbones[name].vocab_size
-        # The comparison waits for the device, so it is made only where a token of the anchor's could fall outside.
-        if size >= self._backbones[""].vocab_size or torch.compiler.is_compiling():
-            return
-        highest = int(input_ids.max())
-        if highest >= size:
-            raise DataError(
-                f"Token ids must lie below {size}, the vocabulary of the augmenting model {name!r}, but got {highest}: "
-                f"give both models a tokenizer whose ids they share."
-            )
-
-    def _stream(
-        self, name: str, input_ids: Tensor, attention_mask: Any, position_ids: Tensor | None, cross: Cache | None
-    ) -> Stream:
-        connector: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
-        if isinstance(attention_mask, dict):
-            mask = attention_mask[f"cross.{name}"]
-        else:
-            mask = self.cross_mask(name, input_ids, attention_mask, position_ids, cross)
-        rotation = None
-        if connector.rotary:
-            positions = _counted(input_ids, attention_mask) if position_ids is None else position_ids
-            if positions is None:
-                past = cross.get_seq_length() if cross is not None else 0
-                positions = (torch.arange(input_ids.shape[1], device=input_ids.device) + past)[None]
-            rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], connector.head_dim)
-        kind = self.config._attn_implementation
-        return Stream(mask, rotation, cross, ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention))
-
-    def cross_mask(
-        self, name: str, inputs: Tensor, attention_mask: Any, position_ids: Tensor | None, cross: Cache | None
-    ) -> Any:
-        """The causal cross-attention mask for the new positions of ``inputs`` (B, T)."""
-        connector: CrossAttention = self.connectors[name][0]  # type: ignore[index,assignment]
-        shape_only = torch.empty((*inputs.shape[:2], 0), dtype=connector.q_proj.weight.dtype, device=inputs.device)
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=shape_only,
-            attention_mask=attention_mask,
-            past_key_values=cross,
-            position_ids=position_ids,
-            layer_idx=0,
-            allow_is_causal_skip=connector.null_key is None,
+        return Call(
+            {
+                name: reader.read(inputs, cache.part(name) if cache is not None else None)
+                for name, reader in self._readers.items()
+                if name in self.active
+            }
         )
+
+    def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
+        """The cross-attention mask of a model that shares the anchor's ids, for positions like ``like`` (B, T)."""
+        reader = self._readers[name]
+        return reader.mask(like, attention_mask, positions, cross) if isinstance(reader, SharedReader) else None
 
     def forward(
         self,
@@ -272,14 +309,14 @@ class CalmModel(CalmPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        augmenting_inputs: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
         kwargs.pop("return_dict", None)
-        output, cache = self.run(
-            self._backbones[""].decoder,
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs,
-        )  # fmt: skip
+        inputs = Inputs(input_ids, attention_mask, position_ids, None, augmenting_inputs or {})
+        decoder = self._backbones[""].decoder
+        output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=output.last_hidden_state,
             past_key_values=cache,
@@ -290,40 +327,47 @@ class CalmModel(CalmPreTrainedModel):
     def run(
         self,
         target: nn.Module,
-        input_ids: Tensor | None,
-        attention_mask: Any,
-        position_ids: Tensor | None,
+        inputs: Inputs,
         past_key_values: Cache | None,
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
     ) -> tuple[Any, Cache | None]:
-        """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache."""
-        backbone = self._backbones[""]
+        """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache.
+
+        Raises:
+            DataError: when there are no token ids, or an augmenting model cannot read what it is given.
+        """
         if not self.enabled:
-            if isinstance(past_key_values, CalmCache):
-                past_key_values = past_key_values.anchor
-            given = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs}
-            given |= {"input_ids": input_ids, "attention_mask": attention_mask}
-            if backbone.cache_argument is not None:
-                given[backbone.cache_argument] = past_key_values
-            output = target(**{key: value for key, value in given.items() if value is not None})
-            return output, getattr(output, backbone.cache_argument or "past_key_values", None)
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = self.cache_for(past_key_values, use_cache and self.can_cache)
-        if input_ids is None or inputs_embeds is not None:
+            return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
+        if inputs.ids is None or inputs_embeds is not None:
             raise DataError(
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
             )
-        positions = _positions(backbone, position_ids, input_ids, attention_mask)
-        backbone.check_length("anchor", _length(input_ids, attention_mask, cache), positions)
-        call = self.begin(input_ids, attention_mask, position_ids, cache)
+        for name in inputs.augmenting:
+            if name in self.augmenting and self.config.augmenting[name]["reads"] != "inputs":
+                raise DataError(
+                    f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
+                    f"leave its inputs out."
+                )
+        unknown = sorted(set(inputs.augmenting) - set(self.augmenting))
+        if unknown:
+            raise DataError(
+                f"augmenting_inputs must name augmenting models of this composition ({', '.join(self.augmenting)}), "
+                f"but got {', '.join(unknown)}: use their names."
+            )
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        cache = self.cache_for(past_key_values, use_cache and self.can_cache)
+        backbone = self._backbones[""]
+        positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
+        backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
+        call = self.begin(inputs, cache)
         arguments = base_arguments(
             backbone,
-            input_ids=input_ids,
-            attention_mask=_mask_of(attention_mask, "anchor"),
+            input_ids=inputs.ids,
+            attention_mask=mask_of(inputs.mask, "anchor"),
             position_ids=positions,
             cache=cache.anchor if cache is not None else None,
         )
@@ -334,60 +378,28 @@ class CalmModel(CalmPreTrainedModel):
             self.slot.call = None
         return output, cache
 
-
-def base_arguments(
-    backbone: Backbone, *, input_ids: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Cache | None
-) -> dict[str, Any]:
-    """Arguments for one base model's call, without those that it does not know."""
-    arguments: dict[str, Any] = {"input_ids": input_ids}
-    if attention_mask is not None:
-        arguments["attention_mask"] = attention_mask
-    if position_ids is not None and backbone.takes_positions:
-        arguments["position_ids"] = position_ids
-    if cache is not None and backbone.cache_argument is not None:
-        arguments[backbone.cache_argument] = cache
-    if accepts(backbone.decoder, "use_cache"):
-        arguments["use_cache"] = cache is not None
-    return arguments
-
-
-def _positions(
-    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
-) -> Tensor | None:
-    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that.
-
-    A model that adds an embedding of the absolute position would count padding on the left, so that a padded row would
-    differ from the same row alone. A model with relative positions counts by itself, exactly as it does alone.
-    """
-    if position_ids is not None or not backbone.absolute_positions:
-        return position_ids
-    return _counted(input_ids, attention_mask)
-
-
-def _counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
-    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.clamp(min=0)[:, -input_ids.shape[1] :]
-
-
-def _length(input_ids: Tensor, attention_mask: Any, cache: CalmCache | None) -> int:
-    """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask.shape[1]
-    past = cache.get_seq_length() if cache is not None else 0
-    return input_ids.shape[1] + (past if isinstance(past, int) else 0)
-
-
-def _mask_of(attention_mask: Any, prefix: str) -> Any:
-    """One base model's part of the dictionary that ``create_masks_for_generate`` makes; other masks as they are."""
-    if not isinstance(attention_mask, dict):
-        return attention_mask
-    if prefix in attention_mask:
-        return attention_mask[prefix]
-    start = f"{prefix}/"
-    return {key[len(start) :]: value for key, value in attention_mask.items() if key.startswith(start)}
+    def _run_alone(
+        self,
+        target: nn.Module,
+        inputs: Inputs,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Cache | None]:
+        """The anchor with what its caller gave and nothing more."""
+        argument = self._backbones[""].cache_argument or "past_key_values"
+        given = {
+            "input_ids": inputs.ids,
+            "attention_mask": inputs.mask,
+            "position_ids": inputs.positions,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            argument: past_key_values.anchor if isinstance(past_key_values, CalmCache) else past_key_values,
+            **kwargs,
+        }
+        output = target(**{key: value for key, value in given.items() if value is not None})
+        return output, getattr(output, argument, None)
 
 
 def _has_dropout(config: Any) -> bool:

@@ -19,6 +19,11 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 
+def alignment_name(name: str) -> str:
+    """The file that holds one augmenting model's alignment."""
+    return f"alignment.{name}.json"
+
+
 Writer = Callable[[Path], object]
 """Fills the file whose path it is given."""
 
@@ -120,6 +125,7 @@ def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
     config = copy.deepcopy(config)
     config.architectures = ["CalmForCausalLM"]
     config.text_config.name_or_path = ""
+    config.order = list(config.augmenting)
     for entry in (config.anchor, *config.augmenting.values()):
         entry["id"] = relative_source(entry.get("id") or "", folder)
     return config

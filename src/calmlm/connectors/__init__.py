@@ -1,0 +1,32 @@
+"""The connectors that a user can choose from; each one's formula stands in its own file.
+
+All follow one small protocol: ``keys_values(hidden, rotation)`` of new augmenting positions, which can be cached, and
+``forward(anchor, keys, values, mask, rotation, attention, seeing)``, the new anchor states. ``attention`` is the
+``CrossAttention`` inside; ``before_layer`` tells whether a connection ``(i, j)`` works on the input of the anchor's
+layer ``j`` or on its output; ``reads_distribution`` whether it takes the augmenting model's output distribution
+instead of the states of its layer ``i``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from calmlm.connector import CrossAttention
+from calmlm.connectors.flamingo import Flamingo
+from calmlm.connectors.legonn import LegoNN
+
+Connector: TypeAlias = CrossAttention | Flamingo | LegoNN
+
+CONNECTORS: dict[str, Any] = {"cross_attention": CrossAttention, "flamingo": Flamingo, "legonn": LegoNN}
+
+
+def build_connector(kind: str, augmenting_size: int, anchor_size: int, options: dict[str, Any]) -> Connector:
+    """A new connector of this kind, the identity at its start.
+
+    Args:
+        kind: a key of ``CONNECTORS``.
+        augmenting_size: width of what it reads: D_A, or the augmenting vocabulary for a distribution.
+        anchor_size: D_B.
+        options: the connector options of ``calmlm.config.ConnectorConfig`` other than its kind.
+    """
+    return CONNECTORS[kind](augmenting_size, anchor_size, **options)

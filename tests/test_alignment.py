@@ -1,0 +1,210 @@
+"""Two tokenizers, one text: the augmenting stream is causal, cached rightly, and exact where both can write bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import calmlm
+from calmlm.alignment import LOOKBACK, Alignment
+from calmlm.transcoding import Transcoder
+from compositions import assert_close, assert_helpful, awaken, logits_of
+from tiny import tiny_model
+from tokenizers_tiny import AWKWARD, KINDS, tokenizer
+
+PAIRS = [
+    ("bytes", "unigram"),
+    ("unigram", "bytes"),
+    ("bytes-large", "wordpiece"),
+    ("bytes", "characters"),
+    ("characters", "bytes-large"),
+    ("sentencepiece", "bytes"),
+    ("bytes", "sentencepiece"),
+    ("wordpiece", "bytes"),
+]
+FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen3", "bloom"]
+LOSSLESS = [pair for pair in PAIRS if set(pair) <= {"bytes", "bytes-large", "sentencepiece"}]
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+
+
+def composition(pair: tuple[str, str], **options: Any) -> calmlm.CalmForCausalLM:
+    index = PAIRS.index(pair)
+    ours, theirs = tokenizer(pair[0]), tokenizer(pair[1])
+    model = calmlm.compose(
+        tiny_model(FAMILIES[index % 6], vocab_size=len(ours)),
+        tiny_model(FAMILIES[(index + 1) % 6], vocab_size=len(theirs)),
+        2,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+        **options,
+    )
+    return awaken(model)
+
+
+@pytest.fixture(params=PAIRS, ids="+".join, scope="module")
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(pair: tuple[str, str]) -> calmlm.CalmForCausalLM:
+    return composition(pair)
+
+
+def whole(transcoder: Transcoder, ids: list[int]) -> tuple[list[int], list[int]]:
+    batch = torch.tensor([ids], dtype=torch.long)
+    block = transcoder(batch, torch.ones_like(batch, dtype=torch.bool), torch.full((1, LOOKBACK), -1))
+    return block.ids[0].tolist(), block.owner[0].tolist()
+
+
+def step_by_step(transcoder: Transcoder, ids: list[int]) -> tuple[list[int], list[int]]:
+    previous, found, owners = torch.full((1, LOOKBACK), -1), [], []
+    for position, index in enumerate(ids):
+        token = torch.tensor([[index]])
+        block = transcoder(token, torch.ones(1, 1, dtype=torch.bool), previous)
+        found += block.ids[0].tolist()
+        owners += (block.owner[0] + position).tolist()
+        previous = torch.cat((previous[:, 1:], token), dim=1)
+    return found, owners
+
+
+@pytest.mark.parametrize(("ours", "theirs"), list(itertools.permutations(KINDS, 2)))
+def test_every_pair_is_written_alike_at_once_and_step_by_step(ours: str, theirs: str) -> None:
+    transcoder = Transcoder(Alignment.between(tokenizer(ours), tokenizer(theirs)))
+    for text in AWKWARD:
+        ids = tokenizer(ours)(text).input_ids
+        assert whole(transcoder, ids) == step_by_step(transcoder, ids), text
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(("ours", "theirs"), LOSSLESS)
+def test_bytes_survive_and_any_text_is_written_alike(ours: str, theirs: str, text: str) -> None:
+    transcoder = Transcoder(Alignment.between(tokenizer(ours), tokenizer(theirs)))
+    ids = tokenizer(ours)(text, add_special_tokens=False).input_ids
+    assert whole(transcoder, ids) == step_by_step(transcoder, ids)
+    expected = tokenizer(ours).decode(ids, clean_up_tokenization_spaces=False)
+    found = tokenizer(theirs).decode(whole(transcoder, ids)[0], clean_up_tokenization_spaces=False)
+    # A SentencePiece decoder takes one leading space for its own.
+    assert found.removeprefix(" ") == expected.removeprefix(" ")
+
+
+def test_an_owner_never_stands_before_its_bytes_end() -> None:
+    # The emoji comes in several byte tokens; its one Unigram token belongs to the last of them.
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    ids = ours("😀", add_special_tokens=False).input_ids
+    assert len(ids) > 1
+    found, owners = whole(Transcoder(Alignment.between(ours, theirs)), ids)
+    assert theirs.decode(found) == "😀"
+    assert set(owners) == {len(ids) - 1}
+
+
+def test_special_tokens_keep_their_roles() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    table = Alignment.between(ours, theirs).body
+    assert table[ours.bos_token_id] == [theirs.bos_token_id]
+    assert table[ours.eos_token_id] == [theirs.eos_token_id]
+
+
+def test_alignment_is_plain_data() -> None:
+    alignment = Alignment.between(tokenizer("bytes"), tokenizer("unigram"))
+    assert Alignment.from_json(json.loads(json.dumps(alignment.to_json()))) == alignment
+
+
+def test_steps_equal_teacher_forcing(pair: tuple[str, str], model: calmlm.CalmForCausalLM) -> None:
+    for text in AWKWARD:
+        ids = tokenizer(pair[0])(text, return_tensors="pt").input_ids
+        full = logits_of(model, ids)
+        with model.disable_composition():
+            assert not torch.allclose(logits_of(model, ids), full, atol=1e-3)
+        with torch.no_grad():
+            output = model(ids[:, :1], use_cache=True)
+            found = [output.logits]
+            for position in range(1, ids.shape[1]):
+                found.append(model(ids[:, position : position + 1], past_key_values=output.past_key_values).logits)
+        assert_close(torch.cat(found, dim=1), full, 1e-4)
+
+
+def test_a_later_byte_changes_no_earlier_logit(pair: tuple[str, str], model: calmlm.CalmForCausalLM) -> None:
+    ids = tokenizer(pair[0])("hello 😀 world, 你好 playing", return_tensors="pt").input_ids
+    before = logits_of(model, ids)
+    for position in range(1, ids.shape[1]):
+        changed = ids.clone()
+        changed[0, position] = (changed[0, position] + 5) % 50 + 4
+        if changed[0, position] != ids[0, position]:
+            after = logits_of(model, changed)
+            assert_close(after[:, :position], before[:, :position], 1e-5)
+            assert not torch.allclose(after[:, position:], before[:, position:], atol=1e-4)
+
+
+def test_padding_and_batches_change_nothing(pair: tuple[str, str], model: calmlm.CalmForCausalLM) -> None:
+    ours = tokenizer(pair[0])
+    batch = ours(AWKWARD, return_tensors="pt", padding=True)
+    found = logits_of(model, batch.input_ids, batch.attention_mask)
+    for row, mask, text in zip(found, batch.attention_mask, AWKWARD, strict=True):
+        assert_close(row[mask.bool()], logits_of(model, ours(text, return_tensors="pt").input_ids)[0], 1e-5)
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=["greedy", "beam", "chunked"])
+def test_generation_equals_its_uncached_reference(
+    pair: tuple[str, str], model: calmlm.CalmForCausalLM, mode: dict[str, Any]
+) -> None:
+    batch = tokenizer(pair[0])(AWKWARD[:4], return_tensors="pt", padding=True)
+    reference = {key: value for key, value in mode.items() if key == "num_beams"}
+    expected = model.generate(**batch, **GREEDY, **reference, use_cache=False)
+    assert torch.equal(model.generate(**batch, **GREEDY, **mode), expected)
+
+
+def test_assisted_generation_equals_greedy(pair: tuple[str, str], model: calmlm.CalmForCausalLM) -> None:
+    ids = tokenizer(pair[0])("hello hello hello playing", return_tensors="pt").input_ids
+    expected = model.generate(ids, **GREEDY, use_cache=False)
+    assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), expected)
+
+
+def test_connector_options_hold_across_tokenizers() -> None:
+    model = composition(PAIRS[0], rotary=True, query_key_bias=1.5, null_key=True, gate=True)
+    batch = tokenizer("bytes")(AWKWARD, return_tensors="pt", padding=True)
+    found = logits_of(model, batch.input_ids, batch.attention_mask)
+    for row, mask, text in zip(found, batch.attention_mask, AWKWARD, strict=True):
+        single = logits_of(model, tokenizer("bytes")(text, return_tensors="pt").input_ids)[0]
+        assert_close(row[mask.bool()], single, 1e-5)
+    expected = model.generate(**batch, **GREEDY, use_cache=False)
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+
+def test_the_alignment_is_saved_and_loading_needs_no_tokenizer(tmp_path: Path) -> None:
+    model = composition(PAIRS[0])
+    model.anchor.save_pretrained(tmp_path / "m_B")
+    model.augmenting["augmenting"].save_pretrained(tmp_path / "m_A")
+    model.save_pretrained(tmp_path / "composition")
+    loaded = calmlm.CalmForCausalLM.from_pretrained(
+        tmp_path / "composition", anchor=tmp_path / "m_B", augmenting=tmp_path / "m_A", attn_implementation="eager"
+    )
+    ids = tokenizer("bytes")("hello 😀", return_tensors="pt").input_ids
+    assert_close(logits_of(loaded, ids), logits_of(model, ids), 1e-6)
+    (tmp_path / "composition" / "alignment.augmenting.json").write_text("{")
+    with pytest.raises(calmlm.CheckpointError) as caught:
+        calmlm.CalmForCausalLM.from_pretrained(
+            tmp_path / "composition", anchor=tmp_path / "m_B", augmenting=tmp_path / "m_A"
+        )
+    assert_helpful(caught.value, "alignment.augmenting.json")
+
+
+def test_a_mask_of_four_dimensions_is_refused() -> None:
+    model = composition(PAIRS[0])
+    with pytest.raises(calmlm.DataError) as caught:
+        model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    assert_helpful(caught.value, "attention_mask")
+
+
+def test_a_static_cache_is_refused() -> None:
+    with pytest.raises(calmlm.ModelError) as caught:
+        composition(PAIRS[0]).generate(torch.tensor([[5, 6, 7]]), **GREEDY, cache_implementation="static")
+    assert_helpful(caught.value, "dynamic cache")

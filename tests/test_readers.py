@@ -1,0 +1,375 @@
+"""Encoders with inputs of their own, decoders that read the prompt alone, and several augmenting models at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperModel,
+)
+
+import calmlm
+from compositions import assert_close, assert_helpful, awaken, logits_of
+from tiny import tiny_model, tiny_tokens
+
+SIZE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+Inputs = Callable[[int], dict[str, Tensor]]
+
+
+def _text(rows: int) -> dict[str, Tensor]:
+    mask = torch.ones(rows, 5, dtype=torch.long)
+    mask[1:, -1] = 0
+    return {"input_ids": torch.randint(1, 50, (rows, 5)), "attention_mask": mask}
+
+
+def _whisper() -> PreTrainedModel:
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+             {"layers": 3, "attention_heads": 4, "ffn_dim": 40}.items()}  # fmt: skip
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return WhisperModel(
+        WhisperConfig(vocab_size=60, d_model=24, num_mel_bins=8, max_source_positions=10, **sides, **special)
+    )
+
+
+ENCODERS: dict[str, tuple[Callable[[], PreTrainedModel], Inputs]] = {
+    "bert": (lambda: BertModel(BertConfig(vocab_size=50, **SIZE)), _text),
+    "t5": (
+        lambda: T5EncoderModel(T5Config(vocab_size=50, d_model=24, d_ff=40, num_layers=3, num_heads=4, d_kv=6)),
+        _text,
+    ),
+    "vit": (
+        lambda: ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **SIZE)),
+        lambda rows: {"pixel_values": torch.randn(rows, 1, 8, 8)},
+    ),
+    "clip": (
+        lambda: CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **SIZE)),
+        lambda rows: {"pixel_values": torch.randn(rows, 3, 8, 8)},
+    ),
+    "whisper": (_whisper, lambda rows: {"input_features": torch.randn(rows, 8, 20)}),
+}
+
+
+@pytest.fixture(params=ENCODERS, scope="module")
+def seeing(request: pytest.FixtureRequest) -> tuple[calmlm.CalmForCausalLM, dict[str, dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    make, inputs = ENCODERS[request.param]
+    model = calmlm.compose(tiny_model("llama"), {"senses": make().eval()}, 2)
+    ids = tiny_tokens(2, 6)
+    with torch.no_grad():  # untrained, it is the anchor
+        given = {"senses": inputs(2)}
+        assert torch.equal(model(ids, augmenting_inputs=given).logits, model.anchor(ids).logits)
+    return awaken(model), given
+
+
+def test_encoders_reach_every_token(seeing: Any) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 6)
+    full = logits_of(model, ids, augmenting_inputs=given)
+    other = {name: value.flip(0) for name, value in given["senses"].items()}
+    changed = logits_of(model, ids, augmenting_inputs={"senses": other})
+    assert float((full - changed).abs().amax(-1).min()) > 1e-4
+
+
+def test_encoders_leave_the_text_causal(seeing: Any) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 6)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 5) % 90 + 3
+    before, after = (logits_of(model, x, augmenting_inputs=given) for x in (ids, changed))
+    assert torch.equal(before[:, :-1], after[:, :-1])
+
+
+def test_encoders_are_cached(seeing: Any) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 6)
+    with torch.no_grad():
+        first = model(ids[:, :3], augmenting_inputs=given, use_cache=True)
+        second = model(ids[:, 3:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, second.logits), 1), logits_of(model, ids, augmenting_inputs=given), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"num_beams": 3}, {"assistant_model": tiny_model("llama", seed=7)}], ids=["greedy", "beam", "assisted"]
+)
+def test_encoders_generate(seeing: Any, mode: dict[str, Any]) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 4)
+    if "assistant_model" in mode:  # transformers drafts for one row at a time
+        ids, given = ids[:1], {"senses": {key: value[:1] for key, value in given["senses"].items()}}
+    reference = {key: value for key, value in mode.items() if key == "num_beams"}
+    expected = model.generate(ids, **GREEDY, **reference, augmenting_inputs=given, use_cache=False)
+    assert torch.equal(model.generate(ids, **GREEDY, **mode, augmenting_inputs=given), expected)
+
+
+def test_encoders_save_and_load(seeing: Any, tmp_path: Path) -> None:
+    model, given = seeing
+    for name, base in (("m_B", model.anchor), ("m_A", model.augmenting["senses"])):
+        base.save_pretrained(tmp_path / name)
+    fresh = calmlm.compose(tmp_path / "m_B", {"senses": tmp_path / "m_A"}, 2, attn_implementation="eager")
+    fresh.load_state_dict(model.composition_tensors(), strict=False)
+    fresh.save_pretrained(tmp_path / "composition")
+    loaded = calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition", attn_implementation="eager")
+    ids = tiny_tokens(2, 6)
+    expected = logits_of(fresh, ids, augmenting_inputs=given)
+    assert torch.equal(logits_of(loaded, ids, augmenting_inputs=given), expected)
+
+
+def test_the_anchor_alone_generates_whatever_its_encoders_are_given(seeing: Any) -> None:
+    model, given = seeing
+    ids = tiny_tokens(2, 4)
+    with model.disable_composition():
+        found = model.generate(ids, **GREEDY, augmenting_inputs=given)
+    assert torch.equal(found, model.anchor.generate(ids, **GREEDY))
+
+
+def test_missing_and_unknown_inputs_are_named(seeing: Any) -> None:
+    model, given = seeing
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(2, 4))
+    assert_helpful(caught.value, "augmenting_inputs", "senses")
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(2, 4), augmenting_inputs={"ears": given["senses"]})
+    assert_helpful(caught.value, "ears")
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(3, 4), augmenting_inputs=given)
+    assert_helpful(caught.value, "one item per row")
+
+
+def test_an_image_for_a_text_model_is_refused() -> None:
+    model = calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2)
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(1, 4), augmenting_inputs={"augmenting": {"pixel_values": torch.zeros(1, 3, 8, 8)}})
+    assert_helpful(caught.value, "augmenting")
+
+
+def test_a_prompt_reader_is_not_refreshed() -> None:
+    model = awaken(calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2, refresh=False))
+    prompt = tiny_tokens(2, 6)
+    generated = model.generate(prompt, **GREEDY)
+    mask = torch.zeros_like(generated, dtype=torch.bool)
+    mask[:, :6] = True
+    forced = logits_of(model, generated, prompt_mask=mask)
+    assert torch.equal(forced[:, 5:-1].argmax(-1), generated[:, 6:])
+    # Labels tell the prompt too: what is not learned before the first label.
+    labels = generated.masked_fill(mask, -100)
+    with torch.no_grad():
+        assert torch.equal(model(generated, labels=labels, use_cache=False).logits, forced)
+    # The last prompt token reaches the first position: that is what reading the prompt at once means.
+    changed = prompt.clone()
+    changed[:, -1] = (changed[:, -1] + 5) % 90 + 3
+    before, after = logits_of(model, prompt), logits_of(model, changed)
+    assert not torch.allclose(before[:, 0], after[:, 0], atol=1e-4)
+
+
+def test_a_prompt_reader_reads_no_drafts_and_no_generated_tokens() -> None:
+    model = awaken(calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2, refresh=False))
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    seen: list[Tensor] = []
+    handle = model.augmenting["augmenting"].base_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"].sum()), with_kwargs=True
+    )
+    expected = model.generate(ids, **GREEDY)
+    modes: list[dict[str, Any]] = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
+    modes.append({"assistant_model": tiny_model("llama", seed=7)})
+    for mode in modes:
+        found = model.generate(ids, **GREEDY, **mode)
+        if "num_beams" not in mode:
+            assert torch.equal(found, expected)
+    handle.remove()
+    assert {int(count) for count in seen} <= {8, 16}
+    with pytest.raises(calmlm.DataError) as caught:
+        model.generate(ids, **GREEDY, prefill_chunk_size=3)
+    assert_helpful(caught.value, "prefill_chunk_size")
+
+
+# Several augmenting models
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for name, family, seed in (("m_B", "llama", 1), ("one", "gpt2", 2), ("two", "qwen3", 3)):
+        tiny_model(family, seed=seed).save_pretrained(tmp_path / name)
+    for index, name in enumerate(("one", "two")):
+        model = calmlm.compose(tmp_path / "m_B", {name: tmp_path / name}, index + 1, attn_implementation="eager")
+        awaken(model, seed=index).save_pretrained(tmp_path / f"with-{name}")
+    return tmp_path
+
+
+def load(folder: Path) -> calmlm.CalmForCausalLM:
+    return calmlm.CalmForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}], ids=["greedy", "beam"])
+def test_two_models_generate_with_caches(mode: dict[str, Any]) -> None:
+    parts = {"a": tiny_model("gpt2", seed=2), "b": tiny_model("qwen3", seed=3)}
+    model = awaken(calmlm.compose(tiny_model("llama"), parts, {"a": 1, "b": 2}))
+    ids = tiny_tokens(2, 5)
+    expected = model.generate(ids, **GREEDY, **mode, use_cache=False)
+    assert torch.equal(model.generate(ids, **GREEDY, **mode), expected)
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["from a model", "from a folder"])
+def test_add_disable_save_and_remove(folders: Path, loaded: bool) -> None:
+    model, other = load(folders / "with-one"), load(folders / "with-two")
+    ids = tiny_tokens(2, 7)
+    alone, others = logits_of(model, ids), logits_of(other, ids)
+    hooks = [len(module._forward_hooks) for module in model.anchor.modules()]
+
+    model.add_augmenting("law", other if loaded else folders / "with-two", attn_implementation="eager")
+    both = logits_of(model, ids)
+    assert not torch.allclose(both, alone, atol=1e-3)
+    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, **GREEDY, use_cache=False))
+
+    model.disable_augmenting("law")
+    assert torch.equal(logits_of(model, ids), alone)
+    model.enable_augmenting("law")
+    model.disable_augmenting("one")
+    assert torch.equal(logits_of(model, ids), others)
+    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, **GREEDY, use_cache=False))
+    model.enable_augmenting("one")
+
+    model.save_pretrained(folders / "both")
+    assert torch.equal(logits_of(load(folders / "both"), ids), both)
+    model.remove_augmenting("law")
+    assert torch.equal(logits_of(model, ids), alone)
+    assert [len(module._forward_hooks) for module in model.anchor.modules()] == hooks
+    assert torch.equal(logits_of(other, ids), others)
+
+
+def test_faults_are_named(folders: Path) -> None:
+    model = load(folders / "with-one")
+    with pytest.raises(calmlm.ConfigError) as caught:
+        model.add_augmenting("one", folders / "with-two")
+    assert_helpful(caught.value, "'one'")
+    with pytest.raises(calmlm.ConfigError) as caught:
+        model.add_augmenting("my.law", folders / "with-two")
+    assert_helpful(caught.value, "my.law")
+    with pytest.raises(calmlm.ConfigError) as caught:
+        model.remove_augmenting("two")
+    assert_helpful(caught.value, "two")
+    with pytest.raises(calmlm.ConfigError) as caught:
+        model.remove_augmenting("one")
+    assert_helpful(caught.value, "last")
+    narrow = calmlm.compose(tiny_model("llama", seed=1, dtype=torch.bfloat16), {"two": tiny_model("qwen3")}, 1)
+    load(folders / "with-one").add_augmenting("two", narrow)  # the same anchor in fewer bits
+    foreign = calmlm.compose(tiny_model("llama", seed=9), {"two": tiny_model("qwen3")}, 1)
+    with pytest.raises(calmlm.CheckpointError) as caught:
+        model.add_augmenting("law", foreign)
+    assert_helpful(caught.value, "anchor")
+    cache = model(tiny_tokens(1, 3), use_cache=True).past_key_values
+    model.add_augmenting("law", folders / "with-two")
+    with pytest.raises(calmlm.ModelError) as caught:
+        model(tiny_tokens(1, 1), past_key_values=cache)
+    assert_helpful(caught.value, "past_key_values")
+
+
+def test_a_composition_saved_before_there_were_readers_loads(folders: Path) -> None:
+    path = folders / "with-one" / "config.json"
+    ids = tiny_tokens(2, 7)
+    expected = logits_of(load(folders / "with-one"), ids)
+    data = json.loads(path.read_text())
+    for entry in data["augmenting"].values():
+        del entry["reads"], entry["connector"]["kind"], entry["connector"]["rank"]
+    del data["order"]
+    path.write_text(json.dumps(data))
+    assert torch.equal(logits_of(load(folders / "with-one"), ids), expected)
+
+
+def test_a_static_cache_leaves_the_disabled_out() -> None:
+    parts = {"a": tiny_model("gpt2", seed=2), "b": tiny_model("qwen3", seed=3)}
+    model = awaken(calmlm.compose(tiny_model("llama"), parts, 1))
+    model.disable_augmenting("b")
+    ids = tiny_tokens(2, 5)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids, **GREEDY, **static), model.generate(ids, **GREEDY, use_cache=False))
+
+
+# Connectors
+
+
+def test_an_encoder_has_no_distribution_for_legonn() -> None:
+    with pytest.raises(calmlm.ConfigError) as caught:
+        calmlm.compose(tiny_model("llama"), {"senses": ENCODERS["bert"][0]()}, 2, connector="legonn")
+    assert_helpful(caught.value, "legonn", "encoder")
+
+
+@pytest.mark.parametrize("kind", ["flamingo", "legonn"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_other_connectors_behave(kind: str, rank: int | None, tmp_path: Path) -> None:
+    anchor, augmenting = tiny_model("llama", seed=1), tiny_model("gpt2", seed=2)
+    model = calmlm.compose(anchor, augmenting, 2, connector=kind, rank=rank)
+    ids = tiny_tokens(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, anchor(ids).logits)
+    awaken(model)
+    full = logits_of(model, ids)
+    with model.disable_composition():
+        assert not torch.allclose(logits_of(model, ids), full, atol=1e-3)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 5) % 90 + 3
+    assert torch.equal(logits_of(model, changed)[:, :-1], full[:, :-1])
+    with torch.no_grad():
+        first = model(ids[:, :3], use_cache=True)
+        second = model(ids[:, 3:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, second.logits), 1), full, 1e-4)
+    expected = model.generate(ids, **GREEDY, num_beams=2, use_cache=False)
+    assert torch.equal(model.generate(ids, **GREEDY, num_beams=2), expected)
+    model.save_pretrained(tmp_path)
+    loaded = calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenting=augmenting)
+    assert torch.equal(logits_of(loaded, ids), full)
+
+
+def test_a_flamingo_gate_by_hand() -> None:
+    from calmlm.connectors.flamingo import Flamingo
+
+    torch.manual_seed(0)
+    module = Flamingo(3, 4, 2, norm=False)
+    with torch.no_grad():
+        module.attention.gate.fill_(0.5)
+        module.feed_forward_gate.fill_(-0.25)
+        anchor, augmenting = torch.randn(1, 2, 4), torch.randn(1, 2, 3)
+        keys, values = module.keys_values(augmenting, None)
+        found = module(anchor, keys, values, None)
+        projected = augmenting @ module.attention.f_proj.weight.T
+        q, k, v = (
+            (x @ getattr(module.attention, f"{name}_proj").weight.T).view(1, 2, 2, 2).transpose(1, 2)
+            for name, x in (("q", anchor), ("k", projected), ("v", projected))
+        )
+        read = ((q @ k.transpose(-1, -2) / 2**0.5).softmax(-1) @ v).transpose(1, 2).reshape(1, 2, 4)
+        state = anchor + torch.tanh(torch.tensor(0.5)) * read @ module.attention.o_proj.weight.T
+        expected = state + torch.tanh(torch.tensor(-0.25)) * module.feed_forward(state)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_legonn_sees_the_distribution_and_nothing_else() -> None:
+    model = awaken(calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2, connector="legonn"))
+    ids = tiny_tokens(1, 6)
+    before = logits_of(model, ids)
+    head = model.augmenting["augmenting"].get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()  # every distribution is now uniform, whatever the states are
+    uniform = logits_of(model, ids)
+    assert not torch.allclose(before, uniform, atol=1e-3)
+    layer = model.model.backbone("augmenting").layers[-1]
+    handle = layer.register_forward_hook(
+        lambda _m, _a, out: (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+    )
+    assert torch.equal(logits_of(model, ids), uniform)
+    handle.remove()

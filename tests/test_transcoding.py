@@ -1,0 +1,166 @@
+"""The table from one tokenizer to another at its edges: ids that it lacks, roles that one token shares, families."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+import calmlm
+from calmlm.alignment import LOOKBACK, Alignment, Spelling
+from calmlm.transcoding import Transcoder
+from compositions import assert_close, assert_helpful, awaken, logits_of
+from tiny import tiny_model
+from tokenizers_tiny import CORPUS, SPECIAL, _wrapped, tokenizer
+
+
+def written(ours: Any, theirs: Any, ids: list[int]) -> list[int]:
+    batch = torch.tensor([ids], dtype=torch.long)
+    transcoder = Transcoder(Alignment.between(ours, theirs))
+    return transcoder(batch, torch.ones_like(batch, dtype=torch.bool), torch.full((1, LOOKBACK), -1)).ids[0].tolist()
+
+
+def test_a_tokenizer_is_looked_at_once_and_not_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, look = [], Spelling.of
+    monkeypatch.setattr(Spelling, "of", lambda *given: calls.append(given) or look(*given))
+    Alignment.between(tokenizer("bytes"), tokenizer("unigram"))
+    assert len(calls) < 5
+
+
+def test_the_first_token_after_the_beginning_is_the_first_of_the_text() -> None:
+    pieces, ours = tokenizer("sentencepiece"), tokenizer("bytes")
+    text = "hello world"
+    for one, other in ((pieces, ours), (ours, pieces)):
+        ids = [one.bos_token_id, *one(text, add_special_tokens=False).input_ids]
+        found = written(one, other, ids)
+        assert found[0] == other.bos_token_id
+        assert other.decode(found[1:]) == text
+        assert found[1:] == written(one, other, ids[1:])
+
+
+def test_a_token_with_several_roles_keeps_the_one_that_counts() -> None:
+    ours, theirs = copy.deepcopy(tokenizer("bytes")), copy.deepcopy(tokenizer("unigram"))
+    ours.add_special_tokens(dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|end|>"))
+    end, letter = ours.eos_token_id, ours("h", add_special_tokens=False).input_ids
+    found = written(ours, theirs, [end, *letter, end])
+    assert (found[0], found[-1]) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+def test_ids_beyond_the_tokenizer_say_nothing() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("bytes-large")
+    ids = ours("hello", add_special_tokens=False).input_ids
+    for k in range(len(ids) + 1):
+        padded = [*ids[:k], len(ours) + 7, *ids[k:]]
+        assert theirs.decode(written(ours, theirs, padded)) == "hello"
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours) + 20),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    logits_of(awaken(model), torch.tensor([[len(ours) + 19, *ids, len(ours) + 3, *ids]]))
+
+
+def test_a_mark_at_the_end_of_words_is_written_word_by_word() -> None:
+    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder("</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    ours, theirs = tokenizer("bytes-large"), _wrapped(backend)
+    ids = ours("hello world, 12", add_special_tokens=False).input_ids
+    assert "<unk>" not in theirs.convert_ids_to_tokens(written(ours, theirs, ids))
+    assert theirs.decode(written(ours, theirs, ids)).replace(" ", "") == "helloworld,12"
+
+
+def test_a_tokenizer_too_large_for_its_model_is_refused() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("bytes-large")
+    with pytest.raises(calmlm.ModelError) as caught:
+        calmlm.compose(
+            tiny_model("llama", vocab_size=len(ours)),
+            tiny_model("gpt2", vocab_size=100),
+            2,
+            tokenizer=ours,
+            augmenting_tokenizer=theirs,
+        )
+    assert_helpful(caught.value, "100", "augmenting tokenizer")
+
+
+def test_packed_rows_are_refused() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    ids = ours("hello world", return_tensors="pt").input_ids
+    positions = torch.arange(ids.shape[1])[None]
+    logits_of(model, ids, position_ids=positions)
+    with pytest.raises(calmlm.DataError) as caught:
+        model(torch.cat((ids, ids), dim=1), position_ids=torch.cat((positions, positions), dim=1))
+    assert_helpful(caught.value, "packing")
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "flamingo"])
+def test_a_token_that_sees_nothing_is_left_alone_with_a_null_key_too(kind: str) -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)),
+        tiny_model("gpt2", vocab_size=len(theirs)),
+        2,
+        connector=kind,
+        null_key=True,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+    )
+    awaken(model)
+    ids = ours("😀 hello", return_tensors="pt", add_special_tokens=False).input_ids
+    full = logits_of(model, ids)
+    assert torch.equal(full[:, :1], model.anchor(ids).logits[:, :1])
+    with torch.no_grad():
+        first = model(ids[:, :1], use_cache=True)
+        rest = model(ids[:, 1:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, rest.logits), dim=1), full, 1e-4)
+
+
+def test_a_changed_tokenizer_is_noticed(tmp_path: Path) -> None:
+    for name, kind, family in (("m_B", "bytes", "llama"), ("m_A", "unigram", "gpt2")):
+        tiny_model(family, vocab_size=len(tokenizer(kind))).save_pretrained(tmp_path / name)
+        tokenizer(kind).save_pretrained(tmp_path / name)
+    calmlm.compose(tmp_path / "m_B", tmp_path / "m_A", 2).save_pretrained(tmp_path / "composition")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")
+    tokenizer("wordpiece").save_pretrained(tmp_path / "m_A")
+    with pytest.warns(UserWarning, match="tokenizer"):
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")
+
+
+def test_case_and_accents_are_those_of_the_augmenting_tokenizer() -> None:
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    ours, theirs = tokenizer("bytes"), _wrapped(backend)
+    ids = ours("Hello Wörld", add_special_tokens=False).input_ids
+    assert theirs.decode(written(ours, theirs, ids)) == "hello world"
+
+
+def test_leading_spaces_survive_a_prepended_one() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
+    for text in ("hello", " hello", "  hello"):
+        ids = ours(text, add_special_tokens=False).input_ids
+        assert theirs.decode(written(ours, theirs, ids)) == text

@@ -112,6 +112,14 @@ def test_resumed_equals_uninterrupted(backend: str, settings: Settings, monkeypa
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+def test_the_seed_decides_the_first_weights_too(settings: Settings) -> None:
+    values = settings(max_steps=1)
+    first = load_file(go({**values, "output": values["output"] + "-1"}) / "model.safetensors")
+    torch.manual_seed(12345)
+    second = load_file(go({**values, "output": values["output"] + "-2"}) / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_checkpoint_cut_short_is_passed_over(settings: Settings) -> None:
     run = RunFolder(go(settings()).parent)
     (run.checkpoints / "checkpoint-20" / "trainer_state.json").unlink()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import set_seed
 
 from calmlm.data.context import context_length
 from calmlm.data.formats import Example
@@ -52,6 +53,7 @@ def train(
     arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
     train_examples = load_examples(_listed(config.data.train))
     eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    set_seed(arguments.seed)  # new connections draw their weights at random
     model = _model(config.model)
     tokenizer = _tokenizer(config)
 

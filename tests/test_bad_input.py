@@ -212,3 +212,14 @@ def test_an_error_leaves_the_composition_usable() -> None:
     with pytest.raises(calmlm.DataError):
         model(inputs_embeds=torch.zeros(1, 2, 48))
     assert torch.equal(logits_of(model, tiny_tokens()), before)
+
+
+def test_a_misspelt_option_is_named(tmp_path: Path) -> None:
+    with pytest.raises(calmlm.ConfigError) as error:
+        calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), conections=2)
+    assert_helpful(error.value, "conections")
+    for name, family in (("m_B", "llama"), ("m_A", "gpt2")):
+        tiny_model(family).save_pretrained(tmp_path / name)
+    with pytest.raises(calmlm.ModelError) as caught:
+        calmlm.compose(tmp_path / "m_B", tmp_path / "m_A", conections=2)
+    assert_helpful(caught.value, "conections")

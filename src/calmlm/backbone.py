@@ -298,7 +298,7 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
     }
     try:
         model, report = auto.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
             f"({first_line(error)}): check the name, the revision and your access to it."

@@ -85,6 +85,11 @@ def compose(
     shared["trust_remote_code"] = trust_remote_code
     sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
     check_names(sources)
+    if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
+        raise ConfigError(
+            f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
+            f"got {', '.join(sorted(load_options))}: check the spelling or leave them out."
+        )
     anchor_model = load_base(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
     anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
     anchor_backbone.probe("anchor")

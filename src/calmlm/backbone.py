@@ -42,6 +42,7 @@ class Backbone:
         takes_positions: whether ``decoder`` accepts ``position_ids``.
         absolute_positions: whether it adds an embedding of the absolute position to its input.
         max_positions: how many positions have a learned embedding, or None where positions do not end.
+        takes_use_cache: whether ``decoder`` accepts ``use_cache``.
         cache_argument: the name under which it takes a cache of transformers' general form, or None.
     """
 
@@ -53,6 +54,7 @@ class Backbone:
     takes_positions: bool
     absolute_positions: bool
     max_positions: int | None
+    takes_use_cache: bool
     cache_argument: str | None
 
     @classmethod
@@ -94,6 +96,7 @@ class Backbone:
             takes_positions=accepts(decoder, "position_ids"),
             absolute_positions=bool(positions),
             max_positions=getattr(config, "max_position_embeddings", None) if learned else None,
+            takes_use_cache=accepts(decoder, "use_cache"),
             cache_argument=_cache_argument(model, decoder),
         )
 
@@ -137,6 +140,7 @@ class Backbone:
             takes_positions=False,
             absolute_positions=False,
             max_positions=None,
+            takes_use_cache=False,
             cache_argument=None,
         )
 

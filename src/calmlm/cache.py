@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ from calmlm.frontier import Frontier
 
 @dataclass(frozen=True)
 class Past:
-    """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams."""
+    """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams.
 
-    own: Cache | None
-    cross: Cache
-    frontier: Frontier | None
+    A call without a cache has ``Past()``: nothing but a record that ends with the call. A model that advances token by
+    token with the anchor never looks at the record.
+    """
+
+    own: Cache | None = None
+    cross: Cache | None = None
+    frontier: Frontier = field(default_factory=Frontier)
 
 
 def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
@@ -116,7 +120,7 @@ class CalmCache(Cache):
 
     def part(self, name: str) -> Past:
         """What belongs to one augmenting model."""
-        return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name))
+        return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name) or Frontier())
 
     def check(self, active: Iterable[str]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.

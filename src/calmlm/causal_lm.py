@@ -50,6 +50,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config, anchor)
         self.model = CalmModel(config, anchor, augmenting, alignments)
+        self._keeps_logits = accepts(anchor, "logits_to_keep")
         self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
@@ -233,8 +234,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         loss_arguments = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if kwargs.get(key) is not None}
         kwargs = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
         kwargs.pop("return_dict", None)
-        keeps = accepts(self.anchor, "logits_to_keep")
-        if keeps:
+        if self._keeps_logits:
             kwargs["logits_to_keep"] = logits_to_keep
         if prompt_mask is None and labels is not None:
             prompt_mask = (labels != -100).cumsum(-1) == 0
@@ -243,7 +243,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs or {}),
             past_key_values, inputs_embeds, use_cache, kwargs,
         )  # fmt: skip
-        logits = output.logits if keeps else slice_logits_to_keep(output.logits, logits_to_keep)
+        logits = output.logits if self._keeps_logits else slice_logits_to_keep(output.logits, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, freeze, text_config
-from calmlm.cache import CalmCache
+from calmlm.cache import CalmCache, Past
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
@@ -290,7 +290,7 @@ class CalmModel(CalmPreTrainedModel):
         """
         return Call(
             {
-                name: reader.read(inputs, cache.part(name) if cache is not None else None)
+                name: reader.read(inputs, cache.part(name) if cache is not None else Past())
                 for name, reader in self._readers.items()
                 if name in self.active
             }

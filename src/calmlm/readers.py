@@ -17,12 +17,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.alignment import LOOKBACK
-from calmlm.backbone import Backbone, accepts
+from calmlm.backbone import Backbone
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
 from calmlm.connectors import Connector
 from calmlm.errors import DataError
-from calmlm.frontier import Frontier
 from calmlm.hooks import Call, Slot, Stream
 from calmlm.transcoding import Transcoder
 
@@ -49,7 +48,7 @@ class Inputs:
 class Reader(Protocol):
     """Runs one augmenting model for one call."""
 
-    def read(self, inputs: Inputs, past: Past | None) -> Stream:
+    def read(self, inputs: Inputs, past: Past) -> Stream:
         """Return the stream, its hidden states filled in."""
         ...
 
@@ -115,23 +114,22 @@ class SharedReader(Common):
 
     anchor_vocabulary: int = 0
 
-    def read(self, inputs: Inputs, past: Past | None) -> Stream:
+    def read(self, inputs: Inputs, past: Past) -> Stream:
         self._check(inputs.ids)
-        cross = past.cross if past is not None else None
         if isinstance(inputs.mask, dict):
             mask = inputs.mask[f"cross.{self.name}"]
         else:
-            mask = self.mask(inputs.ids, inputs.mask, inputs.positions, cross)
+            mask = self.mask(inputs.ids, inputs.mask, inputs.positions, past.cross)
         rotation = None
         if self.connector.rotary:
             positions = inputs.positions if inputs.positions is not None else counted(inputs.ids, inputs.mask)
             if positions is None:
-                seen = cross.get_seq_length() if cross is not None else 0
+                seen = past.cross.get_seq_length() if past.cross is not None else 0
                 positions = (torch.arange(inputs.ids.shape[1], device=inputs.ids.device) + seen)[None]
             rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], self.connector.head_dim)
-        stream = Stream(mask, rotation, rotation, cross, self.attention(boolean_mask=False)[1])
+        stream = Stream(mask, rotation, rotation, past.cross, self.attention(boolean_mask=False)[1])
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
-        length = length_of(inputs.ids, inputs.mask, past.own if past is not None else None)
+        length = length_of(inputs.ids, inputs.mask, past.own)
         self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
         self.run(
             stream,
@@ -140,7 +138,7 @@ class SharedReader(Common):
                 input_ids=self.on_device(inputs.ids),
                 attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
                 position_ids=positions,
-                cache=past.own if past is not None else None,
+                cache=past.own,
             ),
         )
         return stream
@@ -177,9 +175,9 @@ class AlignedReader(Common):
 
     transcoder: Transcoder | None = None
 
-    def read(self, inputs: Inputs, past: Past | None) -> Stream:
+    def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
-        frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
+        frontier = past.frontier
         real = real_tokens(inputs, self.name)
         check_one_text(inputs, real, self.name)
         block = self.transcoder(inputs.ids, real, frontier.previous(LOOKBACK, inputs.ids))
@@ -188,7 +186,7 @@ class AlignedReader(Common):
         mask, seeing, attention = self.masked(frontier.mask(queries))
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
         of_queries, of_keys = rotations
-        stream = Stream(mask, of_queries, of_keys, past.cross if past is not None else None, attention, seeing)
+        stream = Stream(mask, of_queries, of_keys, past.cross, attention, seeing)
         if new:
             assert frontier.owner is not None
             filled = (frontier.owner >= 0).long()
@@ -199,7 +197,7 @@ class AlignedReader(Common):
                     input_ids=self.on_device(block.ids),
                     attention_mask=self.on_device(filled),
                     position_ids=self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:]),
-                    cache=past.own if past is not None else None,
+                    cache=past.own,
                 ),
             )
         return stream
@@ -209,9 +207,9 @@ class AlignedReader(Common):
 class EncoderReader(Common):
     """A text, image or sound encoder with inputs of its own: every position is visible from the first token on."""
 
-    def read(self, inputs: Inputs, past: Past | None) -> Stream:
-        frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
-        stream = Stream(None, None, None, past.cross if past is not None else None, eager_attention)
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        frontier = past.frontier
+        stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
             given = inputs.augmenting.get(self.name)
@@ -250,9 +248,9 @@ class EncoderReader(Common):
 class PromptReader(Common):
     """A decoder that reads the prompt only and is not refreshed (paper, table 5, "m_A as encoder")."""
 
-    def read(self, inputs: Inputs, past: Past | None) -> Stream:
-        frontier = past.frontier if past is not None and past.frontier is not None else Frontier()
-        stream = Stream(None, None, None, past.cross if past is not None else None, eager_attention)
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        frontier = past.frontier
+        stream = Stream(None, None, None, past.cross, eager_attention)
         real = real_tokens(inputs, self.name)
         check_one_text(inputs, real, self.name)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
@@ -326,7 +324,7 @@ def base_arguments(
         arguments["position_ids"] = position_ids
     if cache is not None and backbone.cache_argument is not None:
         arguments[backbone.cache_argument] = cache
-    if accepts(backbone.decoder, "use_cache"):
+    if backbone.takes_use_cache:
         arguments["use_cache"] = cache is not None
     return arguments
 

@@ -153,6 +153,9 @@ def kv_arithmetic(
     seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
     output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("experiments/kv_arithmetic/results"),
     cache: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("runs/kv_arithmetic"),
+    also: Annotated[
+        str, typer.Option(help="Further compositions, with commas: connectors, tokenizers, halves.", show_default=False)
+    ] = "",
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
     export: Annotated[
@@ -166,7 +169,8 @@ def kv_arithmetic(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{seeds}'; write 0,1,2.") from None
-    run(preset, numbers, output, cache, max_steps=max_steps, items=items, report=say)
+    groups = [group.strip() for group in also.split(",") if group.strip()]
+    run(preset, numbers, output, cache, max_steps=max_steps, items=items, also=groups, report=say)
     if export is not None:
         from calmlm.demo.bundle import pack
 

@@ -13,7 +13,7 @@ from calmlm.experiments.kv_arithmetic.composition import compose_bases
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
 from calmlm.experiments.kv_arithmetic.fit import SupervisedTrainer, answer, collator, encode, in_batches
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
-from calmlm.experiments.kv_arithmetic.report import METHODS, interval, markdown, summarise
+from calmlm.experiments.kv_arithmetic.report import METHODS, markdown, summarise
 from calmlm.experiments.kv_arithmetic.run import get_preset, run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World

@@ -72,7 +72,7 @@ def pack(
     from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, World, final_answer
 
     settings = get_preset(preset, max_steps, items)
-    folder = Path(run_seed(settings, seed, cache)["folder"])
+    folder = Path(run_seed(settings, seed, cache, variants=["composed"])["folder"])
     world = World(settings, seed)
     chance = world.rng("demonstration")
     with replacing_folder(target) as fresh:

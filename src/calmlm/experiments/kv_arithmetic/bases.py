@@ -1,13 +1,22 @@
-"""The two base models: m_A memorises the dictionary, m_B is general within its world. Both are trained from scratch."""
+"""The base models: m_A memorises the dictionary, m_B is general within its world. All are trained from scratch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from calmlm.experiments.kv_arithmetic.fit import encode, fit
+from calmlm.experiments.kv_arithmetic.tokenizer import (
+    build_bpe_tokenizer,
+    build_character_tokenizer,
+    build_tokenizer,
+)
 from calmlm.experiments.kv_arithmetic.world import World
 
-__all__ = ["new_model", "train_anchor", "train_augmenting"]
+__all__ = ["BASES", "TOKENIZERS", "new_model", "train_anchor", "train_augmenting"]
+
+Trained = tuple[LlamaForCausalLM, list[tuple[int, float]]]
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, size: tuple[int, int, int], seed: int) -> LlamaForCausalLM:
@@ -32,21 +41,42 @@ def new_model(tokenizer: PreTrainedTokenizerBase, size: tuple[int, int, int], se
     return LlamaForCausalLM(config)
 
 
-def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase) -> tuple[LlamaForCausalLM, list]:
-    """Train m_A on rows of keys and values and on KV-SUBS over all keys."""
-    stage = world.preset.augmenting
+def train_augmenting(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keys: Sequence[str] | None = None,
+    characters: bool = False,
+) -> Trained:
+    """Train m_A on rows of keys and values and on KV-SUBS.
+
+    Args:
+        world: keys and texts.
+        tokenizer: m_A's own.
+        keys: the only keys that it learns, by default all. It then also learns that other words have no value, so that
+            its states tell what it does not know.
+        characters: whether the tokenizer writes single characters; the rows then also have values without a space
+            before them.
+    """
+    preset = world.preset
+    stage = preset.characters if characters else preset.augmenting
     rng = world.rng("augmenting")
     count = stage.steps * stage.batch_size
     examples = []
     for i in range(count):
         # Substituting is quick to learn once the keys are known, and slows that down before.
-        share = world.preset.substitution_share if i > 0.4 * count else 0.0
-        examples.append(world.substitution(rng, world.keys) if rng.random() < share else world.row(rng))
-    model = new_model(tokenizer, world.preset.augmenting_size, world.seed)
-    return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
+        share = preset.substitution_share if i > 0.4 * count else 0.0
+        examples.append(
+            world.substitution(rng, keys or world.keys)
+            if rng.random() < share
+            else world.row(rng, keys, preset.joined_share if characters else 0.0)
+        )
+    model = new_model(tokenizer, preset.augmenting_size, world.seed)
+    rows = encode(examples, tokenizer, joint=" " if characters else "")
+    return model, fit(model, rows, tokenizer.pad_token_id, stage, world.seed)
 
 
-def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> tuple[LlamaForCausalLM, list]:
+def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
     """Train m_B on arithmetic in all phrasings and notations; it never sees a key with its value."""
     stage = world.preset.anchor
     rng = world.rng("anchor")
@@ -54,3 +84,27 @@ def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> tuple[Llam
     examples = [world.general(rng, i / count) for i in range(count)]
     model = new_model(tokenizer, world.preset.anchor_size, world.seed + 1)
     return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
+
+
+def _bpe(world: World) -> PreTrainedTokenizerBase:
+    rng = world.rng("bpe")
+    corpus = [f"{e.prompt} {e.completion}" for e in (world.general(rng) for _ in range(20_000))]
+    return build_bpe_tokenizer(corpus, world.preset.bpe_size)
+
+
+TOKENIZERS: dict[str, Callable[[World], PreTrainedTokenizerBase]] = {
+    "shared": lambda world: build_tokenizer(world.preset.largest_integer),
+    "bpe": _bpe,
+    "characters": lambda world: build_character_tokenizer(),
+}
+
+BASES: dict[str, tuple[str, Callable[[World, PreTrainedTokenizerBase], Trained]]] = {
+    "augmenting": ("shared", train_augmenting),
+    "anchor": ("shared", train_anchor),
+    "augmenting_characters": ("characters", lambda world, t: train_augmenting(world, t, characters=True)),
+    "anchor_bpe": ("bpe", train_anchor),
+    "augmenting_first": ("shared", lambda world, t: train_augmenting(world, t, keys=world.halves[0])),
+    "augmenting_second": ("shared", lambda world, t: train_augmenting(world, t, keys=world.halves[1])),
+    "random": ("shared", lambda world, t: (new_model(t, world.preset.augmenting_size, 1000 + world.seed), [])),
+}
+"""Each base model: its tokenizer and how it is trained."""

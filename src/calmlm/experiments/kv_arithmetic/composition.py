@@ -1,9 +1,10 @@
-"""The trained compositions of the experiment: both readings of D_C, and the control with a random m_A."""
+"""The trained compositions of the experiment: readings of D_C, controls, connectors, tokenizers, halves of the keys."""
 
 from __future__ import annotations
 
 import copy
 import random
+from dataclasses import dataclass
 
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -11,47 +12,108 @@ import calmlm
 from calmlm.experiments.kv_arithmetic.fit import encode, fit
 from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 
-__all__ = ["VARIANTS", "compose_bases", "composition_examples", "train_composition"]
+__all__ = ["CORE", "GROUPS", "VARIANTS", "Variant", "compose_bases", "composition_examples", "train_composition"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One trained composition.
+
+    Attributes:
+        title: what it shows.
+        augmenting, anchor: names of its base models.
+        substitutes: whether D_C is KV-SUBS instead of keys arithmetic.
+        connector: its connector.
+        half: which half of the keys D_C is about; None for all.
+    """
+
+    title: str
+    augmenting: str = "augmenting"
+    anchor: str = "anchor"
+    substitutes: bool = False
+    connector: str = "cross_attention"
+    half: int | None = None
+
 
 VARIANTS = {
-    "composed": "D_C: arithmetic over held-in keys (paper, section 3.2), a tenth of it restated only",
-    "composed_subs": "D_C: KV-SUBS over held-in keys (paper, section 4.1)",
-    "composed_random": "as composed, with an untrained m_A",
+    "composed": Variant("D_C: arithmetic over held-in keys (paper, section 3.2), a tenth of it restated only"),
+    "composed_subs": Variant("D_C: KV-SUBS over held-in keys (paper, section 4.1)", substitutes=True),
+    "composed_random": Variant("as composed, with an untrained m_A", augmenting="random"),
+    "flamingo": Variant("as composed, with Flamingo's connector", connector="flamingo"),
+    "legonn": Variant("as composed, with LegoNN's connector", connector="legonn"),
+    "two_tokenizers": Variant(
+        "as composed, of a character-level m_A and an m_B of byte pairs",
+        augmenting="augmenting_characters",
+        anchor="anchor_bpe",
+    ),
+    "first_half": Variant("an m_A that knows the first half of the keys", augmenting="augmenting_first", half=0),
+    "second_half": Variant("an m_A that knows the second half of the keys", augmenting="augmenting_second", half=1),
+}
+
+CORE = ("composed", "composed_subs", "composed_random")
+GROUPS = {
+    "connectors": ("flamingo", "legonn"),
+    "tokenizers": ("two_tokenizers",),
+    "halves": ("first_half", "second_half"),
 }
 
 
 def composition_examples(world: World, variant: str) -> list[Example]:
     """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is numeric and keeps what m_B can do."""
-    preset = world.preset
-    rng = world.rng("composition-subs" if variant == "composed_subs" else "composition")
-    return [_example(world, rng, variant) for _ in range(preset.composition.steps * preset.composition.batch_size)]
+    preset, chosen = world.preset, VARIANTS[variant]
+    rng = world.rng("composition-subs" if chosen.substitutes else "composition")
+    return [_example(world, rng, chosen) for _ in range(preset.composition.steps * preset.composition.batch_size)]
 
 
-def _example(world: World, rng: random.Random, variant: str) -> Example:
+def _example(world: World, rng: random.Random, variant: Variant) -> Example:
     draw = rng.random()
     if draw < 0.25 * world.preset.numeric_share:
         return world.numeric_restatement(rng)
     if draw < world.preset.numeric_share:
         return world.numeric(rng, DC_PHRASINGS, world.preset.composition_operands)
     keys, operands = world.composition_keys, world.preset.composition_operands
-    if variant == "composed_subs" or rng.random() < world.preset.restated_share:
+    if variant.half is not None:
+        # Words that another model knows: this one has to be silent about them, or it could not be joined by others.
+        keys = world.half(variant.half)[0]
+        share = world.preset.foreign_share
+        return world.arithmetic(rng, keys, DC_PHRASINGS, operands, world.preset.figure_share, share)
+    if variant.substitutes or rng.random() < world.preset.restated_share:
         return world.substitution(rng, keys, operands)
     return world.arithmetic(rng, keys, DC_PHRASINGS, operands, world.preset.figure_share)
 
 
-def compose_bases(world: World, anchor: LlamaForCausalLM, augmenting: LlamaForCausalLM) -> PreTrainedModel:
-    """Return an untrained composition with the preset's connections and connector options."""
+def compose_bases(
+    world: World,
+    anchor: LlamaForCausalLM,
+    augmenting: LlamaForCausalLM,
+    connector: str = "cross_attention",
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+) -> PreTrainedModel:
+    """Return an untrained composition with the preset's connections and connector options.
+
+    Args:
+        world: for its preset and seed.
+        anchor, augmenting: the base models; the anchor is copied.
+        connector: one of calmlm's connectors.
+        tokenizers: the anchor's and the augmenting model's, where they differ.
+    """
     preset = world.preset
     set_seed(world.seed + 2)
+    ours, theirs = tokenizers or (None, None)
+    # Flamingo works on the input of a layer: the next layer's, for the same place in the anchor.
+    shift = 1 if connector == "flamingo" else 0
     return calmlm.compose(
         copy.deepcopy(anchor),
         augmenting,
-        connections=preset.connections,
+        connections=[(i, j + shift) for i, j in preset.connections],
         num_heads=preset.heads,
         norm=True,
         rotary=True,
         query_key_bias=preset.query_key_bias,
         null_key=True,
+        connector=connector,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
     )
 
 
@@ -61,8 +123,10 @@ def train_composition(
     anchor: LlamaForCausalLM,
     augmenting: LlamaForCausalLM,
     variant: str,
+    augmenting_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
     """Compose ``anchor`` with ``augmenting`` and train the composition on its D_C."""
-    model = compose_bases(world, anchor, augmenting)
+    pair = None if augmenting_tokenizer is None else (tokenizer, augmenting_tokenizer)
+    model = compose_bases(world, anchor, augmenting, VARIANTS[variant].connector, pair)
     rows = encode(composition_examples(world, variant), tokenizer)
     return model, fit(model, rows, tokenizer.pad_token_id, world.preset.composition, world.seed)

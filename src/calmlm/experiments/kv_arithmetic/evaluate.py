@@ -18,7 +18,7 @@ from calmlm.experiments.kv_arithmetic.world import (
     final_answer,
 )
 
-__all__ = ["COLUMNS", "Answerer", "cascade", "columns", "models", "score"]
+__all__ = ["COLUMNS", "Answerer", "cascade", "columns", "half_columns", "models", "score"]
 
 Answerer = Callable[[Sequence[str]], list[str]]
 """Completes prompts."""
@@ -52,6 +52,16 @@ def columns(world: World) -> dict[str, list[Example]]:
     for column, draw in draws.items():
         rng = world.rng(f"evaluation-{column}")
         items[column] = [draw(rng) for _ in range(count)]
+    return items
+
+
+def half_columns(world: World) -> dict[str, list[Example]]:
+    """Draw keys arithmetic over unseen keys of the first half of the keys, of the second, and of both together."""
+    first, second = (world.half(index)[1] for index in (0, 1))
+    items = {}
+    for column, keys in (("first", first), ("second", second), ("both", [*first, *second])):
+        rng = world.rng(f"evaluation-half-{column}")
+        items[column] = [world.arithmetic(rng, keys, DC_PHRASINGS) for _ in range(world.preset.items)]
     return items
 
 

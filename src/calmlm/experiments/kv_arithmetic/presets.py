@@ -39,6 +39,8 @@ class Preset:
     anchor_size: tuple[int, int, int]
     """m_B: hidden size, layers, heads."""
     augmenting: Stage
+    characters: Stage
+    """m_A of single characters; its texts have more tokens."""
     anchor: Stage
     composition: Stage
     connections: tuple[tuple[int, int], ...]
@@ -59,6 +61,12 @@ class Preset:
     """Share of the operands of D_C's key expressions that are in figures."""
     restated_share: float = 0.1
     """Share of D_C's key expressions that are restated only, where D_C is keys arithmetic."""
+    joined_share: float = 0.25
+    """Share of the rows of a character-level m_A that have no space between key and value."""
+    foreign_share: float = 0.2
+    """Share of the operands that are number words in the D_C of a model that knows half of the keys."""
+    bpe_size: int = 1000
+    """Size of the byte-pair vocabulary."""
     query_key_bias: float = 1.5
     """Start of the connector's bias on queries and keys."""
     items: int = 400
@@ -76,6 +84,7 @@ _TINY = Preset(
     augmenting_size=(64, 4, 4),
     anchor_size=(96, 4, 4),
     augmenting=Stage(600, 32, 4e-3, 0.2),
+    characters=Stage(800, 32, 4e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
     composition=Stage(450, 64, 5e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -94,6 +103,7 @@ _SMALL = Preset(
     augmenting_size=(96, 4, 4),
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
+    characters=Stage(2000, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
     composition=Stage(1200, 96, 4e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -113,6 +123,7 @@ _PAPER = Preset(
     augmenting_size=(256, 8, 8),
     anchor_size=(512, 12, 8),
     augmenting=Stage(20_000, 256, 1e-3),
+    characters=Stage(25_000, 256, 1e-3),
     anchor=Stage(60_000, 256, 6e-4),
     composition=Stage(10_000, 256, 1e-3),
     connections=((7, 0), (7, 1)),

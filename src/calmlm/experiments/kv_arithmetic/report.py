@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from calmlm.errors import MissingExtraError
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
+from calmlm.experiments.statistics import rows_of
 from calmlm.storage import write_atomically, write_text
 
-__all__ = ["METHODS", "PUBLISHED", "interval", "markdown", "plot", "summarise", "write_report"]
+__all__ = ["METHODS", "PUBLISHED", "markdown", "plot", "summarise", "summarise_halves", "write_report"]
 
 METHODS = {
     "m_A": "m_A (knows the keys)",
@@ -21,6 +20,22 @@ METHODS = {
     "composed_subs": "Composed, D_C of KV-SUBS",
     "composed_random": "Composed with a random m_A",
     "cascade": "Cascade (m_A, then m_B)",
+    "flamingo": "As composed, connector `flamingo`",
+    "legonn": "As composed, connector `legonn`",
+    "m_A_characters": "m_A of single characters",
+    "m_B_bpe": "m_B of byte pairs",
+    "two_tokenizers": "These two composed",
+}
+
+HALVES = {
+    "first_half": "Composed with the m_A of the first half",
+    "second_half": "Composed with the m_A of the second half",
+    "joined": "Both together, without training",
+}
+HALF_COLUMNS = {
+    "first": "unseen keys of the first half",
+    "second": "unseen keys of the second half",
+    "both": "unseen keys of both",
 }
 
 # The table of the slides "LLM Augmented LLMs: Expanding Capabilities Through Composition"; None where it has a dash.
@@ -32,49 +47,15 @@ PUBLISHED: dict[str, dict[str, float | None]] = {
     "cascade": dict(zip(COLUMNS, (98.10, 73.70, 72.30, 51.00, 27.55), strict=False)),
 }
 
-INTERVAL = (
-    "95 % confidence intervals by a two-level bootstrap with 10,000 draws: seeds are drawn with replacement, then the "
-    "items of each. With few seeds they understate the variation between seeds."
-)
-
-
-def interval(shares: Sequence[float], items: int, draws: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of ``shares`` (per cent, one per seed, each over ``items`` items)."""
-    rng = random.Random(0)
-    means = []
-    for _ in range(draws):
-        total = 0.0
-        for _ in shares:
-            share = rng.choice(shares) / 100
-            # The normal approximation of the binomial; exact at shares of 0 and 1.
-            total += min(1.0, max(0.0, rng.gauss(share, (share * (1 - share) / items) ** 0.5)))
-        means.append(100 * total / len(shares))
-    means.sort()
-    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
-
 
 def summarise(scores: dict[int, dict[str, dict[str, float]]], items: int) -> list[dict[str, Any]]:
     """Turn ``scores[seed][method][column]`` into the rows of the table."""
-    rows = []
-    for method in METHODS:
-        for column in COLUMNS:
-            by_seed = {seed: table[method][column] for seed, table in scores.items() if method in table}
-            if not by_seed:
-                continue
-            shares = list(by_seed.values())
-            low, high = interval(shares, items)
-            rows.append(
-                {
-                    "method": method,
-                    "column": column,
-                    "mean": round(sum(shares) / len(shares), 2),
-                    "low": round(low, 2),
-                    "high": round(high, 2),
-                    "seeds": len(shares),
-                    "per_seed": {str(seed): round(share, 2) for seed, share in by_seed.items()},
-                }
-            )
-    return rows
+    return rows_of(scores, items, METHODS, COLUMNS)
+
+
+def summarise_halves(scores: dict[int, dict[str, dict[str, float]]], items: int) -> list[dict[str, Any]]:
+    """Turn ``scores[seed][composition][column]`` into the rows of the table of halves."""
+    return rows_of(scores, items, HALVES, HALF_COLUMNS)
 
 
 def goals(cells: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -91,6 +72,9 @@ def goals(cells: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     for column in ("keys_arithmetic", "ood", "ood_hard"):
         name = f"within 2 points of the cascade on {COLUMNS[column]}"
         asked.append((name, ("composed", column), ("cascade", column), 2.0))
+    for column in ("key_value", "numeric", "keys_arithmetic", "ood", "ood_hard"):
+        name = f"two tokenizers within 3 points of one on {COLUMNS[column]}"
+        asked.append((name, ("two_tokenizers", column), ("composed", column), 3.0))
     lines = []
     for name, ours, bound, slack in asked:
         if ours not in cells or (isinstance(bound, tuple) and bound not in cells):
@@ -110,9 +94,40 @@ def goals(cells: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _half_goals(cells: dict[tuple[str, str], dict[str, Any]], restored: bool) -> list[str]:
+    """Whether two models that were trained apart keep what each of them could, as markdown items."""
+    lines = []
+    for name, column in (("first_half", "first"), ("second_half", "second")):
+        alone, together = cells[name, column]["mean"], cells["joined", column]["mean"]
+        share = 100 * together / alone if alone else 0.0
+        verdict = "reached" if share >= 90 else f"**not reached, {90 - share:.1f} points short**"
+        lines.append(f"- at least 90 % of its own accuracy on {HALF_COLUMNS[column]}: {share:.1f} %, {verdict};")
+    words = "exactly as before, reached" if restored else "**other than before, not reached**"
+    return [*lines, f"- with the second taken out again, the first answers {words}."]
+
+
+def _table(cells: dict[tuple[str, str], dict[str, Any]], methods: dict[str, str], columns: dict[str, str]) -> list[str]:
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, title in methods.items():
+        if not any((method, column) in cells for column in columns):
+            continue
+        texts = []
+        for column in columns:
+            row = cells.get((method, column))
+            text = "-" if row is None else f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+            published = PUBLISHED.get(method, {}).get(column)
+            texts.append(text if published is None else f"{text} [{published:.2f}]")
+        lines.append(f"| {title} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def _cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["method"], row["column"]): row for row in rows}
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Write the result as a markdown page: our table beside the slides', how long it took, what the bases are."""
-    cells = {(row["method"], row["column"]): row for row in result["rows"]}
+    cells = _cells(result["rows"])
     seeds = len(result["seeds"])
     lines = [
         f"# Key-value arithmetic, preset `{result['preset']}`",
@@ -120,18 +135,25 @@ def markdown(result: dict[str, Any]) -> str:
         f"Exact match, per cent: mean over {seeds} seed{'s' if seeds > 1 else ''} with its 95 % interval, and in "
         "brackets the figure that the slides publish for models of their size.",
         "",
-        "| | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        *_table(cells, METHODS, COLUMNS),
+        "",
+        "What a composition is held to here, on the means:",
+        "",
+        *goals(cells),
     ]
-    for method, title in METHODS.items():
-        texts = []
-        for column in COLUMNS:
-            row = cells.get((method, column))
-            text = "-" if row is None else f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
-            published = PUBLISHED.get(method, {}).get(column)
-            texts.append(text if published is None else f"{text} [{published:.2f}]")
-        lines.append(f"| {title} | " + " | ".join(texts) + " |")
-    lines += ["", "What a composition is held to here, on the means:", "", *goals(cells)]
+    if result["halves"]:
+        halves = _cells(result["halves"])
+        lines += [
+            "",
+            "## Two specialists, trained apart and joined",
+            "",
+            "Two augmenting models know half of the keys each; each was composed with the anchor alone, with D_C over "
+            "its own keys. `add_augmenting` joins them, and nothing is trained after that.",
+            "",
+            *_table(halves, HALVES, HALF_COLUMNS),
+            "",
+            *_half_goals(halves, result["restored"]),
+        ]
     stages = " · ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["seconds"].items())
     machine = result["machine"]
     lines += [
@@ -143,7 +165,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the "
         f"composition {result['parameters']['added']:,}.",
         "",
-        f"Made by `{result['command']}` at commit {result['commit']} on {machine['processor']} ({machine['cores']} "
+        f"Made by `{result['command']}` at commit {result['commit']} (stages trained at "
+        f"{', '.join(commit[:7] for commit in result['commits'])}) on {machine['processor']} ({machine['cores']} "
         f"cores, {machine['threads']} threads, {machine['device']}) with "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         + ".",
@@ -165,12 +188,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots()
     columns = [column for column in COLUMNS if column != "keys_arithmetic_seen"]
-    width = 0.8 / len(METHODS)
-    for i, (method, title) in enumerate(METHODS.items()):
+    present = {row["method"] for row in result["rows"]}
+    shown = {method: title for method, title in METHODS.items() if method in present}
+    width = 0.8 / len(shown)
+    for i, (method, title) in enumerate(shown.items()):
         rows = [
             row for column in columns for row in result["rows"] if (row["method"], row["column"]) == (method, column)
         ]
-        places = [columns.index(row["column"]) + (i - (len(METHODS) - 1) / 2) * width for row in rows]
+        places = [columns.index(row["column"]) + (i - (len(shown) - 1) / 2) * width for row in rows]
         errors = [[max(0, r["mean"] - r["low"]) for r in rows], [max(0, r["high"] - r["mean"]) for r in rows]]
         axes.bar(places, [row["mean"] for row in rows], width, label=title, yerr=errors, error_kw={"linewidth": 0.8})
     axes.set_xticks(range(len(columns)), [COLUMNS[column] for column in columns])

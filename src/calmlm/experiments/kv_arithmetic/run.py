@@ -5,35 +5,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import calmlm
 from calmlm.errors import ConfigError
-from calmlm.experiments.kv_arithmetic.bases import new_model, train_anchor, train_augmenting
-from calmlm.experiments.kv_arithmetic.composition import VARIANTS, train_composition
-from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, models, score
+from calmlm.experiments.kv_arithmetic.bases import BASES, TOKENIZERS
+from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, train_composition
+from calmlm.experiments.kv_arithmetic.evaluate import Answerer, cascade, columns, half_columns, models, score
 from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset, Stage
-from calmlm.experiments.kv_arithmetic.report import INTERVAL, summarise, write_report
-from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
+from calmlm.experiments.kv_arithmetic.report import summarise, summarise_halves, write_report
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
-from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, PHRASINGS, World
-from calmlm.storage import write_text
+from calmlm.experiments.kv_arithmetic.world import (
+    DC_PHRASINGS,
+    HARD_PHRASINGS,
+    OOD_PHRASINGS,
+    PHRASINGS,
+    Example,
+    World,
+)
+from calmlm.experiments.record import Stages, device, origin
+from calmlm.experiments.statistics import INTERVAL
 
 __all__ = ["get_preset", "run", "run_seed"]
-
-_BASES = ("augmenting", "anchor")
-_DONE = "stage.json"
 
 
 def get_preset(name: str, max_steps: int | None = None, items: int | None = None) -> Preset:
@@ -47,7 +45,7 @@ def get_preset(name: str, max_steps: int | None = None, items: int | None = None
     preset = PRESETS[name]
     if max_steps is not None:
         cut: dict[str, Any] = {}
-        for stage_name in ("augmenting", "anchor", "composition"):
+        for stage_name in ("augmenting", "characters", "anchor", "composition"):
             stage: Stage = getattr(preset, stage_name)
             cut[stage_name] = dataclasses.replace(
                 stage, steps=min(max_steps, stage.steps), batch_size=min(16, stage.batch_size)
@@ -63,82 +61,131 @@ class _Seed:
         self.world = World(preset, seed)
         mark = hashlib.sha256(json.dumps(dataclasses.asdict(preset)).encode()).hexdigest()[:8]
         self.folder = cache / f"{preset.name}-{mark}" / f"seed-{seed}"
-        self.report = report
-        self.tokenizer: PreTrainedTokenizerBase = build_tokenizer(preset.largest_integer)
+        self.stages = Stages(self.folder, f"seed {seed}", report)
         # Longest answer: per operand two signs, a number and a total; beyond 9 each digit may be a token of its own.
         count = preset.operands[1] + 1
         largest = preset.highest**count if "×" in preset.operators else preset.highest * count
         digits = (1, 1) if preset.largest_integer > 9 else (len(str(preset.highest)), 1 + len(str(largest)))
         self.max_new_tokens = count * (2 + sum(digits)) + 2
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
-    def stage(self, name: str, work: Callable[[], tuple[PreTrainedModel | None, dict[str, Any]]]) -> dict[str, Any]:
-        """Do a stage unless it is stored; return its record. The record is written last, so a stored one is whole."""
-        folder = self.folder / name
-        done = folder / _DONE
-        if done.is_file():
-            self.report(f"seed {self.world.seed}: {name} is stored in {folder}")
-            return json.loads(done.read_text(encoding="utf-8"))
-        self.report(f"seed {self.world.seed}: {name} ...")
-        start = time.perf_counter()
-        model, record = work()
-        record["seconds"] = round(time.perf_counter() - start, 1)
-        if model is not None:
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        write_text(done, json.dumps(record, indent=2))
-        self.report(f"seed {self.world.seed}: {name} took {record['seconds']:.0f} s")
-        return record
+    def tokenizer(self, base: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of a base model."""
+        kind = BASES[base][0]
+        if kind not in self._tokenizers:
+            self._tokenizers[kind] = TOKENIZERS[kind](self.world)
+        return self._tokenizers[kind]
+
+    def train(self, name: str) -> dict[str, Any]:
+        """Train and store a base model."""
+        tokenizer = self.tokenizer(name)
+
+        def work() -> tuple[PreTrainedModel, dict[str, Any]]:
+            model, losses = BASES[name][1](self.world, tokenizer)
+            return model, {"losses": losses, "parameters": model.num_parameters()}
+
+        return self.stages.do(name, work, tokenizer)
 
     def base(self, name: str) -> LlamaForCausalLM:
         """Load a stored base model."""
         model = LlamaForCausalLM.from_pretrained(self.folder / name)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return model.to(device()).eval()
 
-    def random_augmenting(self) -> LlamaForCausalLM:
-        """Return m_A of the control, untrained."""
-        return new_model(self.tokenizer, self.world.preset.augmenting_size, 1000 + self.world.seed)
+    def answerer(self, name: str) -> Answerer:
+        """A stored base model that completes prompts."""
+        return models(self.base(name), self.tokenizer(name), self.max_new_tokens)
 
+    def compose(self, name: str, items: dict[str, list[Example]]) -> dict[str, Any]:
+        """Train, store and evaluate a composition."""
+        variant = VARIANTS[name]
+        tokenizer, other = self.tokenizer(variant.anchor), self.tokenizer(variant.augmenting)
 
-def _train_bases(seed: _Seed) -> dict[str, float]:
-    seconds = {}
-    for name, train in zip(_BASES, (train_augmenting, train_anchor), strict=True):
-
-        def work(train: Callable[..., Any] = train) -> tuple[PreTrainedModel, dict[str, Any]]:
-            model, losses = train(seed.world, seed.tokenizer)
-            return model, {"losses": losses, "parameters": model.num_parameters()}
-
-        seconds[name] = seed.stage(name, work)["seconds"]
-    seed.stage("random", lambda: (seed.random_augmenting(), {}))
-    return seconds
-
-
-def run_seed(preset: Preset, seed: int, cache: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run all stages of one seed; return its scores, wall-clock and parameter counts."""
-    here = _Seed(preset, seed, cache, report)
-    seconds = _train_bases(here)
-    items = columns(here.world)
-    look_up, calculate = (models(here.base(name), here.tokenizer, here.max_new_tokens) for name in _BASES)
-    methods = {"m_A": look_up, "m_B": calculate, "cascade": cascade(look_up, calculate)}
-
-    def evaluate_bases() -> tuple[None, dict[str, Any]]:
-        return None, {"scores": {name: score(method, items) for name, method in methods.items()}}
-
-    record = here.stage("evaluation", evaluate_bases)
-    scores, seconds["evaluation"] = record["scores"], record["seconds"]
-    added = 0
-    for variant in VARIANTS:
-
-        def work(variant: str = variant) -> tuple[PreTrainedModel, dict[str, Any]]:
-            augmenting = here.base("random" if variant == "composed_random" else "augmenting")
-            model, losses = train_composition(here.world, here.tokenizer, here.base("anchor"), augmenting, variant)
-            shares = score(models(model, here.tokenizer, here.max_new_tokens), items)
+        def work() -> tuple[PreTrainedModel, dict[str, Any]]:
+            anchor, augmenting = self.base(variant.anchor), self.base(variant.augmenting)
+            apart = None if other is tokenizer else other
+            model, losses = train_composition(self.world, tokenizer, anchor, augmenting, name, apart)
+            shares = score(models(model, tokenizer, self.max_new_tokens), items)
             return model, {"losses": losses, "scores": shares, "parameters": model.get_nb_trainable_parameters()[0]}
 
-        record = here.stage(variant, work)
-        scores[variant], seconds[variant], added = record["scores"], record["seconds"], record["parameters"]
-    sizes = {name: json.loads((here.folder / name / _DONE).read_text())["parameters"] for name in _BASES}
-    parameters = {"m_A": sizes["augmenting"], "m_B": sizes["anchor"], "added": added}
-    return {"scores": scores, "seconds": seconds, "parameters": parameters, "folder": str(here.folder)}
+        return self.stages.do(name, work, tokenizer)
+
+
+def run_seed(
+    preset: Preset,
+    seed: int,
+    cache: Path,
+    report: Callable[[str], None] = print,
+    variants: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run the stages of one seed; return its scores, wall-clock and parameter counts.
+
+    Args:
+        preset: sizes and lengths.
+        seed: draws keys, models and items.
+        cache: folder of finished stages.
+        report: called with each line of progress.
+        variants: which compositions to train; the paper's by default.
+    """
+    here = _Seed(preset, seed, cache, report)
+    chosen = list(CORE) if variants is None else list(variants)
+    needed = {
+        "augmenting",
+        "anchor",
+        *(b for name in chosen for b in (VARIANTS[name].augmenting, VARIANTS[name].anchor)),
+    }
+    records = {name: here.train(name) for name in BASES if name in needed}
+    items, halves = columns(here.world), half_columns(here.world)
+    look_up, calculate = here.answerer("augmenting"), here.answerer("anchor")
+    methods = {"m_A": look_up, "m_B": calculate, "cascade": cascade(look_up, calculate)}
+
+    def evaluate(named: dict[str, Answerer]) -> tuple[None, dict[str, Any]]:
+        return None, {"scores": {name: score(method, items) for name, method in named.items()}}
+
+    records["evaluation"] = here.stages.do("evaluation", lambda: evaluate(methods))
+    scores = dict(records["evaluation"]["scores"])
+    if "two_tokenizers" in chosen:
+        apart = {"m_A_characters": "augmenting_characters", "m_B_bpe": "anchor_bpe"}
+        records["evaluation_tokenizers"] = here.stages.do(
+            "evaluation_tokenizers", lambda: evaluate({name: here.answerer(base) for name, base in apart.items()})
+        )
+        scores |= records["evaluation_tokenizers"]["scores"]
+    for name in chosen:
+        half = VARIANTS[name].half is not None
+        records[name] = here.compose(name, halves if half else items)
+        if not half:
+            scores[name] = records[name]["scores"]
+    parameters = {"m_A": records["augmenting"]["parameters"], "m_B": records["anchor"]["parameters"]}
+    if "composed" in chosen:
+        parameters["added"] = records["composed"]["parameters"]
+    outcome: dict[str, Any] = {"scores": scores, "parameters": parameters, "folder": str(here.folder)}
+    if {"first_half", "second_half"} <= set(chosen):
+        records["halves"] = here.stages.do("halves", lambda: (None, _join_halves(here, halves)))
+        outcome["halves"] = {name: records[name]["scores"] for name in ("first_half", "second_half")}
+        outcome["halves"]["joined"] = records["halves"]["scores"]
+        outcome["restored"] = records["halves"]["restored"]
+    outcome["commits"] = sorted({record["commit"] for record in records.values()})
+    return outcome | {"seconds": {name: record["seconds"] for name, record in records.items() if name != "random"}}
+
+
+def _join_halves(here: _Seed, items: dict[str, list[Example]]) -> dict[str, Any]:
+    """Join two compositions that were trained apart, without training; then take the second out again."""
+    where = device()
+    tokenizer = here.tokenizer("anchor")
+    first, second = (
+        calmlm.CalmForCausalLM.from_pretrained(here.folder / name, anchor=here.base("anchor")).to(where)
+        for name in ("first_half", "second_half")
+    )
+    prompts = [example.prompt for example in items["second"][:8]]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt").to(where)
+    with torch.no_grad():
+        before = first(**batch).logits
+        first.add_augmenting("second", second)
+        shares = score(models(first, tokenizer, here.max_new_tokens), items)
+        joined = first(**batch).logits
+        first.remove_augmenting("second")
+        after = first(**batch).logits
+    restored = bool(torch.equal(before, after)) and not bool(torch.equal(before, joined))
+    return {"scores": shares, "restored": restored}
 
 
 def run(
@@ -149,6 +196,7 @@ def run(
     *,
     max_steps: int | None = None,
     items: int | None = None,
+    also: Sequence[str] = (),
     command: str | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -161,6 +209,7 @@ def run(
         cache: folder of finished stages; a stage that is found there is not repeated.
         max_steps: upper limit for the steps of each training, for a trial; batches are cut to 16 rows then.
         items: evaluation items per column, instead of the preset's.
+        also: groups of compositions beyond the paper's: ``connectors``, ``tokenizers``, ``halves``.
         command: the command that the report names as its origin.
         report: called with each line of progress.
 
@@ -168,18 +217,26 @@ def run(
         what the JSON file holds.
 
     Raises:
-        ConfigError: for an unknown preset or no seeds.
+        ConfigError: for an unknown preset or group, or no seeds.
     """
+    unknown = sorted(set(also) - set(GROUPS))
+    if unknown:
+        raise ConfigError(
+            f"Further compositions must be among {', '.join(GROUPS)}, but got {', '.join(unknown)}: choose from these."
+        )
+    variants = [*CORE, *(name for group in GROUPS if group in also for name in GROUPS[group])]
     chosen = get_preset(preset, max_steps, items)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
-    outcomes = {seed: run_seed(chosen, seed, Path(cache), report) for seed in seeds}
+    outcomes = {seed: run_seed(chosen, seed, Path(cache), report, variants) for seed in seeds}
     first = outcomes[seeds[0]]
     result = {
         "experiment": "kv_arithmetic",
         "preset": chosen.name,
         "seeds": list(seeds),
         "rows": summarise({seed: outcome["scores"] for seed, outcome in outcomes.items()}, chosen.items),
+        "halves": summarise_halves({seed: o["halves"] for seed, o in outcomes.items() if "halves" in o}, chosen.items),
+        "restored": all(outcome.get("restored", True) for outcome in outcomes.values()),
         "interval": INTERVAL,
         "items_per_column": chosen.items,
         "settings": dataclasses.asdict(chosen),
@@ -188,17 +245,10 @@ def run(
             stage: round(sum(o["seconds"][stage] for o in outcomes.values()) / len(outcomes), 1)
             for stage in first["seconds"]
         },
+        "commits": sorted({commit for outcome in outcomes.values() for commit in outcome["commits"]}),
         "seconds_per_seed": {str(seed): outcome["seconds"] for seed, outcome in outcomes.items()},
         "footer": footer(chosen),
-        "versions": {
-            "calmlm": calmlm.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": _commit(),
-        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": _machine(),
+        **origin(command),
     }
     for path in write_report(result, Path(output)):
         report(f"wrote {path}")
@@ -227,24 +277,3 @@ def footer(preset: Preset) -> str:
         f"{', '.join(HARD_PHRASINGS)} with {high + 1} operands, the other columns {low} to {high}. Keys are outside "
         f"D_C except in the last column; {preset.items} items per column and seed. {INTERVAL}"
     )
-
-
-def _commit() -> str:
-    try:
-        here = Path(__file__).parent
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
-
-
-def _machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}

@@ -1,25 +1,29 @@
-"""The tokenizer that both models of the key-value experiment share.
+"""The tokenizers of the key-value experiment: one that both models share, and two that they do not.
 
-Letters come in pieces of two (the last of an odd word alone); a piece that starts a word carries its space. Small
-integers are one token each, sign included; larger ones are spelled in digits. ``-7`` is a signed integer, `` - 7`` an
-operator and an integer. ``decode(encode(text))`` gives the text back for single-spaced text over these characters.
+In the shared one, letters come in pieces of two (the last of an odd word alone); a piece that starts a word carries its
+space. Small integers are one token each, sign included; larger ones are spelled in digits. ``-7`` is a signed integer,
+`` - 7`` an operator and an integer. ``decode(encode(text))`` gives the text back for single-spaced text over these
+characters, in all three.
 """
 
 from __future__ import annotations
 
 import itertools
 import string
+from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
 
-__all__ = ["build_tokenizer"]
+__all__ = ["build_bpe_tokenizer", "build_character_tokenizer", "build_tokenizer"]
 
 _SPACE = "▁"
+_SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _SYMBOLS = ["+", "-", "×", "=", "?", ":", ".", ",", "(", ")", "->"]
 
 
@@ -29,7 +33,7 @@ def build_tokenizer(largest_integer: int) -> PreTrainedTokenizerFast:
     pieces = [a + b for a, b in itertools.product(lower, lower)] + list(string.ascii_letters)
     words = [*pieces, *PHRASE_WORDS, *_SYMBOLS, *string.digits]
     integers = [str(n) for n in range(-largest_integer, largest_integer + 1)]
-    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *pieces, *_SYMBOLS, *string.digits]
+    vocabulary = [*_SPECIAL, *pieces, *_SYMBOLS, *string.digits]
     vocabulary += [_SPACE + word for word in dict.fromkeys([*words, *integers])]
 
     longest = len(str(largest_integer))
@@ -42,6 +46,38 @@ def build_tokenizer(largest_integer: int) -> PreTrainedTokenizerFast:
         ]
     )
     backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    _split(backend, pattern)
+    return _wrapped(backend)
+
+
+def build_bpe_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Train byte-pair encoding on a corpus; a word, an integer with its sign and any other sign are merged apart."""
+    backend = Tokenizer(BPE(unk_token="<unk>"))
+    pattern = rf"{_SPACE}?-?\d+|{_SPACE}?[A-Za-z]+|{_SPACE}?->|{_SPACE}?[^{_SPACE}]"
+    _split(backend, pattern)
+    characters = [*string.ascii_letters, *string.digits, *(c for symbol in _SYMBOLS for c in symbol), _SPACE]
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=_SPECIAL,
+        initial_alphabet=sorted(set(characters)),
+        limit_alphabet=len(set(characters)),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    return _wrapped(backend)
+
+
+def build_character_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer in which every character is a token, the space too."""
+    characters = [*string.ascii_letters, *string.digits, *(c for symbol in _SYMBOLS for c in symbol), " "]
+    vocabulary = [*_SPECIAL, *dict.fromkeys(characters)]
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    return _wrapped(backend)
+
+
+def _split(backend: Tokenizer, pattern: str) -> None:
+    """Let words carry their space and be cut by ``pattern``."""
     backend.normalizer = normalizers.Strip()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -50,6 +86,9 @@ def build_tokenizer(largest_integer: int) -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -124,6 +124,8 @@ class World:
         held_in = round(preset.keys * preset.composition_share)
         self.composition_keys = keys[:held_in]
         self.unseen_keys = keys[held_in:]
+        # Two specialists, each with half of the keys: D_C takes its share of either.
+        self.halves = (keys[0::2], keys[1::2])
         self._words: dict[int, list[str]] = {}
         named = min(preset.highest, 20)
         for word, value in word_values(named).items():
@@ -132,6 +134,13 @@ class World:
         for i, word in enumerate(invented[: preset.languages * named]):
             self._words[1 + i % named].append(word)
         self._known = {word for words in self._words.values() for word in words}
+        self._number_words = sorted(self._known)
+
+    def half(self, index: int) -> tuple[list[str], list[str]]:
+        """The keys of one half: those that its D_C uses, and the others."""
+        held_in = set(self.composition_keys)
+        keys = self.halves[index]
+        return [key for key in keys if key in held_in], [key for key in keys if key not in held_in]
 
     def rng(self, purpose: str) -> random.Random:
         """Return a generator of its own for one purpose; it depends on the preset, the seed and the purpose alone."""
@@ -149,14 +158,24 @@ class World:
 
     # What m_A is trained on -------------------------------------------------------------------------------------------
 
-    def row(self, rng: random.Random) -> Example:
-        """Keys each with its value: right behind the key, or behind the sign or word that follows the key."""
-        keys = rng.choices(self.keys, k=rng.randint(4, 7))
+    def row(self, rng: random.Random, known: Sequence[str] | None = None, joined_share: float = 0.0) -> Example:
+        """Keys each with its value: right behind the key, or behind the sign or word that follows the key.
+
+        With ``known``, only these keys have a value; of other words, a third of the row, it says that they have none.
+        ``joined_share`` of the rows have no space between key and value, so that the key's last letter tells it.
+        """
+        keys = rng.choices(known or self.keys, k=rng.randint(4, 7))
+        value: dict[str, str] = {key: str(self.value[key]) for key in keys}
+        if known is not None:
+            keys = [key if rng.random() < 0.67 else self._any_word(rng) for key in keys]
+            value = {key: value.get(key, "?") for key in keys}
+        if joined_share and rng.random() < joined_share:
+            return Example(" ".join(f"{key}{value[key]}" for key in keys), "")
         draw = rng.random()
         if draw < 0.5:
-            entries = [f"{key}{rng.choice(_FOLLOWERS)} {self.value[key]}" for key in keys]
+            entries = [f"{key}{rng.choice(_FOLLOWERS)} {value[key]}" for key in keys]
         else:
-            entries = [f"{key} {self.value[key]}" for key in keys]
+            entries = [f"{key} {value[key]}" for key in keys]
         if draw < 0.7:
             return Example(" ".join(f"{random_word(rng)} {e}" if rng.random() < 0.25 else e for e in entries), "")
         phrasing = rng.choice([*PHRASINGS.values(), REWRITE])
@@ -167,6 +186,14 @@ class World:
         """KV-SUBS: an expression over keys, and the same over their values."""
         expression, names = self.expression(rng, operands or self.preset.operands, keys)
         return Example(REWRITE.prompt(names, expression.operators), expression.restated())
+
+    def _any_word(self, rng: random.Random) -> str:
+        """A word that is no key: random letters, or a number word."""
+        if rng.random() < 0.5:
+            return rng.choice(self._number_words)
+        while (word := random_word(rng)) in self.value:
+            pass
+        return word
 
     # What m_B is trained on -------------------------------------------------------------------------------------------
 
@@ -224,9 +251,18 @@ class World:
         phrasings: Sequence[str],
         operands: tuple[int, int] | None = None,
         number_share: float = 0.0,
+        word_share: float = 0.0,
     ) -> Example:
-        """KV-MATH: an expression over keys in one of ``phrasings``; ``number_share`` of the operands are in figures."""
+        """KV-MATH: an expression over keys in one of ``phrasings``.
+
+        ``number_share`` of the operands are in figures, and of the rest ``word_share`` are number words.
+        """
         expression, names = self.expression(rng, operands or self.preset.operands, keys)
         texts = [str(v) if rng.random() < number_share else n for v, n in zip(expression.values, names, strict=True)]
+        if word_share:
+            texts = [
+                rng.choice(self._words[v]) if text == name and rng.random() < word_share else text
+                for text, name, v in zip(texts, names, expression.values, strict=True)
+            ]
         prompt = PHRASINGS[rng.choice(phrasings)].prompt(texts, expression.operators)
         return Example(prompt, expression.solution())

@@ -1,0 +1,102 @@
+"""What every experiment writes beside its figures, and the stages that it does not repeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import calmlm
+from calmlm.storage import write_text
+
+__all__ = ["Stages", "commit", "device", "machine", "origin"]
+
+_DONE = "stage.json"
+
+Work = Callable[[], tuple[PreTrainedModel | None, dict[str, Any]]]
+"""Does a stage: a model to store, or None, and what to record."""
+
+
+class Stages:
+    """The finished stages of one seed, each in a folder of its own.
+
+    Args:
+        folder: where they lie.
+        name: what to call the seed in lines of progress.
+        report: takes lines of progress.
+    """
+
+    def __init__(self, folder: Path, name: str, report: Callable[[str], None]) -> None:
+        self.folder, self.name, self.report = folder, name, report
+
+    def do(self, stage: str, work: Work, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+        """Do a stage unless it is stored; return its record. The record is written last, so a stored one is whole."""
+        folder = self.folder / stage
+        done = folder / _DONE
+        if done.is_file():
+            self.report(f"{self.name}: {stage} is stored in {folder}")
+            return json.loads(done.read_text(encoding="utf-8"))
+        self.report(f"{self.name}: {stage} ...")
+        start = time.perf_counter()
+        model, record = work()
+        record |= {"seconds": round(time.perf_counter() - start, 1), "commit": commit()}
+        if model is not None:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_text(done, json.dumps(record, indent=2))
+        self.report(f"{self.name}: {stage} took {record['seconds']:.0f} s")
+        return record
+
+
+def origin(command: str | None) -> dict[str, Any]:
+    """Versions, commit, command and machine."""
+    return {
+        "versions": {
+            "calmlm": calmlm.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": commit(),
+        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine(),
+    }
+
+
+def device() -> str:
+    """Where an experiment's models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def commit() -> str:
+    """The commit of the code that runs, or "unknown" outside a checkout."""
+    try:
+        here = Path(__file__).parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads in use and accelerator."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": accelerator}

@@ -14,9 +14,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "calmlm"
 # Lowest first. A module may import from its own layer and from those below, never from those above.
 LAYERS = [
     {"errors"},
-    {"config", "connector", "tokenizers"},
-    {"connectors", "alignment", "frontier"},
+    {"config", "connector", "tokenizers", "spelling", "views"},
+    {"connectors", "writing", "frontier"},
+    {"alignment"},
     {"backbone", "transcoding"},
+    {"rewriting"},
     {"cache", "hooks", "storage"},
     {"loading", "readers"},
     {"modeling"},

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import calmlm
-from calmlm.alignment import LOOKBACK, Alignment, Spelling
+from calmlm.alignment import LOOKBACK, Alignment
+from calmlm.spelling import Spelling
 from calmlm.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, logits_of
 from tiny import tiny_model

@@ -38,7 +38,7 @@ class Backbone:
         layers: its layers, in order.
         size: width of the states between layers, D_A or D_B.
         num_heads: its self-attention heads.
-        vocab_size: rows of its input embedding.
+        vocab_size: rows of its input embedding; for an encoder, the classes of its head, 0 where it has none.
         takes_positions: whether ``decoder`` accepts ``position_ids``.
         absolute_positions: whether it adds an embedding of the absolute position to its input.
         max_positions: how many positions have a learned embedding, or None where positions do not end.
@@ -136,7 +136,7 @@ class Backbone:
             layers=layers,
             size=config.hidden_size,
             num_heads=getattr(config, "num_attention_heads", None) or 1,
-            vocab_size=0,
+            vocab_size=_classes(model),
             takes_positions=False,
             absolute_positions=False,
             max_positions=None,
@@ -345,6 +345,16 @@ def _find_layers(
         f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
         f"{config.num_hidden_layers}: name it with layers_path."
     )
+
+
+def _classes(encoder: PreTrainedModel) -> int:
+    """Over how many classes an encoder's own head gives a distribution; 0 where there is no such head."""
+    if encoder.config.is_encoder_decoder:
+        return 0
+    name = type(encoder).__name__
+    if name.endswith("Classification"):
+        return encoder.config.num_labels
+    return encoder.config.vocab_size if name.endswith("CTC") else 0
 
 
 def _shallowest(module: nn.Module, length: int | None) -> nn.ModuleList | None:

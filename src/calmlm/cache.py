@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     QuantizedCache,
     StaticCache,
     StaticLayer,
@@ -19,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from calmlm.errors import ModelError
-from calmlm.frontier import Frontier
+from calmlm.frontier import Frontier, Shift
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Past:
     cross: Cache | None = None
     frontier: Frontier = field(default_factory=Frontier)
 
+    def move(self, shift: Shift) -> None:
+        """Let the caches follow the rows of the record."""
+        if shift.source is None:
+            return
+        for cache in (self.own, self.cross):
+            for layer in cache.layers if cache is not None else ():
+                if layer.is_initialized:
+                    layer.keys, layer.values = shift.move_states(layer.keys), shift.move_states(layer.values)
+
 
 def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
     """An empty cache for the model of ``config``: static with room for ``length`` tokens, else like ``cache``."""
@@ -41,6 +51,22 @@ def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
         return StaticCache(config=config, max_cache_len=length, offloading=cache.offloading)
     offloading = not isinstance(cache, QuantizedCache) and cache.offloading
     return DynamicCache(config=config, offloading=offloading)
+
+
+def text_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
+    """An empty cache for a model that reads the text in tokens of its own, offloading like ``cache``.
+
+    Its rows move when they get different numbers of new tokens, so that no layer may drop what left its window.
+    """
+    own = like(cache, config, None)
+    own.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in own.layers]
+    return own
+
+
+def moves(config: PreTrainedConfig) -> bool:
+    """Whether all layers of a model keep their past as keys and values alone, column by column."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in kinds for layer in DynamicCache(config=config).layers)
 
 
 def cross_cache(connections: int, length: int | None) -> Cache:
@@ -111,11 +137,15 @@ class CalmCache(Cache):
                 "model has not seen: pass the past_key_values that the composition returned."
             )
         length = _static_length(anchor) if length is None else length
+        apart = set(unaligned)
         return cls(
             anchor,
-            {name: like(anchor, config, length) for name, config in configs.items()},
+            {
+                name: text_cache(anchor, config) if name in apart else like(anchor, config, length)
+                for name, config in configs.items()
+            },
             {name: cross_cache(count, length) for name, count in connections.items()},
-            {name: Frontier() for name in unaligned},
+            {name: Frontier() for name in apart},
         )
 
     def part(self, name: str) -> Past:
@@ -201,12 +231,15 @@ class CalmCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         self.anchor.crop(tokens_to_remove)
         for name, cross in self.cross.items():
-            gone = tokens_to_remove
+            gone, shift = tokens_to_remove, None
             if name in self.frontiers:
-                gone = -self.frontiers[name].crop(-tokens_to_remove)
+                columns, shift = self.frontiers[name].crop(-tokens_to_remove)
+                gone = -columns
             for part in (cross, self.augmenting.get(name)):
                 if part is not None:
                     part.crop(gone)
+            if shift is not None:
+                self.part(name).move(shift)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for part in self.parts():

@@ -28,6 +28,7 @@ from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs
+from calmlm.rewriting import Rewriting
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask")
@@ -46,7 +47,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         config: CalmConfig,
         anchor: PreTrainedModel,
         augmenting: dict[str, PreTrainedModel],
-        alignments: dict[str, Alignment] | None = None,
+        alignments: dict[str, Alignment | Rewriting] | None = None,
     ) -> None:
         super().__init__(config, anchor)
         self.model = CalmModel(config, anchor, augmenting, alignments)

@@ -165,16 +165,35 @@ def kv_arithmetic(
     """Key-value arithmetic: one model knows the keys, the other calculates."""
     from calmlm.experiments.kv_arithmetic.run import run
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{seeds}'; write 0,1,2.") from None
+    numbers = _seeds(seeds)
     groups = [group.strip() for group in also.split(",") if group.strip()]
     run(preset, numbers, output, cache, max_steps=max_steps, items=items, also=groups, report=say)
     if export is not None:
         from calmlm.demo.bundle import pack
 
         pack(preset, numbers[0], cache, export, max_steps=max_steps, items=items)
+
+
+@repro.command("visual-arithmetic")
+def visual_arithmetic(
+    preset: Annotated[str, typer.Option(help="tiny (a minute or two) or small (some minutes for each seed).")],
+    seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("experiments/visual_arithmetic/results"),
+    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("runs/visual_arithmetic"),
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
+) -> None:
+    """Visual arithmetic: one model recognises handwritten digits, the other calculates."""
+    from calmlm.experiments.visual_arithmetic.run import run
+
+    run(preset, _seeds(seeds), output, cache, max_steps=max_steps, items=items, report=say)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{text}'; write 0,1,2.") from None
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ from calmlm.backbone import Backbone, fingerprint, holds_decoder, load_base, loa
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
+from calmlm.rewriting import METHODS, Rewriting
 from calmlm.tokenizers import find_tokenizer
+from calmlm.views import VIEWS
 
 DEFAULT_NAME = "augmenting"
 Source: TypeAlias = str | Path | PreTrainedModel
+Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
 
 
@@ -35,6 +38,8 @@ def compose(
     rank: int | None = None,
     connector: str = "cross_attention",
     refresh: bool = True,
+    alignment: Choice = "transcode",
+    augmenting_view: Choice | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -66,6 +71,12 @@ def compose(
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
             large. Where the tokenizers differ, the augmenting model reads the same bytes in its own tokens.
+        alignment: how an augmenting model with another tokenizer reads: ``"transcode"`` writes each of the anchor's
+            tokens in its own, ``"retokenize"`` gives it the tokens that its tokenizer gives to the text, as soon as no
+            continuation can change them. Several augmenting models may have their own, by name.
+        augmenting_view: what an augmenting model reads of a conversation in the anchor's chat template: None for all of
+            it, ``"bare"`` for the messages' content alone, ``"template"`` for the messages in its own chat template.
+            Several augmenting models may have their own, by name.
         dtype: dtype of the base models, ``"auto"`` by default for ids and folders.
         composition_dtype: dtype of the connections.
         device_map, attn_implementation, trust_remote_code: passed to all ``from_pretrained`` calls; remote code is off
@@ -99,7 +110,7 @@ def compose(
 
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
-    alignments: dict[str, Alignment] = {}
+    alignments: dict[str, Alignment | Rewriting] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model = load_any(str(source), role, revision=augmenting_revision, **shared) if _is_name(source) else source
@@ -121,12 +132,15 @@ def compose(
             )
             if theirs is None:
                 theirs = _tokenizer_of(model, augmenting_revision, **hub)
-            alignment = align(anchor_backbone, backbone, tokenizer, theirs)
-            if alignment is not None:
-                alignments[name] = alignment
-            entry["reads"] = "text" if alignment is not None else "tokens"
+            method = alignment if isinstance(alignment, str) else alignment.get(name, "transcode")
+            view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
+            found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
+            if found is not None:
+                alignments[name] = found
+                entry |= {"alignment": method} | ({"view": view} if view is not None else {})
+            entry["reads"] = "text" if found is not None else "tokens"
             if not refresh:
-                if alignment is not None:
+                if found is not None:
                     raise ConfigError(
                         "refresh=False needs models that share token ids, but the tokenizers differ: leave refresh on."
                     )
@@ -134,10 +148,10 @@ def compose(
         else:
             backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
             entry["reads"] = "inputs"
-            if connector == "legonn":
+            if connector == "legonn" and not backbone.vocab_size:
                 raise ConfigError(
                     f"connector='legonn' needs an augmenting model with an output distribution, but the {role} is an "
-                    f"encoder without one: use 'cross_attention' or 'flamingo'."
+                    f"encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
         pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
@@ -145,7 +159,7 @@ def compose(
             "num_heads": num_heads,
             "norm": norm,
             "gate": gate,
-            "rotary": rotary and entry["reads"] in ("tokens", "text"),
+            "rotary": rotary and entry["reads"] != "prompt",
             "query_key_bias": query_key_bias,
             "null_key": null_key,
             "rank": rank,
@@ -198,24 +212,43 @@ def align(
     augmenting: Backbone,
     tokenizer: PreTrainedTokenizerBase | None,
     augmenting_tokenizer: PreTrainedTokenizerBase | None,
-) -> Alignment | None:
-    """The alignment between two models' tokenizers; None where they share token ids.
+    method: str = "transcode",
+    view: str | None = None,
+) -> Alignment | Rewriting | None:
+    """The alignment between two models' tokenizers; None where they share token ids and see the same text.
 
     Raises:
-        ModelError: when a tokenizer is missing or cannot be read.
+        ConfigError: for an unknown method or view.
+        ModelError: when a tokenizer or a chat template is missing or cannot be read.
     """
+    if method not in METHODS:
+        raise ConfigError(f"alignment must be one of {', '.join(METHODS)}, but got {method!r}: use one of these.")
+    if view is not None and view not in VIEWS:
+        raise ConfigError(
+            f"augmenting_view must be one of {', '.join(VIEWS)}, or None for all of the text, but got {view!r}: use "
+            f"one of these."
+        )
     if tokenizer is not None and augmenting_tokenizer is not None:
-        if tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
-            alignment = Alignment.between(tokenizer, augmenting_tokenizer)
-            if alignment.highest >= augmenting.vocab_size:
+        if view is not None or tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
+            found: Alignment | Rewriting
+            if view is None and method == "transcode":
+                found = Alignment.between(tokenizer, augmenting_tokenizer)
+            else:
+                found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
+            if found.highest >= augmenting.vocab_size:
                 raise ModelError(
                     f"The augmenting tokenizer's ids must lie below {augmenting.vocab_size}, the vocabulary of its "
-                    f"model, but the text needs {alignment.highest}: pass that model's own tokenizer, or resize the "
+                    f"model, but the text needs {found.highest}: pass that model's own tokenizer, or resize the "
                     f"model's embeddings."
                 )
-            return alignment
+            return found
         if augmenting.vocab_size >= len(tokenizer):
             return None
+    if view is not None:
+        raise ModelError(
+            "augmenting_view needs the tokenizers of both models, but one of them is missing: pass tokenizer and "
+            "augmenting_tokenizer."
+        )
     if anchor.vocab_size != augmenting.vocab_size:
         raise ModelError(
             f"The anchor and the augmenting model must share token ids or come with tokenizers, but their vocabularies "

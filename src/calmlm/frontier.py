@@ -8,6 +8,10 @@ prompt, image or sound have owner 0 and are seen by all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,11 +26,14 @@ class Frontier:
     Attributes:
         ids: (B, L) int64, the anchor's tokens; ``NOBODY`` at padding.
         owner: (B, S) int64, the anchor position that owns each augmenting position; ``NOBODY`` where a row is filled.
+        tokens: (B, S) int64, the augmenting tokens of a model that reads the text in tokens of its own, else None. Rows
+            are filled on the left, so that distances between columns are distances between tokens in every row.
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
         self.owner: Tensor | None = None
+        self.tokens: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -44,16 +51,39 @@ class Frontier:
         if self.ids is None:
             return missing
         real = self.ids != NOBODY
+        if real.shape[1] >= count and bool(real[:, -count:].all()):
+            return self.ids[:, self.length - count :]
         # A stable sort moves padding to the front and keeps the order of real tokens.
         order = real.long().argsort(dim=1, stable=True)
         return torch.cat((missing, self.ids.gather(1, order)), dim=1)[:, -count:]
 
-    def extend(self, ids: Tensor, real: Tensor, owner: Tensor) -> None:
-        """Append new anchor tokens (B, T) and the owners (B, S) of theirs, counted from the first new one."""
-        owner = owner.where(owner == NOBODY, owner + self.length)
+    def extend(self, ids: Tensor, real: Tensor, owner: Tensor | None = None) -> None:
+        """Append new anchor tokens (B, T) and, unless ``append`` did, the owners (B, S) of theirs.
+
+        Owners are counted from the first new token.
+        """
+        if owner is not None:
+            owner = owner.where(owner == NOBODY, owner + self.length)
+            self.owner = owner if self.owner is None else torch.cat((self.owner, owner), dim=1)
         ids = ids.where(real, torch.full_like(ids, NOBODY))
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
-        self.owner = owner if self.owner is None else torch.cat((self.owner, owner), dim=1)
+
+    def append(self, tokens: Tensor, owner: Tensor) -> Shift:
+        """Append new augmenting tokens (B, n), rows filled on the right, with their owners counted as in ``extend``.
+
+        Where rows have different numbers of new tokens, each row moves right until it ends in the last column, and the
+        n columns that have to be run begin with tokens that were run before.
+
+        Returns:
+            by how many columns each row has moved; the caches have to follow.
+        """
+        owner = owner.where(owner == NOBODY, owner + self.length)
+        missing = (owner == NOBODY).sum(1)
+        if self.tokens is not None and self.owner is not None:
+            tokens, owner = torch.cat((self.tokens, tokens), dim=1), torch.cat((self.owner, owner), dim=1)
+        shift = Shift.of(missing, tokens.shape[1])
+        self.tokens, self.owner = shift.move(tokens, 0), shift.move(owner, NOBODY)
+        return shift
 
     def mask(self, queries: int) -> Tensor:
         """What the last ``queries`` anchor positions may see: (B, 1, queries, S) bool."""
@@ -70,34 +100,83 @@ class Frontier:
         assert self.ids is not None
         assert self.owner is not None
         counted = ((self.ids != NOBODY).long().cumsum(1) - 1).clamp(min=0)
-        of_keys = counted.gather(1, self.owner[:, self.width - keys :].clamp(min=0))
+        owner = self.owner[:, self.width - keys :].clamp(min=0)
+        last = self.length - 1  # an encoded item may belong to a token that is still to come
+        of_keys = counted.gather(1, owner.clamp(max=last)) + (owner - last).clamp(min=0)
         of_queries = counted[:, self.length - queries :]
         return rotary_angles(of_queries, head_dim), rotary_angles(of_keys, head_dim)
 
     # What generation does to a cache
 
-    def crop(self, tokens: int) -> int:
-        """Forget the last ``tokens`` anchor positions; returns how many augmenting positions go with them."""
+    def crop(self, tokens: int) -> tuple[int, Shift | None]:
+        """Forget the last ``tokens`` anchor positions.
+
+        Returns:
+            how many augmenting positions go with them in every row, and how rows of which more go have moved then.
+        """
         if self.ids is None or self.owner is None:
-            return 0
+            return 0, None
         self.ids = self.ids[:, : self.length - tokens]
         self.owner = self.owner.where(self.owner < self.length, torch.full_like(self.owner, NOBODY))
         used = (self.owner != NOBODY).any(0).nonzero()
         keep = int(used[-1]) + 1 if len(used) else 0
         gone = self.width - keep
         self.owner = self.owner[:, :keep]
-        return gone
+        if self.tokens is None:
+            return gone, None
+        self.tokens = self.tokens[:, :keep]
+        # How many columns at the end of each row are empty now.
+        missing = (self.owner != NOBODY).flip(1).long().cumsum(1).eq(0).sum(1)
+        shift = Shift.of(missing, keep)
+        self.tokens, self.owner = shift.move(self.tokens, 0), shift.move(self.owner, NOBODY)
+        return gone, shift
 
     def select(self, rows: Tensor) -> None:
         """Keep and reorder rows."""
-        if self.ids is not None and self.owner is not None:
-            self.ids, self.owner = self.ids[rows.to(self.ids.device)], self.owner[rows.to(self.owner.device)]
+        self._each(lambda part: part[rows.to(part.device)])
 
     def repeat(self, times: int) -> None:
         """Repeat each row."""
-        if self.ids is not None and self.owner is not None:
-            self.ids, self.owner = self.ids.repeat_interleave(times, 0), self.owner.repeat_interleave(times, 0)
+        self._each(lambda part: part.repeat_interleave(times, 0))
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ids = self.owner = None
+        self.ids = self.owner = self.tokens = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.ids, self.owner, self.tokens = (
+            None if part is None else change(part) for part in (self.ids, self.owner, self.tokens)
+        )
+
+
+@dataclass(frozen=True)
+class Shift:
+    """By how many columns each row of a cache has moved to the right; what leaves at the end is dropped.
+
+    Attributes:
+        source: (B, S) int64, from which column each one is taken, negative where there is none; None where no row
+            has moved.
+    """
+
+    source: Tensor | None
+
+    @classmethod
+    def of(cls, columns: Tensor, width: int) -> Shift:
+        """Move each row of ``width`` columns by ``columns`` (B,)."""
+        if not bool(columns.any()):
+            return cls(None)
+        return cls(torch.arange(width, device=columns.device) - columns[:, None])
+
+    def move(self, part: Tensor, fill: Any) -> Tensor:
+        """Move the columns of ``part`` (B, S)."""
+        if self.source is None:
+            return part
+        moved = part.gather(1, self.source.clamp(min=0))
+        return moved.masked_fill(self.source < 0, fill)
+
+    def move_states(self, states: Tensor) -> Tensor:
+        """Move the columns of keys or values (B, heads, S' <= S, width); what moves in is never looked at."""
+        if self.source is None or states.shape[-2] == 0:
+            return states
+        source = self.source[:, : states.shape[-2]].clamp(min=0).to(states.device)
+        return states.gather(2, source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))

@@ -15,6 +15,7 @@ from calmlm.alignment import Alignment, digest
 from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base, load_encoder
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError
+from calmlm.rewriting import Rewriting
 from calmlm.tokenizers import find_tokenizer
 
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -137,7 +138,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
     return CalmConfig.from_dict(data)
 
 
-def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment:
+def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment | Rewriting:
     """The alignment of one augmenting model, as it was when the composition was made.
 
     Raises:
@@ -145,8 +146,9 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
     """
     path = fetch(source, storage.alignment_name(name), hub)
     try:
-        return Alignment.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Rewriting.from_json(data) if "method" in data else Alignment.from_json(data)
+    except Exception as error:  # the tokenizers library raises bare exceptions for what it cannot read
         raise CheckpointError(
             f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
             f"save the composition again or fetch it anew."
@@ -154,7 +156,11 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
 
 
 def _check_tokenizers(
-    alignment: Alignment, name: str, anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig
+    alignment: Alignment | Rewriting,
+    name: str,
+    anchor: PreTrainedModel,
+    augmenting: PreTrainedModel,
+    config: CalmConfig,
 ) -> None:
     """Warn where the tokenizers that lie beside both models are not those that the alignment was made from."""
     found = [

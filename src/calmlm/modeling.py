@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, freeze, text_config
-from calmlm.cache import CalmCache, Past
+from calmlm.cache import CalmCache, Past, moves
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
@@ -35,6 +35,7 @@ from calmlm.readers import (
     mask_of,
     positions_for,
 )
+from calmlm.rewriting import Rewriter, Rewriting
 from calmlm.transcoding import Transcoder
 
 ATTENTION_FALLBACK = "sdpa"
@@ -84,7 +85,7 @@ class CalmModel(CalmPreTrainedModel):
         config: CalmConfig,
         anchor: PreTrainedModel,
         augmenting: dict[str, PreTrainedModel],
-        alignments: dict[str, Alignment] | None = None,
+        alignments: dict[str, Alignment | Rewriting] | None = None,
     ) -> None:
         super().__init__(config, anchor)
         self.anchor = anchor
@@ -93,7 +94,7 @@ class CalmModel(CalmPreTrainedModel):
         self.enabled = True
         self.active = set(augmenting)
         self.slot = Slot()
-        self.transcoders = nn.ModuleDict({name: Transcoder(table) for name, table in (alignments or {}).items()})
+        self.transcoders = nn.ModuleDict({name: _writer_of(found) for name, found in (alignments or {}).items()})
         self._find_parts()
         for name in augmenting:
             self._connect(name)
@@ -162,7 +163,7 @@ class CalmModel(CalmPreTrainedModel):
         name: str,
         model: PreTrainedModel,
         entry: dict[str, Any],
-        alignment: Alignment | None,
+        alignment: Alignment | Rewriting | None,
         tensors: dict[str, Tensor],
     ) -> None:
         """Join one more augmenting model with connectors that were trained elsewhere on the same anchor.
@@ -177,7 +178,7 @@ class CalmModel(CalmPreTrainedModel):
         self.config.augmenting[name] = entry
         self.augmenting[name] = model
         if alignment is not None:
-            self.transcoders[name] = Transcoder(alignment)
+            self.transcoders[name] = _writer_of(alignment)
         self._find_parts()
         self._connect(name)
         self.connectors[name].load_state_dict(tensors)
@@ -202,7 +203,7 @@ class CalmModel(CalmPreTrainedModel):
         self._make_readers()
 
     @property
-    def alignments(self) -> dict[str, Alignment]:
+    def alignments(self) -> dict[str, Alignment | Rewriting]:
         """The alignments of the augmenting models that have tokens of their own."""
         return {name: transcoder.alignment for name, transcoder in self.transcoders.items()}  # type: ignore[misc]
 
@@ -247,8 +248,13 @@ class CalmModel(CalmPreTrainedModel):
     @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
-        reading = [name for name, entry in self.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
-        return all(self._backbones[name].cache_argument is not None for name in ("", *reading))
+        reads = {name: entry["reads"] for name, entry in self.config.augmenting.items()}
+        reading = [name for name, what in reads.items() if what in ("tokens", "text")]
+        return all(self._backbones[name].cache_argument is not None for name in ("", *reading)) and all(
+            moves(text_config(self.augmenting[name]))  # type: ignore[arg-type]
+            for name, what in reads.items()
+            if what == "text"
+        )
 
     def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default).
@@ -400,6 +406,10 @@ class CalmModel(CalmPreTrainedModel):
         }
         output = target(**{key: value for key, value in given.items() if value is not None})
         return output, getattr(output, argument, None)
+
+
+def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:
+    return Rewriter(alignment) if isinstance(alignment, Rewriting) else Transcoder(alignment)
 
 
 def _has_dropout(config: Any) -> bool:

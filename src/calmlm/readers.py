@@ -16,13 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.alignment import LOOKBACK
 from calmlm.backbone import Backbone
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
 from calmlm.connectors import Connector
 from calmlm.errors import DataError
+from calmlm.frontier import NOBODY
 from calmlm.hooks import Call, Slot, Stream
+from calmlm.rewriting import Rewriter
 from calmlm.transcoding import Transcoder
 
 
@@ -173,28 +174,32 @@ class SharedReader(Common):
 class AlignedReader(Common):
     """The same text in the augmenting model's own tokens."""
 
-    transcoder: Transcoder | None = None
+    transcoder: Transcoder | Rewriter | None = None
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
         frontier = past.frontier
         real = real_tokens(inputs, self.name)
         check_one_text(inputs, real, self.name)
-        block = self.transcoder(inputs.ids, real, frontier.previous(LOOKBACK, inputs.ids))
-        frontier.extend(inputs.ids, real, block.owner)
+        lookback = self.transcoder.lookback
+        previous = frontier.previous(frontier.length if lookback is None else lookback, inputs.ids)
+        block = self.transcoder(inputs.ids, real, previous)
         new, queries = block.ids.shape[1], inputs.ids.shape[1]
+        past.move(frontier.append(block.ids, block.owner))
+        frontier.extend(inputs.ids, real)
         mask, seeing, attention = self.masked(frontier.mask(queries))
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
         of_queries, of_keys = rotations
         stream = Stream(mask, of_queries, of_keys, past.cross, attention, seeing)
         if new:
             assert frontier.owner is not None
+            assert frontier.tokens is not None
             filled = (frontier.owner >= 0).long()
             self.run(
                 stream,
                 **base_arguments(
                     self.backbone,
-                    input_ids=self.on_device(block.ids),
+                    input_ids=self.on_device(frontier.tokens[:, -new:]),
                     attention_mask=self.on_device(filled),
                     position_ids=self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:]),
                     cache=past.own,
@@ -205,43 +210,70 @@ class AlignedReader(Common):
 
 @dataclass
 class EncoderReader(Common):
-    """A text, image or sound encoder with inputs of its own: every position is visible from the first token on."""
+    """A text, image or sound encoder with inputs of its own.
+
+    One item per row, visible from the first token on; or, with ``at``, several items per row, each visible from the
+    token at which it stands.
+    """
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         frontier = past.frontier
         stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
-            given = inputs.augmenting.get(self.name)
-            if given is None:
+            given = dict(inputs.augmenting.get(self.name) or {})
+            at = given.pop("at", None)
+            if not given:
                 raise DataError(
                     f"The augmenting model {self.name!r} must be given inputs of its own, but got none: pass "
                     f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
                 )
             self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
-            owner = self._spread(stream, given, inputs.ids)
+            owner = self._spread(stream, given, at, inputs.ids)
         frontier.extend(inputs.ids, real_tokens(inputs, self.name), owner)
-        mask, seeing, attention = self.masked(frontier.mask(inputs.ids.shape[1]))
-        stream.mask, stream.seeing, stream.attention = mask, seeing, attention
+        stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
+        if self.connector.rotary:
+            stream.rotation, stream.key_rotation = frontier.rotations(
+                inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
+            )
         return stream
 
-    def _spread(self, stream: Stream, given: dict[str, Any], ids: Tensor) -> Tensor:
-        """Give each row its encoded input (several rows of a beam share one), and all positions to the first token."""
-        rows = ids.shape[0]
+    def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor) -> Tensor:
+        """Give each row its encoded items (several rows of a beam share them); returns what token each position is at.
+
+        ``at`` is (rows, items) int64, the column of each item's token, -1 for an item that is not there.
+        """
+        states = next(iter(stream.hidden.values()))
+        if states.ndim == 2:  # one distribution for the whole item
+            stream.hidden = {layer: hidden[:, None] for layer, hidden in stream.hidden.items()}
+            states = states[:, None]
+        if at is None:
+            at = torch.zeros((states.shape[0], 1), dtype=torch.long)
+        self._check_items(at, states.shape[0], ids.shape[0])
+        at = at.to(ids.device)
+        given_rows, items = at.shape
+        times = ids.shape[0] // given_rows
         for layer, hidden in stream.hidden.items():
-            if rows % hidden.shape[0]:
-                raise DataError(
-                    f"augmenting_inputs[{self.name!r}] must hold one item per row, but got {hidden.shape[0]} for "
-                    f"{rows} rows: pass one each."
-                )
-            stream.hidden[layer] = hidden.repeat_interleave(rows // hidden.shape[0], 0)
-        hidden = next(iter(stream.hidden.values()))
-        owner = ids.new_zeros(hidden.shape[:2])
+            stream.hidden[layer] = hidden.reshape(given_rows, -1, hidden.shape[-1]).repeat_interleave(times, 0)
+        owner = at[:, :, None].expand(-1, -1, states.shape[1])
         mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape[-1] == hidden.shape[1]:
-            mask = mask.to(owner.device).repeat_interleave(rows // mask.shape[0], 0)
-            owner = owner.masked_fill(mask == 0, -1)
-        return owner
+        if isinstance(mask, Tensor) and mask.shape[-1] == states.shape[1]:
+            mask = mask.to(ids.device).view(given_rows, items, -1)
+            owner = owner.masked_fill(mask == 0, NOBODY)
+        return owner.reshape(given_rows, -1).repeat_interleave(times, 0)
+
+    def _check_items(self, at: Any, items: int, rows: int) -> None:
+        if not isinstance(at, Tensor) or at.ndim != 2 or at.is_floating_point() or at.numel() != items:
+            shape = tuple(at.shape) if isinstance(at, Tensor) else type(at).__name__
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}]['at'] must hold a whole number for each of the {items} items, as a "
+                f"tensor of shape (rows, items per row), but got {shape}: give the column of each item's token."
+            )
+        if at.shape[0] == 0 or rows % at.shape[0]:
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
+                f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
+            )
 
 
 @dataclass

@@ -30,6 +30,8 @@ class Transcoder(nn.Module):
         alignment: the table.
     """
 
+    lookback: int | None = LOOKBACK
+
     def __init__(self, alignment: Alignment) -> None:
         super().__init__()
         self.flat: Tensor

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches
 from calmlm.experiments.kv_arithmetic import run as run_module
 from calmlm.experiments.kv_arithmetic.bases import new_model
 from calmlm.experiments.kv_arithmetic.composition import compose_bases
+from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
-from calmlm.experiments.kv_arithmetic.fit import SupervisedTrainer, answer, collator, encode, in_batches
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
 from calmlm.experiments.kv_arithmetic.report import METHODS, markdown, summarise
 from calmlm.experiments.kv_arithmetic.run import get_preset, run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World
+from calmlm.experiments.statistics import interval
 
 
 def test_loss_at_supervised_positions_is_the_models_own_loss():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calmlm
 from calmlm.demo import bundle
-from calmlm.experiments.kv_arithmetic.fit import answer
+from calmlm.experiments.fitting import answer
 from calmlm.experiments.kv_arithmetic.world import final_answer
 
 SHOWN = 6

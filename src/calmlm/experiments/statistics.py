@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["INTERVAL", "interval", "rows_of"]
+__all__ = ["INTERVAL", "cells_of", "interval", "rows_of", "table_of"]
 
 INTERVAL = (
     "95 % confidence intervals by a two-level bootstrap with 10,000 draws: seeds are drawn with replacement, then the "
@@ -37,7 +37,7 @@ def rows_of(
     columns = list(columns)
     for method in methods:
         for column in columns:
-            by_seed = {seed: table[method][column] for seed, table in scores.items() if method in table}
+            by_seed = {seed: table[method][column] for seed, table in scores.items() if column in table.get(method, {})}
             if not by_seed:
                 continue
             shares = list(by_seed.values())
@@ -54,3 +54,29 @@ def rows_of(
                 }
             )
     return rows
+
+
+def cells_of(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows by method and column."""
+    return {(row["method"], row["column"]): row for row in rows}
+
+
+def table_of(
+    cells: dict[tuple[str, str], dict[str, Any]],
+    methods: dict[str, str],
+    columns: dict[str, str],
+    published: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> list[str]:
+    """The lines of a markdown table: a line per method that has a row, a column each; published figures in brackets."""
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, title in methods.items():
+        if not any((method, column) in cells for column in columns):
+            continue
+        texts = []
+        for column in columns:
+            row = cells.get((method, column))
+            text = "-" if row is None else f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+            known = (published or {}).get(method, {}).get(column)
+            texts.append(text if known is None else f"{text} [{known:.2f}]")
+        lines.append(f"| {title} | " + " | ".join(texts) + " |")
+    return lines

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from calmlm.experiments.kv_arithmetic.fit import encode, fit
+from calmlm.experiments.fitting import fit
+from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import (
     build_bpe_tokenizer,
     build_character_tokenizer,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
-from calmlm.experiments.kv_arithmetic.fit import encode, fit
+from calmlm.experiments.fitting import fit
+from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 
 __all__ = ["CORE", "GROUPS", "VARIANTS", "Variant", "compose_bases", "composition_examples", "train_composition"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.experiments.kv_arithmetic.fit import answer
+from calmlm.experiments.fitting import answer
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
 from calmlm.experiments.kv_arithmetic.world import (
     DC_PHRASINGS,

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PRESETS", "Preset", "Stage"]
+from calmlm.experiments.fitting import Stage
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One training: how long, in what batches, at what peak learning rate (cosine decay to zero)."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float = 0.1
+__all__ = ["PRESETS", "Preset"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from calmlm.errors import MissingExtraError
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
-from calmlm.experiments.statistics import rows_of
+from calmlm.experiments.statistics import cells_of, rows_of, table_of
 from calmlm.storage import write_atomically, write_text
 
 __all__ = ["METHODS", "PUBLISHED", "markdown", "plot", "summarise", "summarise_halves", "write_report"]
@@ -106,28 +106,9 @@ def _half_goals(cells: dict[tuple[str, str], dict[str, Any]], restored: bool) ->
     return [*lines, f"- with the second taken out again, the first answers {words}."]
 
 
-def _table(cells: dict[tuple[str, str], dict[str, Any]], methods: dict[str, str], columns: dict[str, str]) -> list[str]:
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method, title in methods.items():
-        if not any((method, column) in cells for column in columns):
-            continue
-        texts = []
-        for column in columns:
-            row = cells.get((method, column))
-            text = "-" if row is None else f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
-            published = PUBLISHED.get(method, {}).get(column)
-            texts.append(text if published is None else f"{text} [{published:.2f}]")
-        lines.append(f"| {title} | " + " | ".join(texts) + " |")
-    return lines
-
-
-def _cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(row["method"], row["column"]): row for row in rows}
-
-
 def markdown(result: dict[str, Any]) -> str:
     """Write the result as a markdown page: our table beside the slides', how long it took, what the bases are."""
-    cells = _cells(result["rows"])
+    cells = cells_of(result["rows"])
     seeds = len(result["seeds"])
     lines = [
         f"# Key-value arithmetic, preset `{result['preset']}`",
@@ -135,14 +116,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"Exact match, per cent: mean over {seeds} seed{'s' if seeds > 1 else ''} with its 95 % interval, and in "
         "brackets the figure that the slides publish for models of their size.",
         "",
-        *_table(cells, METHODS, COLUMNS),
+        *table_of(cells, METHODS, COLUMNS, PUBLISHED),
         "",
         "What a composition is held to here, on the means:",
         "",
         *goals(cells),
     ]
     if result["halves"]:
-        halves = _cells(result["halves"])
+        halves = cells_of(result["halves"])
         lines += [
             "",
             "## Two specialists, trained apart and joined",
@@ -150,7 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
             "Two augmenting models know half of the keys each; each was composed with the anchor alone, with D_C over "
             "its own keys. `add_augmenting` joins them, and nothing is trained after that.",
             "",
-            *_table(halves, HALVES, HALF_COLUMNS),
+            *table_of(halves, HALVES, HALF_COLUMNS),
             "",
             *_half_goals(halves, result["restored"]),
         ]

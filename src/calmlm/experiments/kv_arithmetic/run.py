@@ -14,10 +14,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 import calmlm
 from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import Stage
 from calmlm.experiments.kv_arithmetic.bases import BASES, TOKENIZERS
 from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, train_composition
 from calmlm.experiments.kv_arithmetic.evaluate import Answerer, cascade, columns, half_columns, models, score
-from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset, Stage
+from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset
 from calmlm.experiments.kv_arithmetic.report import summarise, summarise_halves, write_report
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
 from calmlm.experiments.kv_arithmetic.world import (

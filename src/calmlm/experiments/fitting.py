@@ -1,60 +1,38 @@
-"""Training on examples with the stock Hugging Face Trainer, and answering prompts in batches."""
+"""Training on rows of ids and labels with the stock Hugging Face Trainer, and answering prompts in batches."""
 
 from __future__ import annotations
 
 import random
-import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from calmlm.experiments.kv_arithmetic.presets import Stage
-from calmlm.experiments.kv_arithmetic.world import Example
+__all__ = ["IGNORED", "Stage", "SupervisedTrainer", "answer", "collator", "fit", "in_batches"]
 
-__all__ = ["SupervisedTrainer", "answer", "collator", "encode", "fit", "in_batches"]
-
-_IGNORED = -100
-_FIGURES = re.compile(r"▁?-?\d+|▁\?")  # a question mark behind a space stands only where a word has no value
+IGNORED = -100
+Row = dict[str, Any]
+"""``input_ids`` and ``labels``, lists of equal length, and whatever a collator of the experiment's own wants."""
 
 
-def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, joint: str = ""
-) -> list[dict[str, list[int]]]:
-    """Tokenise examples; the loss falls on the completion and the end of text.
+@dataclass(frozen=True)
+class Stage:
+    """One training: how long, in what batches, at what peak learning rate (cosine decay to zero)."""
 
-    An example without a completion is a row of keys and values: its loss falls on the figures in the prompt and on the
-    sign that stands for "no value". ``joint`` is what a tokenizer that adds no space itself needs between a prompt and
-    its completion.
-    """
-    prompts = tokenizer([e.prompt for e in examples]).input_ids
-    completions = tokenizer([joint + e.completion for e in examples], add_special_tokens=False).input_ids
-    figures = {i for token, i in tokenizer.get_vocab().items() if _FIGURES.fullmatch(token)}
-    rows = []
-    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
-        if example.completion:
-            target = [*completion, tokenizer.eos_token_id]
-            rows.append({"input_ids": prompt + target, "labels": [_IGNORED] * len(prompt) + target})
-        else:
-            rows.append({"input_ids": prompt, "labels": _values_only(prompt, figures, ends=bool(joint))})
-    return rows
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.1
 
 
-def _values_only(ids: list[int], figures: set[int], ends: bool) -> list[int]:
-    """Labels of a row: its values, and where those are spelled in digits also what ends them."""
-    before = [_IGNORED, *ids]
-    return [i if i in figures or (ends and b in figures) else _IGNORED for i, b in zip(ids, before, strict=False)]
-
-
-def in_batches(
-    rows: list[dict[str, list[int]]], batch_size: int, seed: int, window: int = 30
-) -> list[dict[str, list[int]]]:
+def in_batches(rows: list[Row], batch_size: int, seed: int, window: int = 30) -> list[Row]:
     """Order ``rows`` so that the rows of a batch have about one length: within each window of batches, sort, cut into
     batches and shuffle these. The order of windows stays, so a curriculum survives."""
     rng = random.Random(seed)
-    ordered: list[dict[str, list[int]]] = []
+    ordered: list[Row] = []
     for start in range(0, len(rows), window * batch_size):
         group = sorted(rows[start : start + window * batch_size], key=lambda row: len(row["input_ids"]))
         batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
@@ -63,13 +41,13 @@ def in_batches(
     return ordered
 
 
-def collator(pad: int) -> Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]]:
+def collator(pad: int) -> Callable[[list[Row]], dict[str, Any]]:
     """Return a function that pads rows on the right and stacks them."""
 
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(rows: list[Row]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), pad)
-        labels = torch.full((len(rows), width), _IGNORED)
+        labels = torch.full((len(rows), width), IGNORED)
         for i, row in enumerate(rows):
             ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
@@ -83,25 +61,39 @@ class SupervisedTrainer(Trainer):
     """The stock Trainer, but the vocabulary's logits are computed at supervised positions only."""
 
     def compute_loss(  # type: ignore[override]
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
         """Mean cross-entropy over the labelled positions."""
-        hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1]
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        hidden = model.model(**given).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
-        supervised = labels != _IGNORED
+        supervised = labels != IGNORED
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[supervised]), labels[supervised])
         return (loss, None) if return_outputs else loss
 
 
 def fit(
     model: PreTrainedModel,
-    rows: list[dict[str, list[int]]],
+    rows: list[Row],
     pad: int,
     stage: Stage,
     seed: int,
+    collate: Callable[[list[Row]], dict[str, Any]] | None = None,
+    trainer_class: type[Trainer] = SupervisedTrainer,
     **options: Any,
 ) -> list[tuple[int, float]]:
-    """Train the parameters of ``model`` that require gradients; return (step, loss) as logged."""
+    """Train the parameters of ``model`` that require gradients; return (step, loss) as logged.
+
+    Args:
+        model: any causal language model, a composition among them.
+        rows: what to learn, in order.
+        pad: the padding token.
+        stage: how long and how fast.
+        seed: of the order of batches.
+        collate: makes a batch of rows; by default ids and labels, padded on the right.
+        trainer_class: ``Trainer`` itself for models that are not causal language models.
+        options: further arguments of TrainingArguments.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -123,11 +115,11 @@ def fit(
             remove_unused_columns=False,
             **options,
         )
-        trainer = SupervisedTrainer(
+        trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=in_batches(rows, stage.batch_size, seed),
-            data_collator=collator(pad),
+            train_dataset=in_batches(rows, stage.batch_size, seed) if "input_ids" in rows[0] else rows,
+            data_collator=collate or collator(pad),
         )
         trainer.train()
     model.eval()
@@ -141,11 +133,16 @@ def answer(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 200,
+    extra: Callable[[int, torch.Tensor], dict[str, Any]] | None = None,
 ) -> list[str]:
-    """Complete each prompt greedily; return the completions' texts."""
+    """Complete each prompt greedily; return the completions' texts.
+
+    ``extra`` gives further arguments of ``generate`` for the batch that begins with that prompt and has these ids.
+    """
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt").to(model.device)
+        further = extra(start, batch["input_ids"]) if extra is not None else {}
         ids = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -153,6 +150,7 @@ def answer(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **further,
         )
         new = ids[:, batch["input_ids"].shape[1] :]
         texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

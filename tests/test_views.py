@@ -1,0 +1,208 @@
+"""Two views of one conversation: the augmenting model reads the content as it comes, and nothing is taken back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import calmlm
+from calmlm.alignment import LOOKBACK, Alignment
+from calmlm.rewriting import Rewriter, Rewriting
+from calmlm.transcoding import Transcoder
+from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
+from tiny import CHAT_TEMPLATE, tiny_model
+from tokenizers_tiny import tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
+    "chatml with a default system message": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}" + CHATML,
+        ["<|im_start|>", "<|im_end|>"],
+    ),
+    "headers": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m['role'] + '<|/header|>\n\n' + m['content'] | trim + "
+        "'<|eot|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}",
+        ["<|header|>", "<|/header|>", "<|eot|>"],
+    ),
+    "instructions": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('no') }}"
+        "{% endif %}{% endfor %}",
+        ["[INST]", "[/INST]"],
+    ),
+    "instructions in plain text": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST] ' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('no') }}"
+        "{% endif %}{% endfor %}",
+        [],
+    ),
+    "plain": (CHAT_TEMPLATE, []),
+}
+CONVERSATION = [
+    {"role": "user", "content": "hello world, 12 + 34"},
+    {"role": "assistant", "content": "= 46. [/IN and <|im"},
+    {"role": "user", "content": "naïve café 😀 你好"},
+    {"role": "assistant", "content": "fox  jumps"},
+]
+
+
+def chatty(kind: str, template: str) -> Any:
+    made = copy.deepcopy(tokenizer(kind))
+    text, special = TEMPLATES[template]
+    made.add_special_tokens({"additional_special_tokens": special})
+    made.chat_template = text
+    return made
+
+
+def rendered(ours: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    return list(ours.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+@pytest.fixture(params=TEMPLATES)
+def template(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("method", ["transcode", "retokenize"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_the_bare_view_is_the_content(template: str, kind: str, method: str) -> None:
+    ours, theirs = chatty(kind, template), tokenizer("bytes-large")
+    writer = Rewriter(Rewriting.between(ours, theirs, method, "bare"))
+    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION))]
+    system = ["be kind"] if "default" in template else []
+    assert theirs.decode(written) == "\n".join([*system, *(message["content"] for message in CONVERSATION)])
+
+
+def test_the_own_view_is_the_augmenting_models_template(template: str) -> None:
+    ours, theirs = chatty("bytes-large", template), chatty("bytes", "headers")
+    system = [{"role": "system", "content": "be kind"}] if "default" in template else []
+    plain = [*system, *CONVERSATION]
+    writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION))]
+    assert theirs.decode(written) == theirs.decode(rendered(theirs, plain))
+
+
+@pytest.mark.parametrize("method", ["transcode", "retokenize"])
+def test_a_conversation_is_read_as_it_comes(template: str, method: str) -> None:
+    ours = chatty("bytes", template)
+    for kind, view in (("wordpiece", "bare"), ("unigram", "bare"), ("sentencepiece", "template")):
+        writer = Rewriter(Rewriting.between(ours, chatty(kind, "headers"), method, view))
+        ids = rendered(ours, CONVERSATION)
+        full = writer.write(ids)
+        for length in range(len(ids)):
+            assert writer.write(ids[:length]) == [pair for pair in full if pair[1] < length]
+
+
+def test_what_is_generated_is_content() -> None:
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    ids = rendered(ours, CONVERSATION[:1], add_generation_prompt=True)
+    ids += ours("it is 46", add_special_tokens=False).input_ids
+    assert theirs.decode([index for index, _ in writer.write(ids)]) == "hello world, 12 + 34\nit is 46"
+
+
+def test_without_a_view_transcoding_is_that_of_the_table() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
+    ids = torch.tensor([ours("  hello world, 12 + 34 = 46").input_ids])
+    real, previous = torch.ones_like(ids, dtype=torch.bool), torch.full((1, LOOKBACK), -1)
+    table = Transcoder(Alignment.between(ours, theirs))(ids, real, previous)
+    found = Rewriter(Rewriting.between(ours, theirs, "transcode", None))(ids, real, previous[:, :0])
+    assert torch.equal(found.ids, table.ids)
+    assert torch.equal(found.owner, table.owner)
+
+
+@pytest.fixture(scope="module", params=[("transcode", "bare"), ("retokenize", None), ("retokenize", "template")])
+def model(request: pytest.FixtureRequest) -> calmlm.CalmForCausalLM:
+    ours, theirs = chatty("bytes", "chatml"), chatty("sentencepiece", "headers")
+    made = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)),
+        tiny_model("mistral", vocab_size=len(theirs), sliding_window=6),
+        2,
+        rotary=True,
+        tokenizer=ours,
+        augmenting_tokenizer=theirs,
+        alignment=request.param[0],
+        augmenting_view=request.param[1],
+    )
+    return awaken(made)
+
+
+def rows() -> list[torch.Tensor]:
+    ours = chatty("bytes", "chatml")
+    texts = [CONVERSATION[:1], CONVERSATION[:3], [{"role": "user", "content": "  tabs\tand 你好"}]]
+    return [torch.tensor(rendered(ours, text, add_generation_prompt=True)) for text in texts]
+
+
+def test_one_step_at_a_time_equals_all_at_once(model: calmlm.CalmForCausalLM) -> None:
+    ids = rows()[1][None]
+    full, cache, parts = logits_of(model, ids), None, []
+    with torch.no_grad():
+        for position in range(ids.shape[1]):
+            output = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache, _ = output.past_key_values, parts.append(output.logits)
+    assert_close(torch.cat(parts, 1), full, 1e-4)
+    changed = ids.clone()
+    changed[:, 40:] = (changed[:, 40:] + 7) % 250 + 4
+    assert torch.allclose(logits_of(model, changed)[:, :40], full[:, :40], atol=1e-5)
+
+
+def test_batches_of_mixed_lengths_beams_and_drafts(model: calmlm.CalmForCausalLM) -> None:
+    ids, mask = pad(rows(), "left")
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 8}
+    expected = greedy_without_cache(model, ids, 8, mask)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+    beams = [model.generate(ids, attention_mask=mask, num_beams=3, use_cache=c, **options) for c in (True, False)]
+    assert torch.equal(*beams)
+    drafted = model.generate(ids[1:2], attention_mask=mask[1:2], prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(drafted, expected[1:2])
+
+
+def test_save_load_and_copy(model: calmlm.CalmForCausalLM, tmp_path: Path) -> None:
+    ids = rows()[1][None]
+    expected = logits_of(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = calmlm.CalmForCausalLM.from_pretrained(
+        tmp_path, anchor=model.anchor, augmenting=model.augmenting["augmenting"], attn_implementation="eager"
+    )
+    assert torch.equal(logits_of(loaded, ids), expected)
+    for name in list(loaded.augmenting):
+        if len(loaded.augmenting) == 1:
+            loaded.model.remove(name)
+    assert torch.equal(logits_of(copy.deepcopy(model), ids), expected)
+    path = tmp_path / "alignment.augmenting.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": {}}))
+    with pytest.raises(calmlm.CheckpointError) as caught:
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=model.anchor, augmenting=model.augmenting["augmenting"])
+    assert_helpful(caught.value, "alignment.augmenting.json")
+
+
+def test_faults_are_named() -> None:
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("unigram")
+    anchor = tiny_model("llama", vocab_size=len(ours))
+    augmenting = tiny_model("gpt2", vocab_size=len(theirs))
+    both = {"tokenizer": ours, "augmenting_tokenizer": theirs}
+    for options, error, mention in (
+        ({"alignment": "guess"} | both, calmlm.ConfigError, "'guess'"),
+        ({"augmenting_view": "upside down"} | both, calmlm.ConfigError, "'upside down'"),
+        ({"augmenting_view": "template"} | both, calmlm.ModelError, "chat template of the augmenting model"),
+        ({"augmenting_view": "bare", "tokenizer": tokenizer("bytes"), "augmenting_tokenizer": theirs},
+         calmlm.ModelError, "chat template of the anchor"),
+        ({"augmenting_view": "bare", "tokenizer": ours}, calmlm.ModelError, "tokenizers of both"),
+    ):  # fmt: skip
+        with pytest.raises(error) as caught:
+            calmlm.compose(anchor, augmenting, 1, **options)
+        assert_helpful(caught.value, mention)
+    broken = copy.deepcopy(ours)
+    broken.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(calmlm.ModelError) as caught:
+        calmlm.compose(anchor, augmenting, 1, augmenting_view="bare", tokenizer=broken, augmenting_tokenizer=theirs)
+    assert_helpful(caught.value, "begins and ends")

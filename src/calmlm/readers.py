@@ -91,9 +91,14 @@ class Common:
             kind = "sdpa"
         return kind, ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
 
-    def masked(self, visible: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """From (B, 1, T, S) bool: the mask that the attention takes, which rows see anything (B, T), the attention."""
+    def masked(self, visible: Tensor) -> tuple[Tensor | None, Tensor | None, Any]:
+        """From (B, 1, T, S) bool: the mask that the attention takes, which rows see anything (B, T), the attention.
+
+        None for both where everything is visible.
+        """
         kind, attention = self.attention(boolean_mask=True)
+        if visible.shape[2] == 1 and visible.shape[3] and bool(visible.all()):
+            return None, None, attention  # one step of decoding, as a rule
         anything = visible.any(-1, keepdim=True)
         seeing = anything[:, 0, :, 0]
         if self.connector.null_key is None:
@@ -195,13 +200,15 @@ class AlignedReader(Common):
             assert frontier.owner is not None
             assert frontier.tokens is not None
             filled = (frontier.owner >= 0).long()
+            positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])
+            self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width, positions)
             self.run(
                 stream,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),
                     attention_mask=self.on_device(filled),
-                    position_ids=self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:]),
+                    position_ids=positions,
                     cache=past.own,
                 ),
             )

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calmlm.alignment import Alignment
 from calmlm.spelling import Spelling, token_bytes
-from calmlm.transcoding import Block
+from calmlm.transcoding import Block, block_of
 from calmlm.views import Event, Template
 from calmlm.writing import Writer
 
@@ -267,13 +266,7 @@ class Rewriter(nn.Module):
             columns = [column for column, is_real in enumerate(keep) if is_real]
             written = self.write([*past, *(row[column] for column in columns)])
             rows.append([(token, columns[at - len(past)]) for token, at in written if at >= len(past)])
-        width = max(map(len, rows), default=0)
-        out = ids.new_full((len(rows), width), self.alignment.alignment.fill)
-        owner = ids.new_full((len(rows), width), -1)
-        for index, row in enumerate(rows):
-            if row:
-                out[index, : len(row)], owner[index, : len(row)] = torch.tensor(row, device=ids.device).T
-        return Block(out, owner)
+        return block_of(rows, self.alignment.alignment.fill, ids)
 
     def write(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The augmenting tokens of one text, each with the position of the anchor token that brings it."""

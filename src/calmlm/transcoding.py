@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from calmlm.alignment import LOOKBACK, Alignment
 
+FEW = 32  # up to so many tokens, looking each up is quicker than the same with tensors
+
 
 @dataclass(frozen=True)
 class Block:
@@ -40,6 +42,7 @@ class Transcoder(nn.Module):
         self.opens: Tensor
         self.whole: Tensor
         self.alignment, self.partial, self.fill = alignment, alignment.partial, alignment.fill
+        self.open_ids = frozenset(alignment.opens)
         # One empty row at the end, for ids beyond the tokenizer's: models often have more embeddings than that.
         body = [*alignment.body, []]
         size = len(body)
@@ -64,6 +67,8 @@ class Transcoder(nn.Module):
             real: (B, T) bool, False at padding.
             previous: (B, 3) int64, the real anchor ids before these, the latest last; -1 where there are none.
         """
+        if ids.numel() <= FEW:
+            return self._one_by_one(ids, real, previous)
         if self.flat.device != ids.device:
             self.to(ids.device)
         batch, length = ids.shape
@@ -76,7 +81,7 @@ class Transcoder(nn.Module):
         row = ids + self.size * (first | self.opens[before.clamp(min=0)]).long()
         counts = self.lengths[row] * real
         if self.partial and not bool(self.whole[ids].all() & self.whole[previous.clamp(min=0)].all()):
-            return self._slow(ids, real, previous, row)
+            return self._one_by_one(ids, real, previous)
         counts, row = counts.flatten(), row.flatten()
         total = counts.view(batch, length).sum(1)
         width = int(total.max()) if batch else 0
@@ -93,31 +98,26 @@ class Transcoder(nn.Module):
         owner[rows, within] = owners
         return Block(out, owner)
 
-    def _slow(self, ids: Tensor, real: Tensor, previous: Tensor, row: Tensor) -> Block:
-        """The same token by token, for text in which a character's bytes are spread over tokens."""
-        lists: list[list[tuple[int, int]]] = []
-        for b in range(ids.shape[0]):
-            recent = [i for i in previous[b].tolist() if i >= 0]
+    def _one_by_one(self, ids: Tensor, real: Tensor, previous: Tensor) -> Block:
+        """The same token by token: for a few tokens, and where a character's bytes are spread over tokens."""
+        table, lists = self.alignment, []
+        for row, keep, past in zip(ids.tolist(), real.tolist(), previous.tolist(), strict=True):
+            recent = [index for index in past if index >= 0]
             tokens: list[tuple[int, int]] = []
-            for t, (index, is_real, r) in enumerate(
-                zip(ids[b].tolist(), real[b].tolist(), row[b].tolist(), strict=True)
-            ):
+            for position, (index, is_real) in enumerate(zip(row, keep, strict=True)):
                 if not is_real:
                     continue
+                starts = not recent or recent[-1] in self.open_ids
                 if index in self.partial:
                     written = self._complete(recent[-LOOKBACK:], index)
+                elif starts and index in table.start:
+                    written = table.start[index]
                 else:
-                    start = int(self.offsets[r])
-                    written = self.flat[start : start + int(self.lengths[r])].tolist()
-                tokens += [(i, t) for i in written]
+                    written = table.body[index] if index < len(table.body) else []
+                tokens += [(token, position) for token in written]
                 recent.append(index)
             lists.append(tokens)
-        width = max(map(len, lists), default=0)
-        out, owner = ids.new_full((len(lists), width), self.fill), ids.new_full((len(lists), width), -1)
-        for b, tokens in enumerate(lists):
-            if tokens:
-                out[b, : len(tokens)], owner[b, : len(tokens)] = torch.tensor(tokens, device=ids.device).T
-        return Block(out, owner)
+        return block_of(lists, self.fill, ids)
 
     def _complete(self, recent: list[int], index: int) -> list[int]:
         """What this token's bytes complete: whole characters whose last byte is among them."""
@@ -139,6 +139,14 @@ class Transcoder(nn.Module):
                 ids += self.alignment.characters.get(character, self.alignment.unknown)
             position = end
         return ids
+
+
+def block_of(rows: list[list[tuple[int, int]]], fill: int, like: Tensor) -> Block:
+    """A block of rows of (token, owner), on the device of ``like``."""
+    width = max(map(len, rows), default=0)
+    filled = [[*row, *[(fill, -1)] * (width - len(row))] for row in rows]
+    pairs = torch.tensor(filled, dtype=like.dtype, device=like.device).view(len(rows), width, 2)
+    return Block(pairs[..., 0], pairs[..., 1])
 
 
 def _width(byte: int) -> int:

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import calmlm
+from calmlm.cli import main
 from calmlm.errors import CalmError, ConfigError, DataError
 from calmlm.training import run as run_module
 from calmlm.training.config import parse_config
 from calmlm.training.output import RunFolder, replacing_folder
 from calmlm.training.run import train
 from tiny import tiny_model, tiny_tokens
+from tokenizers_tiny import tokenizer
 
 BACKENDS = ["sft", "trainer"]
 Settings = Callable[..., dict[str, Any]]
@@ -222,6 +224,39 @@ def test_faults_are_found_before_anything_is_written(
         go(broken(values, part, key, value), overwrite=True)
     assert "\n" not in str(caught.value)
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["flamingo", "legonn"])
+def test_other_connectors_train_save_and_generate(
+    settings: Settings, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = settings(max_steps=2)
+    values["model"]["connector"] = {"kind": kind, "rank": 4}
+    folder = go(values)
+    model = calmlm.CalmForCausalLM.from_pretrained(folder)
+    assert model.config.augmenting["augmenting"]["connector"]["kind"] == kind
+    gates = [p for name, p in model.model.connectors.named_parameters() if name.endswith(("gate", "o_proj.up.weight"))]
+    assert gates
+    assert all(gate.abs().max() > 0 for gate in gates)
+    assert main(["generate", str(folder), "--prompt", "1+2=", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_several_models_with_tokenizers_of_their_own(
+    settings: Settings, tmp_path: Path, augmenting_folder: Path
+) -> None:
+    other = tokenizer("bytes")
+    tiny_model("mistral", seed=4, vocab_size=len(other)).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    values = settings(max_steps=2)
+    values["model"] |= {
+        "augmenting": {"law": str(augmenting_folder), "code": str(tmp_path / "other")},
+        "connections": {"law": 1, "code": "top"},
+        "alignment": {"code": "retokenize"},
+    }
+    model = calmlm.CalmForCausalLM.from_pretrained(go(values))
+    reads = {name: (entry["reads"], entry.get("alignment")) for name, entry in model.config.augmenting.items()}
+    assert reads == {"law": ("tokens", None), "code": ("text", "retokenize")}
 
 
 def test_no_tokenizer(settings: Settings, tmp_path: Path, augmenting_folder: Path) -> None:

@@ -9,10 +9,12 @@ NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_
 
 
 def context_length(model: Any) -> int | None:
-    """The shortest context among the models of a composition; None where none of them states one."""
-    lengths = [
-        _stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *model.augmenting.values())
-    ]
+    """The shortest context among the language models of a composition; None where none of them states one.
+
+    A model with other tokens may need more of them for the same text; it says so itself when they do not fit.
+    """
+    reading = [base for name, base in model.augmenting.items() if model.config.augmenting[name]["reads"] != "inputs"]
+    lengths = [_stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *reading)]
     return min((length for length in lengths if length is not None), default=None)
 
 

@@ -36,13 +36,17 @@ class ModelConfig:
 
     Args:
         anchor: id or folder of the anchor.
-        augmenting: id or folder of the augmenting model.
+        augmenting: id or folder of the augmenting model; or several, {name: id or folder}.
         composition: folder of a saved composition, instead of the two.
         revision: commit, branch or tag of the anchor.
         augmenting_revision: the same for the augmenting model.
-        connections: "every-4" (the paper), "top", a number, or pairs [augmenting_layer, anchor_layer] counted from 0.
+        connections: "every-4" (the paper), "top", a number, or pairs [augmenting_layer, anchor_layer] counted from 0;
+            several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
-        connector: further options of the cross-attentions, as `calmlm.compose` takes them.
+        connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
+        refresh: whether augmenting models read generated tokens too.
+        alignment: "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
+        augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
         dtype: "bfloat16", "float16", "float32" or "auto" for the two frozen models.
         device_map: as `from_pretrained` takes it.
         attn_implementation: "sdpa", "eager", "flash_attention_2" and so on.
@@ -50,13 +54,16 @@ class ModelConfig:
     """
 
     anchor: str | None = None
-    augmenting: str | None = None
+    augmenting: str | dict[str, str] | None = None
     composition: str | None = None
     revision: str | None = None
     augmenting_revision: str | None = None
-    connections: str | int | list[list[int]] = "every-4"
+    connections: str | int | list[list[int]] | dict[str, Any] = "every-4"
     num_heads: int | None = None
     connector: dict[str, Any] = field(default_factory=dict)
+    refresh: bool = True
+    alignment: str | dict[str, str] = "transcode"
+    augmenting_view: str | dict[str, str] | None = None
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
     attn_implementation: str | None = None
@@ -64,10 +71,12 @@ class ModelConfig:
 
     def faults(self) -> list[str]:
         if self.composition is not None:
-            fresh = ("anchor", "augmenting", "revision", "augmenting_revision", "num_heads")
+            fresh = ("anchor", "augmenting", "revision", "augmenting_revision", "num_heads", "augmenting_view")
             extra = [name for name in fresh if getattr(self, name) is not None]
             extra += ["connector"] if self.connector else []
             extra += ["connections"] if self.connections != "every-4" else []
+            extra += ["refresh"] if not self.refresh else []
+            extra += ["alignment"] if self.alignment != "transcode" else []
             return [
                 f"model.{name}: expected nothing beside model.composition, which settles it, but got "
                 f"{show(getattr(self, name))}."

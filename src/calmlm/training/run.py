@@ -54,8 +54,10 @@ def train(
     train_examples = load_examples(_listed(config.data.train))
     eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
     set_seed(arguments.seed)  # new connections draw their weights at random
-    model = _model(config.model)
-    tokenizer = _tokenizer(config)
+    # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
+    tokenizer = _tokenizer(config) if config.tokenizer is not None else None
+    model = _model(config.model, tokenizer)
+    tokenizer = tokenizer or _tokenizer(config)
 
     max_length = _max_length(config.data.max_length, context_length(model))
     rows = _encode(train_examples, tokenizer, config, max_length, report)
@@ -108,8 +110,8 @@ def _anchor_of(composition: str) -> list[str]:
     return [resolve_source(recorded, Path(composition))] if recorded else []
 
 
-def _model(config: ModelConfig) -> Any:
-    """The composition to train, from two models or from a saved one."""
+def _model(config: ModelConfig, tokenizer: Any) -> Any:
+    """The composition to train, from two or more models or from a saved one."""
     import calmlm
 
     options = {
@@ -123,15 +125,20 @@ def _model(config: ModelConfig) -> Any:
         )
     assert config.anchor is not None
     assert config.augmenting is not None
+    connector = {"connector" if key == "kind" else key: value for key, value in config.connector.items()}
     return calmlm.compose(
         config.anchor,
         config.augmenting,
         config.connections,
         config.num_heads,
+        tokenizer=tokenizer,
+        refresh=config.refresh,
+        alignment=config.alignment,
+        augmenting_view=config.augmenting_view,
         revision=config.revision,
         augmenting_revision=config.augmenting_revision,
         trust_remote_code=config.trust_remote_code,
-        **config.connector,
+        **connector,
         **options,
     )
 

@@ -42,39 +42,48 @@ def new_model(tokenizer: PreTrainedTokenizerBase, size: tuple[int, int, int], se
     return LlamaForCausalLM(config)
 
 
-def train_augmenting(
-    world: World,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    keys: Sequence[str] | None = None,
-    characters: bool = False,
-) -> Trained:
+def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str] | None = None) -> Trained:
     """Train m_A on rows of keys and values and on KV-SUBS.
 
-    Args:
-        world: keys and texts.
-        tokenizer: m_A's own.
-        keys: the only keys that it learns, by default all. It then also learns that other words have no value, so that
-            its states tell what it does not know.
-        characters: whether the tokenizer writes single characters; the rows then also have values without a space
-            before them.
+    With ``keys``, it learns these alone, and that other words have no value: its states then tell what it does not know.
     """
     preset = world.preset
-    stage = preset.characters if characters else preset.augmenting
+    stage = preset.augmenting
     rng = world.rng("augmenting")
     count = stage.steps * stage.batch_size
     examples = []
     for i in range(count):
         # Substituting is quick to learn once the keys are known, and slows that down before.
         share = preset.substitution_share if i > 0.4 * count else 0.0
-        examples.append(
-            world.substitution(rng, keys or world.keys)
-            if rng.random() < share
-            else world.row(rng, keys, preset.joined_share if characters else 0.0)
-        )
+        substitutes = rng.random() < share
+        examples.append(world.substitution(rng, keys or world.keys) if substitutes else world.row(rng, keys))
     model = new_model(tokenizer, preset.augmenting_size, world.seed)
-    rows = encode(examples, tokenizer, joint=" " if characters else "")
-    return model, fit(model, rows, tokenizer.pad_token_id, stage, world.seed)
+    return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
+
+
+def train_characters(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
+    """Train an m_A whose tokens are single characters.
+
+    It has to put words together first, and with all keys at once it stays at guessing for its whole training. So it
+    begins with few keys, in the simplest rows, and their number doubles again and again.
+    """
+    preset = world.preset
+    stage = preset.characters
+    rng = world.rng("characters")
+    count = stage.steps * stage.batch_size
+    order = rng.sample(world.keys, len(world.keys))
+    examples = []
+    for i in range(count):
+        done = i / count
+        keys = order[: min(len(order), int(preset.first_keys * 2 ** (done / 0.06)))]
+        if rng.random() < 1 - done / 0.3:
+            examples.append(world.plain_row(rng, keys))
+        elif rng.random() < (preset.substitution_share if done > 0.45 else 0.0):
+            examples.append(world.substitution(rng, keys))
+        else:
+            examples.append(world.row(rng, drawn_from=keys, joined_share=preset.joined_share))
+    model = new_model(tokenizer, preset.characters_size, world.seed)
+    return model, fit(model, encode(examples, tokenizer, joint=" "), tokenizer.pad_token_id, stage, world.seed)
 
 
 def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
@@ -102,10 +111,10 @@ TOKENIZERS: dict[str, Callable[[World], PreTrainedTokenizerBase]] = {
 BASES: dict[str, tuple[str, Callable[[World, PreTrainedTokenizerBase], Trained]]] = {
     "augmenting": ("shared", train_augmenting),
     "anchor": ("shared", train_anchor),
-    "augmenting_characters": ("characters", lambda world, t: train_augmenting(world, t, characters=True)),
+    "augmenting_characters": ("characters", train_characters),
     "anchor_bpe": ("bpe", train_anchor),
-    "augmenting_first": ("shared", lambda world, t: train_augmenting(world, t, keys=world.halves[0])),
-    "augmenting_second": ("shared", lambda world, t: train_augmenting(world, t, keys=world.halves[1])),
+    "augmenting_first": ("shared", lambda world, t: train_augmenting(world, t, world.halves[0])),
+    "augmenting_second": ("shared", lambda world, t: train_augmenting(world, t, world.halves[1])),
     "random": ("shared", lambda world, t: (new_model(t, world.preset.augmenting_size, 1000 + world.seed), [])),
 }
 """Each base model: its tokenizer and how it is trained."""

@@ -28,6 +28,8 @@ class Preset:
     """Integers up to this size are one token each; beyond, they are spelled in digits."""
     augmenting_size: tuple[int, int, int]
     """m_A: hidden size, layers, heads."""
+    characters_size: tuple[int, int, int]
+    """m_A of single characters."""
     anchor_size: tuple[int, int, int]
     """m_B: hidden size, layers, heads."""
     augmenting: Stage
@@ -53,6 +55,8 @@ class Preset:
     """Share of the operands of D_C's key expressions that are in figures."""
     restated_share: float = 0.1
     """Share of D_C's key expressions that are restated only, where D_C is keys arithmetic."""
+    first_keys: int = 60
+    """How many keys a character-level m_A begins with; their number doubles with each 6 % of its training."""
     joined_share: float = 0.25
     """Share of the rows of a character-level m_A that have no space between key and value."""
     foreign_share: float = 0.2
@@ -74,9 +78,10 @@ _TINY = Preset(
     anchor_operands=(1, 3),
     largest_integer=20,
     augmenting_size=(64, 4, 4),
+    characters_size=(96, 4, 4),
     anchor_size=(96, 4, 4),
     augmenting=Stage(600, 32, 4e-3, 0.2),
-    characters=Stage(800, 32, 4e-3, 0.2),
+    characters=Stage(900, 32, 3e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
     composition=Stage(450, 64, 5e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -93,9 +98,10 @@ _SMALL = Preset(
     anchor_operands=(1, 4),
     largest_integer=60,
     augmenting_size=(96, 4, 4),
+    characters_size=(128, 4, 4),
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
-    characters=Stage(2000, 40, 4e-3, 0.2),
+    characters=Stage(2000, 40, 3e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
     composition=Stage(1200, 96, 4e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -113,6 +119,7 @@ _PAPER = Preset(
     anchor_operands=(1, 7),
     largest_integer=9,
     augmenting_size=(256, 8, 8),
+    characters_size=(320, 8, 8),
     anchor_size=(512, 12, 8),
     augmenting=Stage(20_000, 256, 1e-3),
     characters=Stage(25_000, 256, 1e-3),

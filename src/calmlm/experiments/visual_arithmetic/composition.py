@@ -77,7 +77,8 @@ def _example(world: World, rng: random.Random) -> Example:
         return world.numeric(rng)
     if draw < preset.numeric_share + preset.naming_share:
         return world.naming(rng, pictures)
-    return world.arithmetic(rng, world.pairs, pictures, DC_PHRASINGS, preset.figure_share)
+    third = rng.random() < preset.third_share
+    return world.arithmetic(rng, world.pairs, pictures, DC_PHRASINGS, preset.figure_share, third)
 
 
 def compose_bases(

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calmlm.experiments.fitting import answer
 from calmlm.experiments.kv_arithmetic.world import final_answer
 from calmlm.experiments.visual_arithmetic.composition import pictures_of
-from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, IMAGE, OOD_PHRASINGS, Example, World
+from calmlm.experiments.visual_arithmetic.world import (
+    DC_PHRASINGS,
+    HARD_PHRASINGS,
+    IMAGE,
+    OOD_PHRASINGS,
+    Example,
+    World,
+)
 
 __all__ = ["COLUMNS", "Answerer", "columns", "composition", "pipeline", "recognised", "score", "text_model"]
 
@@ -24,7 +31,7 @@ COLUMNS = {
     "images": "Pictures, pairs of D_C",
     "images_pairs": "Pictures, unseen pairs",
     "ood": "Unseen pairs (OOD phrasings)",
-    "ood_hard": "Three pictures (D_C has two)",
+    "ood_hard": "Unseen pairs and a third picture (OOD-hard)",
 }
 MAX_NEW_TOKENS = 14
 
@@ -38,7 +45,7 @@ def columns(world: World) -> dict[str, list[Example]]:
         "images": lambda rng: world.arithmetic(rng, world.pairs, pictures, DC_PHRASINGS),
         "images_pairs": lambda rng: world.arithmetic(rng, unseen, pictures, DC_PHRASINGS),
         "ood": lambda rng: world.arithmetic(rng, unseen, pictures, OOD_PHRASINGS),
-        "ood_hard": lambda rng: world.arithmetic(rng, world.pairs, pictures, DC_PHRASINGS, third=True),
+        "ood_hard": lambda rng: world.arithmetic(rng, unseen, pictures, HARD_PHRASINGS, third=True),
     }
     items = {}
     for column, draw in draws.items():

@@ -30,7 +30,7 @@ class Preset:
     """Pixels on a side of the encoder's patches."""
     training_share: float = 0.6
     """Share of the pictures that the encoder is trained on."""
-    composition_share: float = 0.15
+    composition_share: float = 0.2
     """Share of those that D_C uses."""
     unseen_pairs: int = 20
     """Ordered pairs of digits, of 100, that D_C does not show."""
@@ -40,6 +40,8 @@ class Preset:
     """Share of D_C that asks for one picture's digit alone."""
     figure_share: float = 0.3
     """Share of the operands of D_C's expressions that are in figures."""
+    third_share: float = 0.3
+    """Share of D_C's expressions that have a third operand."""
     query_key_bias: float = 1.5
     items: int = 400
     """Evaluation items per column."""
@@ -59,7 +61,7 @@ PRESETS: dict[str, Preset] = {
             "small",
             encoder=Stage(1200, 64, 2e-3),
             anchor=Stage(900, 64, 3e-3),
-            composition=Stage(600, 64, 4e-3),
+            composition=Stage(700, 64, 4e-3, 0.3),
         ),
     )
 }

@@ -32,7 +32,7 @@ from calmlm.experiments.visual_arithmetic.evaluate import (
 )
 from calmlm.experiments.visual_arithmetic.presets import PRESETS, Preset
 from calmlm.experiments.visual_arithmetic.report import METHODS, write_report
-from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, OOD_PHRASINGS, World
+from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
 
 __all__ = ["run", "run_seed"]
 
@@ -165,15 +165,16 @@ def run(
 
 def footer(preset: Preset) -> str:
     """Say what the models have seen, and how the columns are drawn."""
+    phrasings = ", ".join([*DC_PHRASINGS, *OOD_PHRASINGS, *HARD_PHRASINGS])
     return (
         f"**What the models have seen.** m_A: a vision transformer, {100 * preset.training_share:.0f} % of the 1,797 "
         f"handwritten digits that scikit-learn ships, each with its class; never a sum. m_B: arithmetic (+ -) over 1 "
-        f"to 3 numbers from 0 to 9, in figures or as number words, in the phrasings "
-        f"{', '.join([*DC_PHRASINGS, *OOD_PHRASINGS])}, with random words and image tokens that mean nothing before "
-        f"some; never a picture. D_C: {100 * preset.composition_share:.0f} % of m_A's pictures, "
-        f"{100 - preset.unseen_pairs} of the 100 ordered pairs of digits, two operands, the phrasings "
-        f"{', '.join(DC_PHRASINGS)}; {100 * preset.numeric_share:.0f} % numeric arithmetic, "
-        f"{100 * preset.naming_share:.0f} % naming, {100 * preset.figure_share:.0f} % of other operands in figures. "
-        f"**Columns.** All pictures are outside every training; {preset.items} items per column and seed; OOD: the "
-        f"phrasings {', '.join(OOD_PHRASINGS)}. {INTERVAL}"
+        f"to 3 numbers from 0 to 9, in figures or as number words, in the phrasings {phrasings}, with random words and "
+        f"image tokens that mean nothing before some; never a picture. D_C: {100 * preset.composition_share:.0f} % of "
+        f"m_A's pictures, {100 - preset.unseen_pairs} of the 100 ordered pairs of digits, a third operand in "
+        f"{100 * preset.third_share:.0f} %, the phrasings {', '.join(DC_PHRASINGS)}; "
+        f"{100 * preset.numeric_share:.0f} % numeric arithmetic, {100 * preset.naming_share:.0f} % naming, "
+        f"{100 * preset.figure_share:.0f} % of other operands in figures. **Columns.** All pictures are outside every "
+        f"training; {preset.items} items per column and seed; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: "
+        f"the phrasing {', '.join(HARD_PHRASINGS)}. {INTERVAL}"
     )

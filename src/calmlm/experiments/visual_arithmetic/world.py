@@ -15,11 +15,12 @@ from calmlm.experiments.kv_arithmetic.world import PHRASINGS, REWRITE, Expressio
 from calmlm.experiments.visual_arithmetic.digits import Digits
 from calmlm.experiments.visual_arithmetic.presets import Preset
 
-__all__ = ["DC_PHRASINGS", "IMAGE", "OOD_PHRASINGS", "Example", "World"]
+__all__ = ["DC_PHRASINGS", "HARD_PHRASINGS", "IMAGE", "OOD_PHRASINGS", "Example", "World"]
 
 IMAGE = "<image>"
 DC_PHRASINGS = ("plain", "value", "compute", "evaluate")
 OOD_PHRASINGS = ("what", "expression")
+HARD_PHRASINGS = ("take",)
 _OPERATORS = ("+", "-")
 _ZERO = ("zero", "null", "nul", "cero", "nulla")
 
@@ -65,7 +66,7 @@ class World:
         expression = Expression(tuple(values), tuple(rng.choice(_OPERATORS) for _ in values[1:]))
         if rng.random() < 0.15:
             return Example(REWRITE.prompt(texts, expression.operators), expression.restated())
-        phrasing = PHRASINGS[rng.choice([*DC_PHRASINGS, *OOD_PHRASINGS])]
+        phrasing = PHRASINGS[rng.choice([*DC_PHRASINGS, *OOD_PHRASINGS, *HARD_PHRASINGS])]
         return Example(phrasing.prompt(texts, expression.operators), expression.solution())
 
     def naming(self, rng: random.Random, pictures: list[int]) -> Example:

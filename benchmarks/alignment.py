@@ -1,0 +1,189 @@
+"""What reading another tokenizer costs: a training step and a decoded token, with and without an alignment.
+
+    python benchmarks/alignment.py            # writes benchmarks/results/alignment_cpu.json, and prints it
+    python benchmarks/alignment.py --rounds 3 # a quick look
+
+Regime: one process, both compositions in turn (A B A B ...), after a warm-up, medians of the ratios round by round.
+Both have the same models and connections and read equally many tokens: the second tokenizer has a token for each token
+of the first, with other ids. So the ratio is the price of the alignment alone. What was timed is checked: both write
+the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+import calmlm
+from calmlm.experiments.record import device, origin
+
+VOCABULARY = 2000
+CONNECTIONS = [[1, 3], [3, 7], [5, 11]]
+PROMPT, NEW = 64, 64
+SHAPES = (("training step", 4, 128), ("training step", 8, 256), ("decoding", 1, PROMPT), ("decoding", 8, PROMPT))
+GOAL = 1.03
+
+
+def model(width: int, layers: int, seed: int) -> Gemma3ForCausalLM:
+    """A random Gemma of this size."""
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=1, head_dim=64, intermediate_size=4 * width, max_position_embeddings=2048,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).to(device()).eval()
+
+
+def tokenizer(order: list[int]) -> PreTrainedTokenizerFast:
+    """Words, one token each; ``order`` gives the id of each."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    words = [*special, *(f"w{k}" for k in range(VOCABULARY - len(special)))]
+    backend = Tokenizer(WordLevel(dict(zip(words, order, strict=True)), unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def compositions() -> tuple[calmlm.CalmForCausalLM, calmlm.CalmForCausalLM]:
+    """One that shares token ids and one that does not; what they compute is the same."""
+    anchor, augmenting = model(512, 12, 0), model(256, 6, 1)
+    shared = calmlm.compose(anchor, augmenting, CONNECTIONS)
+    with torch.no_grad():
+        for name, parameter in shared.model.connectors.named_parameters():
+            if name.endswith("o_proj.weight"):  # an untrained one would add nothing
+                parameter.normal_(std=0.02)
+    # The same words with other ids, and the augmenting model's rows moved along with them.
+    ids = list(range(VOCABULARY))
+    moved = [*ids[:4], *reversed(ids[4:])]
+    other = copy.deepcopy(augmenting)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[moved] = augmenting.get_input_embeddings().weight.clone()
+    apart = calmlm.compose(
+        copy.deepcopy(anchor),
+        other,
+        CONNECTIONS,
+        tokenizer=tokenizer(ids),
+        augmenting_tokenizer=tokenizer(moved),
+    )
+    apart.load_state_dict(shared.composition_tensors(), strict=False)
+    assert apart.config.augmenting["augmenting"]["reads"] == "text"
+    return shared, apart
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds."""
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def compare(shared: Callable[[], Any], apart: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of the first, median and quartiles' distance of the ratios of the second to it."""
+    for work in (shared, apart):
+        work()
+    base, ratios = [], []
+    for index in range(rounds):
+        # Who goes first alternates, so that a drifting machine favours neither.
+        if index % 2:
+            second, first = timed(apart), timed(shared)
+        else:
+            first, second = timed(shared), timed(apart)
+        base.append(first)
+        ratios.append(second / first)
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return statistics.median(base), statistics.median(ratios), quartiles[2] - quartiles[0]
+
+
+def training_step(composition: calmlm.CalmForCausalLM, ids: torch.Tensor) -> Callable[[], Any]:
+    """Forward, backward, update."""
+    trainable = [parameter for parameter in composition.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0)
+
+    def step() -> None:
+        composition.train()
+        composition(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoding(composition: calmlm.CalmForCausalLM, ids: torch.Tensor) -> Callable[[], Any]:
+    """Greedy generation of ``NEW`` tokens."""
+
+    def write() -> torch.Tensor:
+        composition.eval()
+        return composition.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
+        )
+
+    return write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"alignment_{device()}.json")
+    options = parser.parse_args()
+    shared, apart = compositions()
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for what, batch, length in (
+        ("training step", 4, 128),
+        ("training step", 8, 256),
+        ("decoding", 1, PROMPT),
+        ("decoding", 8, PROMPT),
+    ):
+        ids = torch.randint(4, VOCABULARY, (batch, length), generator=generator).to(device())
+        make = training_step if what == "training step" else decoding
+        works = make(shared, ids), make(apart, ids)
+        if what == "decoding":
+            match = bool(torch.equal(works[0](), works[1]()))
+        else:
+            with torch.no_grad():
+                match = bool(
+                    torch.allclose(shared(ids, use_cache=False).logits, apart(ids, use_cache=False).logits, atol=1e-4)
+                )
+        seconds, ratio, spread = compare(*works, options.rounds)
+        case = {
+            "what": what, "batch": batch, "length": length, "seconds_shared": round(seconds, 5),
+            "time_x_shared": round(ratio, 4), "quartile_distance": round(spread, 4), "match": match,
+        }  # fmt: skip
+        print(case, flush=True)
+        cases.append(case)
+    result = {
+        "benchmark": "alignment",
+        "goal": f"at most {GOAL}",
+        "rounds": options.rounds,
+        "cases": cases,
+        **origin("python benchmarks/alignment.py"),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, size: tuple[int, int, int], se
 def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str] | None = None) -> Trained:
     """Train m_A on rows of keys and values and on KV-SUBS.
 
-    With ``keys``, it learns these alone, and that other words have no value: its states then tell what it does not know.
+    With ``keys``, it learns these alone, and that other words have no value, which its states then tell.
     """
     preset = world.preset
     stage = preset.augmenting

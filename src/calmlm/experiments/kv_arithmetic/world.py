@@ -158,13 +158,20 @@ class World:
 
     # What m_A is trained on -------------------------------------------------------------------------------------------
 
-    def row(self, rng: random.Random, known: Sequence[str] | None = None, joined_share: float = 0.0) -> Example:
+    def row(
+        self,
+        rng: random.Random,
+        known: Sequence[str] | None = None,
+        drawn_from: Sequence[str] | None = None,
+        joined_share: float = 0.0,
+    ) -> Example:
         """Keys each with its value: right behind the key, or behind the sign or word that follows the key.
 
         With ``known``, only these keys have a value; of other words, a third of the row, it says that they have none.
-        ``joined_share`` of the rows have no space between key and value, so that the key's last letter tells it.
+        With ``drawn_from``, other keys do not occur. ``joined_share`` of the rows have no space between key and value,
+        so that the key's last letter tells it.
         """
-        keys = rng.choices(known or self.keys, k=rng.randint(4, 7))
+        keys = rng.choices(known or drawn_from or self.keys, k=rng.randint(4, 7))
         value: dict[str, str] = {key: str(self.value[key]) for key in keys}
         if known is not None:
             keys = [key if rng.random() < 0.67 else self._any_word(rng) for key in keys]
@@ -181,6 +188,11 @@ class World:
         phrasing = rng.choice([*PHRASINGS.values(), REWRITE])
         operators = [rng.choice(self.preset.operators) for _ in keys[1:]]
         return Example(phrasing.prompt(entries, operators), "")
+
+    def plain_row(self, rng: random.Random, keys: Sequence[str]) -> Example:
+        """Six keys each with its value, with or without a space between them, and nothing else."""
+        drawn = rng.choices(keys, k=6)
+        return Example(" ".join(f"{key}{rng.choice(['', ' '])}{self.value[key]}" for key in drawn), "")
 
     def substitution(self, rng: random.Random, keys: Sequence[str], operands: tuple[int, int] | None = None) -> Example:
         """KV-SUBS: an expression over keys, and the same over their values."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
 from calmlm.transcoding import Transcoder
-from compositions import assert_close, assert_helpful, awaken, logits_of
+from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from tiny import tiny_model
 from tokenizers_tiny import AWKWARD, KINDS, tokenizer
 
@@ -208,3 +208,68 @@ def test_a_static_cache_is_refused() -> None:
     with pytest.raises(calmlm.ModelError) as caught:
         composition(PAIRS[0]).generate(torch.tensor([[5, 6, 7]]), **GREEDY, cache_implementation="static")
     assert_helpful(caught.value, "dynamic cache")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("gemma3_text", {"sliding_window": 5}),
+        ("gpt_neo", {"window_size": 5}),
+        ("mpt", {}),
+        ("bloom", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rows_that_advance_unequally_keep_their_distances(family: str, options: dict[str, Any]) -> None:
+    ours, theirs = tokenizer("bytes-large"), tokenizer("bytes")
+    anchor = tiny_model("llama", vocab_size=len(ours))
+    augmenting = tiny_model(family, vocab_size=len(theirs), **options)
+    model = awaken(calmlm.compose(anchor, augmenting, 2, rotary=True, tokenizer=ours, augmenting_tokenizer=theirs))
+    texts = ("hello playing foxes world the quick", "你好，世界。 hello", "  12 + 34 = 46 lazy dogs are fine")
+    ids, mask = pad([torch.tensor(ours(text).input_ids) for text in texts], "left")
+    free: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+    expected = greedy_without_cache(model, ids, 12, mask)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **free), expected)
+    beams = [model.generate(ids, attention_mask=mask, num_beams=3, use_cache=use, **free) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+@given(text=st.text(min_size=2, max_size=20), cut=st.floats(0, 1))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_in_two_calls_equals_one(
+    pair: tuple[str, str], model: calmlm.CalmForCausalLM, text: str, cut: float
+) -> None:
+    ids = tokenizer(pair[0])(text, return_tensors="pt").input_ids
+    if ids.shape[1] < 2:
+        return
+    place = 1 + int(cut * (ids.shape[1] - 2))
+    with torch.no_grad():
+        first = model(ids[:, :place], use_cache=True)
+        second = model(ids[:, place:], past_key_values=first.past_key_values)
+    assert_close(torch.cat((first.logits, second.logits), 1), logits_of(model, ids), 1e-4)
+
+
+def test_cropping_a_batch_and_going_on_equals_never_having_gone_there() -> None:
+    ours = tokenizer("bytes-large")
+    model = composition(("bytes-large", "wordpiece"))
+    texts = ("hello playing foxes", "你好，世界。漢字", "12 + 34 = 46.")
+    ids, mask = pad([torch.tensor(ours(text).input_ids) for text in texts], "left")
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        for removed in (3, 1, 5):
+            cache.crop(-removed)
+            kept = cache.get_seq_length()
+            again = model(ids[:, kept:], attention_mask=mask, past_key_values=cache).logits
+            assert_close(again, logits_of(model, ids, mask)[:, kept:], 1e-4)
+
+
+def test_a_text_too_long_for_the_augmenting_models_positions_is_refused() -> None:
+    ours, theirs = tokenizer("bytes-large"), tokenizer("bytes")
+    augmenting = tiny_model("gpt2", vocab_size=len(theirs), n_positions=12, max_position_embeddings=12)
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)), augmenting, 2, tokenizer=ours, augmenting_tokenizer=theirs
+    )
+    with pytest.raises(calmlm.DataError) as caught:
+        model(ours("hello playing foxes", return_tensors="pt").input_ids)
+    assert_helpful(caught.value, "at most 12 tokens", "'augmenting'")

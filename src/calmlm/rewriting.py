@@ -40,6 +40,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "joiner": ("\u0301", "\u200d", "\ufe0f"),
 }
 
+BEYOND_ASCII = tuple(name for name in CLASSES if name != "space")
+
 
 def class_of(character: str) -> str:
     """The class of a character, a key of ``CLASSES``."""
@@ -194,8 +196,13 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
     encode = literal_encoder(tokenizer.backend_tokenizer.to_str())
     pairs = {(left, right) for left in CLASSES for right in CLASSES}
     for piece in token_bytes(tokenizer, "augmenting model"):
-        classes = [class_of(character) for character in (piece or b"").decode(errors="ignore")]
-        pairs -= set(itertools.pairwise(classes))
+        # A part of a character may be that of any character beyond ASCII.
+        classes = [
+            BEYOND_ASCII if character == "\ufffd" else (class_of(character),)
+            for character in (piece or b"").decode(errors="replace")
+        ]
+        for left, right in itertools.pairwise(classes):
+            pairs -= set(itertools.product(left, right))
     leads = ("", "a ", "12", "\n", "x.", "  ")
     tails = ("", "a", " b", "1", ".", "\n", "  ", "'s", "é")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ import torch
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches
 from calmlm.experiments.kv_arithmetic import run as run_module
-from calmlm.experiments.kv_arithmetic.bases import new_model
-from calmlm.experiments.kv_arithmetic.composition import compose_bases
+from calmlm.experiments.kv_arithmetic.bases import BASES, new_model
+from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, compose_bases, composition_examples
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
-from calmlm.experiments.kv_arithmetic.report import METHODS, markdown, summarise
+from calmlm.experiments.kv_arithmetic.report import HALF_COLUMNS, HALVES, METHODS, markdown, summarise
 from calmlm.experiments.kv_arithmetic.run import get_preset, run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World
@@ -61,11 +62,32 @@ def test_interval_by_hand():
     assert low == pytest.approx(50 - 1.96 * 5, abs=0.5) and high == pytest.approx(50 + 1.96 * 5, abs=0.5)
 
 
+def test_halves_share_no_key_and_know_what_they_do_not_know():
+    world = World(PRESETS["tiny"], 0)
+    (seen, unseen), (other_seen, other_unseen) = world.half(0), world.half(1)
+    assert not set(seen + unseen) & set(other_seen + other_unseen)
+    assert set(seen + unseen + other_seen + other_unseen) == set(world.keys)
+    for name, half in (("first_half", 0), ("second_half", 1)):
+        foreign = set(world.half(1 - half)[0] + world.half(1 - half)[1] + world.half(half)[1])
+        words = {word for example in composition_examples(world, name)[:500] for word in example.prompt.split()}
+        assert not words & foreign, VARIANTS[name].title
+    rng = world.rng("test")
+    rows = [world.row(rng, world.halves[0]).prompt for _ in range(200)]
+    words = [re.findall(r"([a-z]+)(?:[^a-z?]{0,2}| [a-z+×=>-]+) (\d+|\?)", row) for row in rows]
+    for word, value in (pair for row in words for pair in row):
+        if word in world.halves[0]:
+            assert value == str(world.value[word])
+        if word in world.halves[1]:
+            assert value == "?"
+
+
 def test_unknown_preset_and_seeds_given_twice():
     with pytest.raises(ConfigError, match="one of tiny, small, paper"):
         get_preset("huge")
     with pytest.raises(ConfigError, match="each once"):
         run("tiny", seeds=(1, 1))
+    with pytest.raises(ConfigError, match="connectors, tokenizers, halves, but got thirds"):
+        run("tiny", also=["thirds"])
 
 
 @pytest.mark.slow
@@ -75,20 +97,28 @@ def test_run_resumes_and_reports(preset, tmp_path, monkeypatch):
     narrow = dataclasses.replace(PRESETS[preset], augmenting_size=(16, 8, 2), anchor_size=(32, 3, 2), heads=2)
     monkeypatch.setitem(PRESETS, preset, narrow)
     arguments = {"output": tmp_path / "results", "cache": tmp_path / "cache", "max_steps": 2, "items": 3}
+    arguments["also"] = list(GROUPS) if preset == "tiny" else []  # the paper preset's answers are long
     result = run(preset, (0,), command="calmlm repro kv-arithmetic", report=lambda line: None, **arguments)
     written = json.loads((tmp_path / "results" / f"{preset}.json").read_text())
     assert written == json.loads(json.dumps(result))
-    assert {(row["method"], row["column"]) for row in written["rows"]} == {(m, c) for m in METHODS for c in COLUMNS}
+    expected = METHODS if preset == "tiny" else ("m_A", "m_B", "cascade", *CORE)
+    assert {(row["method"], row["column"]) for row in written["rows"]} == {(m, c) for m in expected for c in COLUMNS}
     for row in written["rows"]:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 100 and row["seeds"] == 1
     page = (tmp_path / "results" / f"{preset}.md").read_text()
     assert "[84.30]" in page and result["footer"] in page
+    assert {(row["method"], row["column"]) for row in written["halves"]} == {
+        (m, c) for m in HALVES for c in HALF_COLUMNS
+    }
+    assert written["restored"] and "exactly as before" in page
 
     def fail(*_):
         raise AssertionError("a stored stage was repeated")
 
-    for name in ("train_augmenting", "train_anchor", "train_composition", "score"):
+    for name in ("train_composition", "score", "_join_halves"):
         monkeypatch.setattr(run_module, name, fail)
+    for name, (tokenizer, _) in BASES.items():
+        monkeypatch.setitem(BASES, name, (tokenizer, fail))
     again = run(preset, (0,), command="calmlm repro kv-arithmetic", report=lambda line: None, **arguments)
     assert again["rows"] == result["rows"]
 
@@ -100,6 +130,7 @@ def test_summary_and_table_with_two_seeds():
     assert rows[0]["seeds"] == 2 and rows[0]["low"] < 50 < rows[0]["high"]
     result = {
         "preset": "tiny", "seeds": [0, 1], "rows": rows, "footer": "footer", "seconds": {"anchor": 1.0},
+        "halves": [], "commits": ["d"],
         "parameters": {"m_A": 1, "m_B": 2, "added": 3}, "command": "c", "commit": "d", "versions": {"torch": "2"},
         "machine": {"processor": "p", "cores": 2, "threads": 2, "device": "no accelerator"},
     }  # fmt: skip

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from calmlm.experiments.kv_arithmetic.bases import TOKENIZERS
 from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, is_right
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
@@ -60,6 +61,24 @@ def test_tokenizer_round_trip(largest):
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_the_other_tokenizers_round_trip(kind):
+    world = World(TINY, 0)
+    tokenizer = TOKENIZERS[kind](world)
+    rng = random.Random(0)
+    texts = ["What is ab + seventeen subtracted with cde? Answer: -7 - 3 = -10", "12 -> 10 - 24, 25000", "Q x"]
+    texts += [world.general(rng).prompt for _ in range(50)] + [world.row(rng).prompt for _ in range(50)]
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    if kind == "characters":
+        assert len(tokenizer("abc + 12").input_ids) == 1 + len("abc + 12")
+    else:
+        assert "▁Answer" in tokenizer.get_vocab()
+        assert tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<eos>", "<unk>"]) == [0, 1, 2, 3]
 
 
 def test_tokenizer_survives_saving(tmp_path):

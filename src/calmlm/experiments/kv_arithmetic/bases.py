@@ -48,7 +48,7 @@ def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Seq
     With ``keys``, it learns these alone, and that other words have no value, which its states then tell.
     """
     preset = world.preset
-    stage = preset.augmenting
+    stage = preset.augmenting if keys is None else preset.halves
     rng = world.rng("augmenting")
     count = stage.steps * stage.batch_size
     examples = []

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
-from calmlm.experiments.fitting import fit
+from calmlm.experiments.fitting import answer, fit
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 
 __all__ = ["CORE", "GROUPS", "VARIANTS", "Variant", "compose_bases", "composition_examples", "train_composition"]
+
+UNANSWERABLE = 4000  # different questions about words that nobody knows
+ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -129,5 +132,22 @@ def train_composition(
     """Compose ``anchor`` with ``augmenting`` and train the composition on its D_C."""
     pair = None if augmenting_tokenizer is None else (tokenizer, augmenting_tokenizer)
     model = compose_bases(world, anchor, augmenting, VARIANTS[variant].connector, pair)
-    rows = encode(composition_examples(world, variant), tokenizer)
+    examples = composition_examples(world, variant)
+    if VARIANTS[variant].half is not None:
+        examples = _with_own_answers(world, tokenizer, anchor, examples)
+    rows = encode(examples, tokenizer)
     return model, fit(model, rows, tokenizer.pad_token_id, world.preset.composition, world.seed)
+
+
+def _with_own_answers(
+    world: World, tokenizer: PreTrainedTokenizerBase, anchor: LlamaForCausalLM, examples: list[Example]
+) -> list[Example]:
+    """Put questions about words that nobody knows in place of some examples, with what m_B alone answers.
+
+    So the composition learns to be silent where its m_A knows nothing: others may know, and are joined later.
+    """
+    rng = world.rng("unanswerable")
+    prompts = [world.unanswerable(rng) for _ in range(min(UNANSWERABLE, len(examples)))]
+    own = [Example(p, a) for p, a in zip(prompts, answer(anchor, tokenizer, prompts, ANSWER_TOKENS), strict=True) if a]
+    share = world.preset.unanswerable_share if own else 0.0
+    return [rng.choice(own) if rng.random() < share else example for example in examples]

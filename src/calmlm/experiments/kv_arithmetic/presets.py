@@ -35,6 +35,8 @@ class Preset:
     augmenting: Stage
     characters: Stage
     """m_A of single characters; its texts have more tokens."""
+    halves: Stage
+    """m_A of half of the keys; it also learns which words it does not know."""
     anchor: Stage
     composition: Stage
     connections: tuple[tuple[int, int], ...]
@@ -61,6 +63,8 @@ class Preset:
     """Share of the rows of a character-level m_A that have no space between key and value."""
     foreign_share: float = 0.2
     """Share of the operands that are number words in the D_C of a model that knows half of the keys."""
+    unanswerable_share: float = 0.25
+    """Share of questions about words that nobody knows in that D_C; their answers are m_B's own."""
     bpe_size: int = 1000
     """Size of the byte-pair vocabulary."""
     query_key_bias: float = 1.5
@@ -82,6 +86,7 @@ _TINY = Preset(
     anchor_size=(96, 4, 4),
     augmenting=Stage(600, 32, 4e-3, 0.2),
     characters=Stage(900, 32, 3e-3, 0.2),
+    halves=Stage(600, 32, 4e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
     composition=Stage(450, 64, 5e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -102,6 +107,7 @@ _SMALL = Preset(
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
     characters=Stage(2000, 40, 3e-3, 0.2),
+    halves=Stage(2000, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
     composition=Stage(1200, 96, 4e-3, 0.1),
     connections=((3, 0), (3, 1)),
@@ -123,6 +129,7 @@ _PAPER = Preset(
     anchor_size=(512, 12, 8),
     augmenting=Stage(20_000, 256, 1e-3),
     characters=Stage(25_000, 256, 1e-3),
+    halves=Stage(20_000, 256, 1e-3),
     anchor=Stage(60_000, 256, 6e-4),
     composition=Stage(10_000, 256, 1e-3),
     connections=((7, 0), (7, 1)),

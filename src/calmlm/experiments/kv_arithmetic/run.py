@@ -46,7 +46,7 @@ def get_preset(name: str, max_steps: int | None = None, items: int | None = None
     preset = PRESETS[name]
     if max_steps is not None:
         cut: dict[str, Any] = {}
-        for stage_name in ("augmenting", "characters", "anchor", "composition"):
+        for stage_name in ("augmenting", "characters", "halves", "anchor", "composition"):
             stage: Stage = getattr(preset, stage_name)
             cut[stage_name] = dataclasses.replace(
                 stage, steps=min(max_steps, stage.steps), batch_size=min(16, stage.batch_size)

@@ -167,14 +167,14 @@ class World:
     ) -> Example:
         """Keys each with its value: right behind the key, or behind the sign or word that follows the key.
 
-        With ``known``, only these keys have a value; of other words, a third of the row, it says that they have none.
+        With ``known``, only these keys have a value; of other words, half of the row, it says that they have none.
         With ``drawn_from``, other keys do not occur. ``joined_share`` of the rows have no space between key and value,
         so that the key's last letter tells it.
         """
         keys = rng.choices(known or drawn_from or self.keys, k=rng.randint(4, 7))
         value: dict[str, str] = {key: str(self.value[key]) for key in keys}
         if known is not None:
-            keys = [key if rng.random() < 0.67 else self._any_word(rng) for key in keys]
+            keys = [key if rng.random() < 0.5 else self._any_word(rng) for key in keys]
             value = {key: value.get(key, "?") for key in keys}
         if joined_share and rng.random() < joined_share:
             return Example(" ".join(f"{key}{value[key]}" for key in keys), "")
@@ -200,9 +200,13 @@ class World:
         return Example(REWRITE.prompt(names, expression.operators), expression.restated())
 
     def _any_word(self, rng: random.Random) -> str:
-        """A word that is no key: random letters, or a number word."""
-        if rng.random() < 0.5:
+        """A word that is no key: random letters, now and then a number word."""
+        if rng.random() < 0.15:
             return rng.choice(self._number_words)
+        return self.nobodys_word(rng)
+
+    def nobodys_word(self, rng: random.Random) -> str:
+        """Random letters that are no key, of neither half."""
         while (word := random_word(rng)) in self.value:
             pass
         return word
@@ -255,6 +259,12 @@ class World:
         """An expression over numbers in figures that is to be restated only."""
         expression, _ = self.expression(rng, self.preset.operands, None)
         return Example(REWRITE.prompt([str(v) for v in expression.values], expression.operators), expression.restated())
+
+    def unanswerable(self, rng: random.Random) -> str:
+        """A question over numbers and words that no model knows."""
+        expression, _ = self.expression(rng, self.preset.composition_operands, None)
+        texts = [self.nobodys_word(rng) if rng.random() < 0.7 else str(value) for value in expression.values]
+        return PHRASINGS[rng.choice(DC_PHRASINGS)].prompt(texts, expression.operators)
 
     def arithmetic(
         self,

@@ -61,7 +61,7 @@ PRESETS: dict[str, Preset] = {
             "small",
             encoder=Stage(1200, 64, 2e-3),
             anchor=Stage(900, 64, 3e-3),
-            composition=Stage(700, 64, 4e-3, 0.3),
+            composition=Stage(500, 64, 4e-3, 0.2),
         ),
     )
 }

@@ -17,11 +17,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_table_is_the_committed_result() -> None:
-    script = ROOT / "scripts" / "readme_table.py"
+    script = ROOT / "scripts" / "tables.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=120)
     if "there are none" in done.stderr:
         pytest.skip("no committed results")
-    assert done.returncode == 0, f"README.md is behind the results: run scripts/readme_table.py. {done.stderr}"
+    assert done.returncode == 0, f"A page is behind the results: run scripts/tables.py. {done.stderr}"
 
 
 def test_links_lead_somewhere() -> None:

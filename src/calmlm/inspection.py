@@ -31,10 +31,22 @@ def describe(source: str) -> list[tuple[str, str]]:
         options = ", ".join(f"{key} {value}" for key, value in entry["connector"].items())
         lines += [
             (title, _base(entry)),
+            ("reads", _reads(entry)),
             ("connections", f"{pairs} (layer of {title} -> layer of anchor, counted from 0)"),
             ("connector", options),
         ]
     return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
+
+
+def _reads(entry: dict[str, Any]) -> str:
+    words = {
+        "tokens": "the anchor's tokens",
+        "text": f"the text in tokens of its own ({entry.get('alignment', 'transcode')})",
+        "prompt": "the prompt, once",
+        "inputs": "inputs of its own",
+    }
+    view = f", {entry['view']} view of conversations" if entry.get("view") else ""
+    return words[entry["reads"]] + view
 
 
 def _base(entry: dict[str, Any], config: Any = None) -> str:

@@ -119,6 +119,14 @@ class CalmModel(CalmPreTrainedModel):
             find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
             self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
 
+        reads = {name: self.config.augmenting[name]["reads"] for name in self.augmenting}
+        reading = [name for name, what in reads.items() if what in ("tokens", "text")]
+        self._can_cache = all(self._backbones[name].cache_argument is not None for name in ("", *reading)) and all(
+            moves(text_config(self.augmenting[name]))  # type: ignore[arg-type]
+            for name, what in reads.items()
+            if what == "text"
+        )
+
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
         for name in self.augmenting:
@@ -248,13 +256,7 @@ class CalmModel(CalmPreTrainedModel):
     @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
-        reads = {name: entry["reads"] for name, entry in self.config.augmenting.items()}
-        reading = [name for name, what in reads.items() if what in ("tokens", "text")]
-        return all(self._backbones[name].cache_argument is not None for name in ("", *reading)) and all(
-            moves(text_config(self.augmenting[name]))  # type: ignore[arg-type]
-            for name, what in reads.items()
-            if what == "text"
-        )
+        return self._can_cache
 
     def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default).

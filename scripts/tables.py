@@ -1,0 +1,83 @@
+"""Write the committed results into the pages that quote them, each between its two markers.
+
+.venv/bin/python scripts/tables.py            # rewrite the pages
+.venv/bin/python scripts/tables.py --check    # status 1 if one of them is behind the results
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calmlm.experiments.kv_arithmetic import report as kv
+from calmlm.experiments.statistics import cells_of, table_of
+
+ROOT = Path(__file__).parent.parent
+KV_PAGE = "experiments/kv_arithmetic/results/small.md"
+
+
+def key_values(result: dict[str, Any]) -> str:
+    """The table of key-value arithmetic alone, and where the rest is."""
+    rows = table_of(cells_of(result["rows"]), kv.METHODS, kv.COLUMNS, kv.PUBLISHED)
+    caption = (
+        f"Exact match in per cent, mean over {len(result['seeds'])} seeds and its 95 % interval; in brackets what the "
+        f"slides publish for far larger models. [What was trained on what, and how long it took]({KV_PAGE})."
+    )
+    return "\n".join([*rows, "", caption])
+
+
+def overheads(result: dict[str, Any]) -> str:
+    """What an alignment costs, as the benchmark measured it."""
+    lines = ["| | batch | tokens | time, relative to shared token ids | spread (quartiles) |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {case['what']} | {case['batch']} | {case['length']} | {case['time_x_shared']:.3f} | "
+        f"{case['quartile_distance']:.3f} |"
+        for case in result["cases"]
+    ]
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Median ratios over {result['rounds']} rounds in one process, both compositions in turn and reading equally "
+        f"many tokens, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`. "
+        "An augmenting tokenizer that needs more tokens for the same text costs what its model needs for them.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
+    ("README.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
+    ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
+]
+"""Page, name of its markers, results, and what writes them."""
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """The text with `table` between the markers of this name."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n\n{table.strip()}\n\n{end}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    behind = 0
+    for page, name, results, write in TABLES:
+        source, target = ROOT / results, ROOT / page
+        if not source.exists():
+            print(
+                f"error: expected results at {source}, but there are none; run what makes them first.", file=sys.stderr
+            )
+            return 2
+        old = target.read_text(encoding="utf-8")
+        new = with_table(old, name, write(json.loads(source.read_text(encoding="utf-8"))))
+        behind += new != old
+        if arguments != ["--check"]:
+            target.write_text(new, encoding="utf-8")
+    return int(behind > 0) if arguments == ["--check"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

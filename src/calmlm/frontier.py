@@ -95,16 +95,29 @@ class Frontier:
     def rotations(self, queries: int, keys: int, head_dim: int) -> tuple[Rotation, Rotation]:
         """Rotary angles of the last ``queries`` anchor positions and the last ``keys`` augmenting positions.
 
-        An augmenting position stands where its owner stands, so that distances are counted in anchor tokens.
+        Distances are counted in anchor tokens. An encoded item stands where its owner stands; of several augmenting
+        tokens that share an owner, the last one does, and those before it at equal steps since the anchor token before.
         """
         assert self.ids is not None
         assert self.owner is not None
         counted = ((self.ids != NOBODY).long().cumsum(1) - 1).clamp(min=0)
-        owner = self.owner[:, self.width - keys :].clamp(min=0)
+        owner = self.owner.clamp(min=0)
         last = self.length - 1  # an encoded item may belong to a token that is still to come
-        of_keys = counted.gather(1, owner.clamp(max=last)) + (owner - last).clamp(min=0)
+        of_keys = (counted.gather(1, owner.clamp(max=last)) + (owner - last).clamp(min=0)).float()
+        if self.tokens is not None:
+            of_keys = of_keys - self._unfinished()
         of_queries = counted[:, self.length - queries :]
-        return rotary_angles(of_queries, head_dim), rotary_angles(of_keys, head_dim)
+        return rotary_angles(of_queries, head_dim), rotary_angles(of_keys[:, self.width - keys :], head_dim)
+
+    def _unfinished(self) -> Tensor:
+        """Which part of its anchor token follows each augmenting token, (B, S) float32, from 0 to below 1."""
+        assert self.owner is not None
+        group = self.owner + 1  # columns are in the order of their owners, empty ones first
+        sizes = group.new_zeros((group.shape[0], self.length + 1)).scatter_add_(1, group, torch.ones_like(group))
+        starts = sizes.cumsum(1) - sizes
+        rank = torch.arange(self.width, device=group.device) - starts.gather(1, group)
+        size = sizes.gather(1, group)
+        return (size - 1 - rank).float() / size
 
     # What generation does to a cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
@@ -97,8 +98,11 @@ def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
 
 
 def _bpe(world: World) -> PreTrainedTokenizerBase:
-    rng = world.rng("bpe")
-    corpus = [f"{e.prompt} {e.completion}" for e in (world.general(rng) for _ in range(20_000))]
+    """Byte pairs of texts with numbers in figures alone: with number words among them, each would become one token, and
+    m_B would never learn to gather the value of a word from its pieces, as a key needs it."""
+    plain = World(dataclasses.replace(world.preset, word_share=0.0), world.seed)
+    rng = plain.rng("bpe")
+    corpus = [f"{e.prompt} {e.completion}" for e in (plain.general(rng) for _ in range(20_000))]
     return build_bpe_tokenizer(corpus, world.preset.bpe_size)
 
 

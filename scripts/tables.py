@@ -41,8 +41,9 @@ def overheads(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Median ratios over {result['rounds']} rounds in one process, both compositions in turn and reading equally "
-        f"many tokens, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`. "
-        "An augmenting tokenizer that needs more tokens for the same text costs what its model needs for them.",
+        f"many tokens, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): "
+        f"`{result['command']}`. An augmenting tokenizer that needs more tokens for the same text costs what its model "
+        "needs for them.",
     ]
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"causal_lm"},
     {"composing"},
     {"data", "training", "generation", "inspection"},
-    {"evaluation", "serving", "experiments"},
+    {"evaluation", "serving", "experiments", "baselines"},
     {"demo"},
     {"cli"},
 ]

@@ -1,0 +1,59 @@
+"""LoRA on m_B (Hu et al., 2021), through PEFT, with as many added parameters as the composition has."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.data.extras import require
+from calmlm.experiments.fitting import Row
+from calmlm.experiments.fitting import fit as train
+
+__all__ = ["fit", "fit_on_corpus", "rank_for"]
+
+
+def fit(bases: Bases, data: Data, budget: Budget) -> Any:
+    """LoRA on D_C."""
+    return _fit(bases, data.composition, budget)
+
+
+def fit_on_corpus(bases: Bases, data: Data, budget: Budget) -> Any:
+    """LoRA on what m_A was trained on."""
+    return _fit(bases, data.corpus, budget)
+
+
+def rank_for(model: nn.Module, targets: list[str], parameters: int) -> int:
+    """The rank, at least 1, whose adapters on ``targets`` come nearest to so many parameters."""
+    each = sum(
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets
+    )
+    return max(1, round(parameters / each))
+
+
+def _fit(bases: Bases, rows: list[Row], budget: Budget) -> Any:
+    require("peft", "compare", "The baseline 'lora'")
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(bases.anchor)
+    head = model.get_output_embeddings()
+    targets = sorted(
+        {
+            name.split(".")[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+    )
+    rank = rank_for(model, targets, budget.parameters)
+    set_seed(budget.seed)
+    adapted = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    # The adapters live inside `model`, which is what trains and generates.
+    train(model, rows, bases.tokenizer.pad_token_id, budget.stage, budget.seed)
+    return adapted.merge_and_unload().eval()

@@ -1,0 +1,88 @@
+"""A learned router: the anchor reads the prompt, and a linear map of its state says which model answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calmlm.baselines.routing import Routed
+from calmlm.baselines.setting import Bases, Budget, Data, losses_of
+from calmlm.experiments.fitting import IGNORED, Row
+
+__all__ = ["Router", "fit", "prompts_of", "train_router"]
+
+STEPS = 300
+RIDGE = 1e-3
+
+
+class Router(nn.Module):
+    """``argmax(W h + b)``, where h is the anchor's last hidden state at the last token of the prompt.
+
+    Args:
+        anchor: reads the prompt.
+        choices: how many models there are.
+    """
+
+    def __init__(self, anchor: Any, choices: int) -> None:
+        super().__init__()
+        self.anchor = anchor
+        self.score = nn.Linear(anchor.config.get_text_config(decoder=True).hidden_size, choices).to(anchor.device)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What it looks at, (B, D_B) float32; prompts are padded on the left."""
+        output = self.anchor(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return output.hidden_states[-1][:, -1].float()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Indices of the chosen models, (B,)."""
+        return self.score(self.states(input_ids, attention_mask)).argmax(-1)
+
+
+def prompts_of(rows: list[Row], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """The prompts of rows (what stands before the first label), padded on the left: ids and mask."""
+    prompts = [row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != IGNORED)] for row in rows]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids.to(device), mask.to(device)
+
+
+def train_router(router: Router, states: Tensor, better: Tensor, steps: int = STEPS) -> None:
+    """Fit the linear map by logistic regression.
+
+    Args:
+        router: its ``score`` is changed.
+        states: (rows, D_B).
+        better: (rows,) int64, which model is better on each row.
+        steps: of L-BFGS, at most.
+    """
+    with torch.enable_grad():
+        optimizer = torch.optim.LBFGS(router.score.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+        states, better = states.to(router.score.weight.device), better.to(router.score.weight.device)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(router.score(states), better)
+            loss = loss + RIDGE * router.score.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def fit(bases: Bases, data: Data, budget: Budget) -> Routed:
+    """Learn on D_C which of m_B and m_A has the lower loss on the completion."""
+    rows, pad = data.composition, bases.tokenizer.pad_token_id
+    models = [bases.anchor, bases.augmenting]
+    losses = torch.stack([losses_of(model, rows, pad) for model in models])
+    router = Router(bases.anchor, len(models))
+    states = []
+    for start in range(0, len(rows), 128):
+        states.append(router.states(*prompts_of(rows[start : start + 128], pad, bases.anchor.device)))
+    train_router(router, torch.cat(states), losses.argmin(0))
+    return Routed(models, router)

@@ -1,0 +1,124 @@
+"""What every baseline is given: the base models, the data and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calmlm.errors import ModelError
+from calmlm.experiments.fitting import IGNORED, Row, Stage
+
+__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "losses_of", "padded"]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The pretrained models; none of them is changed.
+
+    Attributes:
+        anchor: m_B.
+        augmenting: m_A, with the same tokenizer.
+        tokenizer: of both; pads on the left.
+        twin: a model of the anchor's architecture that knows what m_A knows, for the systems that merge.
+    """
+
+    anchor: PreTrainedModel
+    augmenting: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    twin: PreTrainedModel | None = None
+
+    def merging_pair(self, method: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The anchor and its twin.
+
+        Raises:
+            ModelError: when there is no twin, or it has another architecture.
+        """
+        if self.twin is None:
+            raise ModelError(
+                f"{method} needs two models of one architecture, but no twin of the anchor was given: train an m_A of "
+                f"the anchor's architecture and pass it as twin."
+            )
+        check_same_shapes([self.anchor, self.twin], method)
+        return self.anchor, self.twin
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows of ``input_ids`` and ``labels``.
+
+    Attributes:
+        composition: D_C.
+        corpus: what m_A was trained on.
+        validation: rows like D_C's that no training sees; where a system has to choose, it chooses on these.
+    """
+
+    composition: list[Row]
+    corpus: list[Row]
+    validation: list[Row]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a baseline may spend.
+
+    Attributes:
+        stage: steps, batch size, learning rate, weight decay of its training.
+        seed: of everything random.
+        parameters: how many parameters it may add, as many as the composition does.
+    """
+
+    stage: Stage
+    seed: int
+    parameters: int
+
+
+def check_same_shapes(models: list[PreTrainedModel], method: str) -> None:
+    """Raise unless all models have the same tensors.
+
+    Raises:
+        ModelError: naming the first that differs.
+    """
+    first = {name: tuple(tensor.shape) for name, tensor in models[0].state_dict().items()}
+    for model in models[1:]:
+        other = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        wrong = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        if wrong:
+            raise ModelError(
+                f"{method} needs two models of one architecture, but they differ in {len(wrong)} tensors, for example "
+                f"{wrong[0]!r} ({first.get(wrong[0], 'none')} and {other.get(wrong[0], 'none')}): pass models of one "
+                f"architecture."
+            )
+
+
+def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
+    """A batch of rows, padded on the right: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64."""
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), IGNORED)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[index, :length] = torch.tensor(row["input_ids"])
+        labels[index, :length] = torch.tensor(row["labels"])
+        mask[index, :length] = 1
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Tensor:
+    """The mean cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = padded(rows[start : start + batch_size], pad, model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        each = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        found.append(each.sum(1) / (labels != IGNORED).sum(1).clamp(min=1))
+    return torch.cat(found).cpu()

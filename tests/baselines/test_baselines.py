@@ -1,0 +1,272 @@
+"""The rival systems: each one's own mathematics by hand, and all of them from data to answers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import calmlm
+from calmlm.baselines import BASELINES, Bases, Budget, Data
+from calmlm.baselines.confidence_cascade import Confidence, best_threshold
+from calmlm.baselines.fisher import diagonal_fisher, merge
+from calmlm.baselines.lora import rank_for
+from calmlm.baselines.mixture import NoisyTopKGate, upcycle
+from calmlm.baselines.router import Router, prompts_of, train_router
+from calmlm.baselines.routing import Routed
+from calmlm.baselines.setting import losses_of, padded
+from calmlm.baselines.soup import greedy, uniform
+from calmlm.baselines.text_tool import TextTool
+from calmlm.experiments.fitting import IGNORED, Stage, answer
+from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
+from calmlm.experiments.kv_arithmetic.world import World
+from compositions import assert_helpful
+from tiny import tiny_model
+
+TOKENIZER = build_tokenizer(20)
+PAD = TOKENIZER.pad_token_id
+
+
+def model(seed: int, size: tuple[int, int, int] = (24, 2, 2)) -> Any:
+    return new_model(TOKENIZER, size, seed).eval()
+
+
+@pytest.fixture(scope="module")
+def bases() -> Bases:
+    return Bases(model(0), model(1, (16, 2, 2)), TOKENIZER, twin=model(2))
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    world = World(PRESETS["tiny"], 0)
+    rng = world.rng("baselines")
+    rows = [
+        encode([world.arithmetic(rng, world.composition_keys, ["plain"]) for _ in range(count)], TOKENIZER)
+        for count in (24, 12)
+    ]
+    return Data(rows[0], encode([world.row(rng) for _ in range(24)], TOKENIZER), rows[1])
+
+
+BUDGET = Budget(Stage(2, 8, 1e-2), seed=0, parameters=4000)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_each_goes_from_data_to_answers_and_leaves_the_bases_alone(name: str, bases: Bases, data: Data) -> None:
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (bases.anchor, bases.augmenting, bases.twin)]
+    fitted = BASELINES[name](bases, data, BUDGET)
+    texts = answer(fitted, TOKENIZER, ["ab + cd =", "Compute 1 + 2. Result:"], 5)
+    assert len(texts) == 2
+    for old, base in zip(before, (bases.anchor, bases.augmenting, bases.twin), strict=True):
+        assert all(torch.equal(tensor, old[key]) for key, tensor in base.state_dict().items())
+    again = BASELINES[name](bases, data, BUDGET)
+    assert answer(again, TOKENIZER, ["ab + cd =", "Compute 1 + 2. Result:"], 5) == texts
+
+
+@pytest.mark.parametrize("name", ["soup", "soup_greedy", "fisher", "moe"])
+def test_merging_wants_one_architecture(name: str, bases: Bases, data: Data) -> None:
+    for twin, mention in ((None, "no twin"), (model(3, (16, 2, 2)), "tensors")):
+        with pytest.raises(calmlm.ModelError) as caught:
+            BASELINES[name](Bases(bases.anchor, bases.augmenting, TOKENIZER, twin), data, BUDGET)
+        assert_helpful(caught.value, mention)
+
+
+# Soups
+
+
+def filled(value: float) -> Any:
+    made = model(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(value)
+    return made
+
+
+def test_a_soup_is_the_mean() -> None:
+    soup = uniform([filled(1.0), filled(2.0), filled(6.0)])
+    assert all(torch.allclose(parameter, torch.tensor(3.0)) for parameter in soup.parameters())
+
+
+def test_a_greedy_soup_takes_what_does_not_hurt() -> None:
+    def score(candidate: Any) -> float:
+        return -abs(float(next(candidate.parameters()).detach().flatten()[0]) - 2.0)
+
+    models = [filled(9.0), filled(1.0), filled(2.0), filled(3.0)]
+    found = greedy(models, score)
+    value = float(next(found.parameters()).detach().flatten()[0])
+    # The best alone is 2.0; with 1.0 it would be 1.5, worse; with 3.0 2.5, worse; with 9.0 5.5, worse.
+    assert value == 2.0
+    both = greedy([filled(1.0), filled(3.0)], score)
+    assert float(next(both.parameters()).detach().flatten()[0]) == 2.0
+
+
+# Fisher
+
+
+def test_fisher_information_by_hand(data: Data) -> None:
+    base, rows = model(0), data.composition[:3]
+    found = diagonal_fisher(base, rows, PAD)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = dict(base.named_parameters())[name]
+    weight.requires_grad_(True)
+    expected = torch.zeros_like(weight)
+    for row in rows:
+        logits = base(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        likelihood = sum(
+            logits[place - 1, label] for place, label in enumerate(row["labels"]) if label != IGNORED and place
+        )
+        expected += torch.autograd.grad(likelihood, weight)[0] ** 2 / len(rows)
+    assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_fisher_merging_by_hand() -> None:
+    models = [filled(1.0), filled(5.0)]
+    fishers = [
+        {name: torch.full_like(p, weight) for name, p in m.named_parameters()}
+        for m, weight in zip(models, (3.0, 1.0), strict=True)
+    ]
+    merged = merge(models, fishers)
+    assert all(torch.allclose(p, torch.tensor(2.0), atol=1e-5) for p in merged.parameters())  # (3 * 1 + 1 * 5) / 4
+    nobody = [{name: torch.zeros_like(p) for name, p in m.named_parameters()} for m in models]
+    assert all(torch.allclose(p, torch.tensor(3.0)) for p in merge(models, nobody).parameters())
+
+
+# Mixture of experts
+
+
+def test_the_gate_is_its_formula() -> None:
+    config = upcycle([model(0), model(1)]).config
+    torch.manual_seed(0)
+    gate = NoisyTopKGate(config)
+    with torch.no_grad():
+        gate.weight.normal_()
+        gate.noise.normal_()
+    states = torch.randn(7, 24)
+    gate.eval()
+    logits, weights, chosen = gate(states)
+    clean = states @ gate.weight.T
+    assert torch.allclose(logits, clean, atol=1e-6)
+    kept = torch.full_like(clean, -torch.inf).scatter(1, clean.topk(2).indices, clean.topk(2).values)
+    expected = kept.softmax(-1)
+    assert torch.allclose(torch.zeros_like(clean).scatter(1, chosen, weights), expected, atol=1e-6)
+    gate.train()
+    torch.manual_seed(5)
+    noisy, _, _ = gate(states)
+    torch.manual_seed(5)
+    scale = nn.functional.softplus(states @ gate.noise.T)
+    assert torch.allclose(noisy, clean + torch.randn_like(clean) * scale, atol=1e-6)
+
+
+def test_a_mixture_of_one_model_with_itself_is_that_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calmlm.baselines.mixture.DIFFERENCE", 0.0)
+    dense = model(0)
+    mixture = upcycle([dense, copy.deepcopy(dense)]).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        assert torch.allclose(mixture(ids).logits, dense(ids).logits, atol=1e-5)
+
+
+def test_a_mixture_of_another_family_is_refused() -> None:
+    with pytest.raises(calmlm.ModelError) as caught:
+        upcycle([tiny_model("gpt2"), tiny_model("gpt2")])
+    assert_helpful(caught.value, "gpt2")
+
+
+# Routing
+
+
+class Echo:
+    """Writes one token again and again."""
+
+    def __init__(self, token: int) -> None:
+        self.token, self.device, self.rows = token, torch.device("cpu"), 0
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **_: Any) -> Tensor:
+        self.rows += len(input_ids)
+        return torch.cat((input_ids, input_ids.new_full((len(input_ids), max_new_tokens), self.token)), 1)
+
+
+def test_each_row_goes_to_its_model() -> None:
+    models = [Echo(7), Echo(8)]
+    routed = Routed(models, lambda ids, mask: ids[:, 0] % 2)
+    ids = torch.tensor([[2, 5], [3, 5], [4, 5]])
+    out = routed.generate(ids, torch.ones_like(ids), max_new_tokens=2)
+    assert out.tolist() == [[2, 5, 7, 7], [3, 5, 8, 8], [4, 5, 7, 7]]
+    assert [m.rows for m in models] == [2, 1]
+
+
+def test_a_router_learns_a_line() -> None:
+    router = Router(model(0), 2)
+    torch.manual_seed(0)
+    states = torch.randn(200, 24)
+    better = (states[:, 3] > 0.5).long()
+    train_router(router, states, better)
+    assert (router.score(states).argmax(-1) == better).float().mean() > 0.97
+
+
+def test_prompts_end_before_the_first_label(data: Data) -> None:
+    ids, mask = prompts_of(data.composition[:4], PAD, "cpu")
+    for row, prompt, keep in zip(data.composition[:4], ids, mask, strict=True):
+        kept = prompt[keep.bool()].tolist()
+        assert row["input_ids"][: len(kept)] == kept
+        assert row["labels"][len(kept)] != IGNORED
+        assert all(label == IGNORED for label in row["labels"][: len(kept)])
+
+
+def test_the_threshold_with_the_lowest_loss() -> None:
+    confidence = torch.tensor([0.9, 0.2, 0.6, 0.8])
+    small = torch.tensor([0.1, 3.0, 2.0, 0.2])
+    anchor = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    assert best_threshold(confidence, small, anchor) == pytest.approx(0.8)
+    assert best_threshold(confidence, anchor + 1, anchor) > 1  # the small model is never better
+    assert best_threshold(confidence, anchor - 1, anchor) == pytest.approx(0.2)  # it always is
+
+
+def test_confidence_is_the_largest_probability() -> None:
+    base = model(0)
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = base(ids).logits[0, -1].softmax(-1).max()
+    assert torch.allclose(Confidence(base, 0.5).of(ids, mask), expected)
+    assert Confidence(base, float(expected) + 0.01)(ids, mask).tolist() == [0]
+    assert Confidence(base, float(expected) - 0.01)(ids, mask).tolist() == [1]
+
+
+def test_a_tool_answers_in_the_prompt() -> None:
+    seen: list[str] = []
+
+    class Reads(Echo):
+        def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+            seen.extend(TOKENIZER.batch_decode(input_ids, skip_special_tokens=True))
+            return super().generate(input_ids, attention_mask, max_new_tokens, **options)
+
+    seven = TOKENIZER.convert_tokens_to_ids("▁7")
+    tool = TextTool(Reads(seven), Echo(seven), TOKENIZER, form="{answer} | {prompt}")
+    texts = answer(tool, TOKENIZER, ["ab + cd ="], 2)
+    assert texts == ["7 7"]
+    assert seen[0].endswith("ab + cd =")
+    assert seen[0].startswith("7 7 7")
+
+
+# LoRA and the setting
+
+
+def test_the_rank_comes_nearest_to_the_budget() -> None:
+    linear = nn.ModuleDict({"q_proj": nn.Linear(10, 20), "k_proj": nn.Linear(10, 10), "other": nn.Linear(5, 5)})
+    # One rank costs 10 + 20 + 10 + 10 = 50 parameters.
+    assert rank_for(linear, ["q_proj", "k_proj"], 410) == 8
+    assert rank_for(linear, ["q_proj", "k_proj"], 10) == 1
+
+
+def test_losses_are_those_of_each_row(data: Data) -> None:
+    base, rows = model(0), data.composition[:5]
+    found = losses_of(base, rows, PAD, batch_size=2)
+    for loss, row in zip(found, rows, strict=True):
+        batch = padded([row], PAD)
+        assert torch.allclose(loss, base(**batch).loss, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Measuring what models do: execution of generated code."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ class Outcome:
     """What became of a program.
 
     Attributes:
-        passed: whether it ended by itself without an error.
+        passed: whether it ran to its last line without an error; leaving early, with any status, is no success.
         timed_out: whether it was stopped because its time was up.
         output: what it printed, errors included, cut at 64 KiB.
     """
@@ -47,11 +48,12 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
         memory: bytes of address space.
     """
     with tempfile.TemporaryDirectory(prefix="calmlm-") as folder:
+        done = secrets.token_hex(16)  # printed behind the last line of the program
         program, output = Path(folder) / "program.py", Path(folder) / ".output"
         program.write_text(code, encoding="utf-8")
         with output.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CHILD, str(seconds), str(memory), folder, str(program)],
+                [sys.executable, "-I", "-S", "-c", _CHILD, str(seconds), str(memory), folder, str(program), done],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -69,15 +71,20 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        text = output.read_bytes()[:_LIMIT].decode(errors="replace") if output.exists() else ""
-    return Outcome(passed=status == 0 and not timed_out, timed_out=timed_out or status == -signal.SIGXCPU, output=text)
+        written = output.read_bytes() if output.exists() else b""
+    ended = written.endswith(done.encode())
+    return Outcome(
+        passed=status == 0 and ended and not timed_out,
+        timed_out=timed_out or status == -signal.SIGXCPU,
+        output=written.removesuffix(done.encode())[:_LIMIT].decode(errors="replace"),
+    )
 
 
 # Runs in the child, before the program: limits first, then what the program may not do.
 _CHILD = r"""
 import os, resource, sys
 seconds, memory, folder, program = float(sys.argv[1]), int(sys.argv[2]), os.path.realpath(sys.argv[3]), sys.argv[4]
-sys.argv = [program]
+done, sys.argv = sys.argv[5], [program]
 with open(program, encoding="utf-8") as file:
     source = file.read()
 try:
@@ -133,12 +140,15 @@ def guard(event, arguments):
             raise refuse("not allowed here: open a descriptor")
         if not inside(path) and ((flags or 0) & write or not known(path)):
             raise refuse("not allowed here: open " + repr(path))
-    if event in listing and isinstance(arguments[0], (str, bytes)) and not (inside(arguments[0]) or known(arguments[0])):
+    if event in listing and not inside(arguments[0] or ".") and not known(arguments[0] or "."):
         raise refuse("not allowed here: " + event)
     if event.startswith(changing) and not all(inside(path) for path in arguments[:2] if isinstance(path, (str, bytes))):
         raise refuse("not allowed here: " + event)
 code = compile(source, program, "exec")
 sys.addaudithook(guard)
 del resource, guard, limit
+leave = (sys.stdout.flush, os.write, done.encode())
 exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
+leave[0]()
+leave[1](1, leave[2])
 """

@@ -273,3 +273,56 @@ def test_a_text_too_long_for_the_augmenting_models_positions_is_refused() -> Non
     with pytest.raises(calmlm.DataError) as caught:
         model(ours("hello playing foxes", return_tensors="pt").input_ids)
     assert_helpful(caught.value, "at most 12 tokens", "'augmenting'")
+
+
+def test_rows_that_advance_in_turn_leave_no_empty_columns() -> None:
+    ours, theirs = tokenizer("bytes-large"), tokenizer("bytes")
+    model = awaken(
+        calmlm.compose(
+            tiny_model("llama", vocab_size=len(ours)),
+            tiny_model("gpt2", vocab_size=len(theirs)),
+            2,
+            tokenizer=ours,
+            augmenting_tokenizer=theirs,
+        )
+    )
+    long, short = ours.convert_tokens_to_ids("Ġand"), ours.convert_tokens_to_ids("a")
+    rows = torch.tensor([[long, short] * 10, [short, long] * 10])
+    cache = None
+    with torch.no_grad():
+        for column in range(rows.shape[1]):
+            cache = model(rows[:, column : column + 1], past_key_values=cache, use_cache=True).past_key_values
+    frontier = cache.frontiers["augmenting"]
+    assert frontier.width == int((frontier.owner >= 0).sum(1).max())
+    assert frontier.width == cache.augmenting["augmenting"].get_seq_length()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    model = composition(PAIRS[0])
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    for arguments, mention in (
+        ({"input_ids": ids[0]}, "(3,)"),
+        ({"input_ids": ids.float()}, "input_ids"),
+        ({"input_ids": ids, "attention_mask": torch.ones(2, 2, dtype=torch.long)}, "(2, 2)"),
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 3, dtype=torch.long)}, "(1, 3)"),
+    ):
+        with pytest.raises(calmlm.DataError) as caught:
+            model(**arguments)
+        assert_helpful(caught.value, mention)
+    cache = model(ids[:1], use_cache=True).past_key_values
+    with pytest.raises(calmlm.DataError) as caught:
+        model(ids, past_key_values=cache)
+    assert_helpful(caught.value, "rows")
+
+
+def test_arguments_by_name_must_name_models() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
+    pair = tiny_model("llama", vocab_size=len(ours)), {"law": tiny_model("gpt2", vocab_size=len(theirs))}
+    for options in ({"alignment": {"lawyer": "retokenize"}}, {"augmenting_view": {"lawyer": "bare"}}):
+        with pytest.raises(calmlm.ConfigError) as caught:
+            calmlm.compose(*pair, 1, tokenizer=ours, augmenting_tokenizer=theirs, **options)
+        assert_helpful(caught.value, "lawyer", "law")
+    for wrong in ({"tokenizer": "bytes"}, {"augmenting_tokenizer": [theirs]}, {"alignment": None}):
+        with pytest.raises(calmlm.CalmError) as caught:
+            calmlm.compose(*pair, 1, **{"tokenizer": ours, "augmenting_tokenizer": theirs, **wrong})
+        assert_helpful(caught.value)

@@ -148,6 +148,8 @@ def test_items_train_through_trainer_and_come_back(model: calmlm.CalmForCausalLM
         ([[0.5, 1.0], [1.0, 2.0]], "whole number"),
         ([[2, 5, 4, 1]], None),
         ([[2], [3], [4], [5]], "4 for 2 rows"),
+        ([[2, 5], [4, -2]], "or -1"),
+        ([[True, False], [True, True]], "whole number"),
     ],
 )
 def test_items_that_do_not_fit_are_refused(model: calmlm.CalmForCausalLM, at: Any, mention: str | None) -> None:
@@ -158,3 +160,40 @@ def test_items_that_do_not_fit_are_refused(model: calmlm.CalmForCausalLM, at: An
     with pytest.raises(calmlm.DataError) as caught:
         model(text(), augmenting_inputs=given)
     assert_helpful(caught.value, mention)
+
+
+def test_items_survive_a_crop(model: calmlm.CalmForCausalLM) -> None:
+    ids = text()
+    full = logits_of(model, ids, augmenting_inputs=GIVEN)
+    for seen, removed in ((4, 1), (9, 6), (9, 4), (9, 1), (3, 2)):
+        with torch.no_grad():
+            cache = model(ids[:, :seen], augmenting_inputs=GIVEN, use_cache=True).past_key_values
+            cache.crop(-removed)
+            again = model(ids[:, seen - removed :], past_key_values=cache, augmenting_inputs=GIVEN).logits
+        assert_close(again, full[:, seen - removed :], 1e-4)
+
+
+def test_later_items_are_refused(model: calmlm.CalmForCausalLM) -> None:
+    with torch.no_grad():
+        cache = model(text()[:, :5], augmenting_inputs=GIVEN, use_cache=True).past_key_values
+        same = {"eyes": {key: value.clone() for key, value in GIVEN["eyes"].items()}}
+        model(text()[:, 5:7], past_key_values=cache, augmenting_inputs=same)
+        with pytest.raises(calmlm.DataError) as caught:
+            model(text()[:, 7:], past_key_values=cache, augmenting_inputs=eyes(PIXELS + 1, [[2, 5], [4, -1]]))
+    assert_helpful(caught.value, "once")
+
+
+def test_a_call_that_ends_in_padding_before_an_item_is_refused(model: calmlm.CalmForCausalLM) -> None:
+    ids, mask = pad([text()[0], text()[1, :3]], "left")
+    with pytest.raises(calmlm.DataError) as caught:
+        model(ids[:, :4], attention_mask=mask[:, :4], augmenting_inputs=eyes(PIXELS, [[2, 5], [8, -1]]), use_cache=True)
+    assert_helpful(caught.value, "prefill_chunk_size")
+
+
+@pytest.mark.parametrize(
+    "given", [PIXELS, [PIXELS], {"eyes": PIXELS}, {"eyes": {"pixels": PIXELS}}, {"eyes": {"pixel_values": PIXELS[0]}}]
+)
+def test_inputs_that_no_encoder_takes_are_refused(model: calmlm.CalmForCausalLM, given: Any) -> None:
+    with pytest.raises(calmlm.DataError) as caught:
+        model(text()[:1], augmenting_inputs=given)
+    assert_helpful(caught.value, "augmenting_inputs")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
@@ -165,3 +166,27 @@ def test_leading_spaces_survive_a_prepended_one() -> None:
     for text in ("hello", " hello", "  hello"):
         ids = ours(text, add_special_tokens=False).input_ids
         assert theirs.decode(written(ours, theirs, ids)) == text
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("wordpiece", "bytes"), ("unigram", "bytes-large"), ("bytes", "unigram")])
+@pytest.mark.parametrize("gap", [2, 40])
+def test_padding_between_turns_is_passed_over(ours: str, theirs: str, gap: int) -> None:
+    transcoder = Transcoder(Alignment.between(tokenizer(ours), tokenizer(theirs)))
+    before = tokenizer(ours)("hello world the", add_special_tokens=False).input_ids[-LOOKBACK:]
+    ids = tokenizer(ours)("quick fox", add_special_tokens=False).input_ids
+    padded = torch.tensor([[0] * gap + ids])
+    real = torch.tensor([[False] * gap + [True] * len(ids)])
+    alone = torch.tensor([ids])
+    for past in (before, []):
+        previous = torch.tensor([[-1] * (LOOKBACK - len(past)) + past])
+        expected = transcoder(alone, torch.ones_like(alone, dtype=torch.bool), previous).ids
+        assert torch.equal(transcoder(padded, real, previous).ids, expected)
+
+
+def test_an_augmenting_tokenizer_without_an_unknown_token_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"hello": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(calmlm.ModelError) as caught:
+        Alignment.between(tokenizer("bytes"), theirs)
+    assert_helpful(caught.value, "unknown token")

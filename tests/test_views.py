@@ -46,6 +46,34 @@ TEMPLATES = {
         [],
     ),
     "plain": (CHAT_TEMPLATE, []),
+    "system text within the user's turn": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
+        "+ (first if loop.first else '') + m['content'] + '</turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}",
+        ["<turn>", "</turn>"],
+    ),
+    "system text in marks of its own": (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set first = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (first if loop.first else '') "
+        "+ m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        [],
+    ),
+    "thoughts in the last turn": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ["<|im_start|>", "<|im_end|>"],
+    ),
+    "headlines": (
+        "{% for m in messages %}{{ '### ' + ('Response' if m['role'] == 'assistant' else 'Instruction') + ':\n' "
+        "+ m['content'] + '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+        [],
+    ),
 }
 CONVERSATION = [
     {"role": "user", "content": "hello world, 12 + 34"},
@@ -63,6 +91,10 @@ def chatty(kind: str, template: str) -> Any:
     return made
 
 
+# The conversation goes on, so that its last message is closed in templates in which the next one closes it.
+NEXT = [{"role": "user", "content": "."}]
+
+
 def rendered(ours: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
     return list(ours.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
@@ -77,18 +109,20 @@ def template(request: pytest.FixtureRequest) -> str:
 def test_the_bare_view_is_the_content(template: str, kind: str, method: str) -> None:
     ours, theirs = chatty(kind, template), tokenizer("bytes-large")
     writer = Rewriter(Rewriting.between(ours, theirs, method, "bare"))
-    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION))]
+    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION + NEXT, add_generation_prompt=True))]
     system = ["be kind"] if "default" in template else []
-    assert theirs.decode(written) == "\n".join([*system, *(message["content"] for message in CONVERSATION)])
+    assert theirs.decode(written) == "\n".join([*system, *(message["content"] for message in CONVERSATION + NEXT)])
 
 
 def test_the_own_view_is_the_augmenting_models_template(template: str) -> None:
     ours, theirs = chatty("bytes-large", template), chatty("bytes", "headers")
     system = [{"role": "system", "content": "be kind"}] if "default" in template else []
-    plain = [*system, *CONVERSATION]
+    plain = [*system, *CONVERSATION, *NEXT]
     writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
-    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION))]
-    assert theirs.decode(written) == theirs.decode(rendered(theirs, plain))
+    written = [index for index, _ in writer.write(rendered(ours, CONVERSATION + NEXT, add_generation_prompt=True))]
+    whole = theirs.decode(rendered(theirs, plain))
+    assert whole.startswith(theirs.decode(written))
+    assert len(theirs.decode(written)) >= len(whole) - len(".<|eot|>")  # the last message may not be closed
 
 
 @pytest.mark.parametrize("method", ["transcode", "retokenize"])
@@ -100,6 +134,41 @@ def test_a_conversation_is_read_as_it_comes(template: str, method: str) -> None:
         full = writer.write(ids)
         for length in range(len(ids)):
             assert writer.write(ids[:length]) == [pair for pair in full if pair[1] < length]
+
+
+def test_a_date_in_the_template_is_not_taken_for_what_opens_a_message() -> None:
+    ours = chatty("bytes", "headers")
+    ours.chat_template = (
+        "<|header|>system<|/header|>\n\nToday: {{ strftime_now('%d %b %Y') }}\n\n"
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "<|eot|>{% for m in messages %}{{ '<|header|>' + m['role'] + '<|/header|>\n\n' + m['content'] + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+    )
+    theirs = tokenizer("bytes-large")
+    with pytest.warns(UserWarning, match="System messages"):
+        writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    kept = writer.alignment.anchor_template
+    assert kept is not None
+    assert "system" not in kept.openings
+    written = writer.write(rendered(ours, CONVERSATION))
+    assert theirs.decode([i for i, _ in written]) == "\n".join(message["content"] for message in CONVERSATION)
+
+
+def test_several_paragraphs_are_one_message() -> None:
+    ours, theirs = chatty("bytes", "headlines"), tokenizer("bytes-large")
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    talk = [CONVERSATION[0], {"role": "assistant", "content": "one.\n\ntwo."}, CONVERSATION[2]]
+    ids = rendered(ours, talk, add_generation_prompt=True) + ours("a\n\nb", add_special_tokens=False).input_ids
+    expected = "\n".join([*(message["content"] for message in talk), "a\n\nb"])
+    assert theirs.decode([index for index, _ in writer.write(ids)]) == expected
+
+
+def test_a_message_without_content_is_passed_over() -> None:
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    talk = [{"role": "system", "content": ""}, CONVERSATION[0]]
+    assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == CONVERSATION[0]["content"]
 
 
 def test_what_is_generated_is_content() -> None:

@@ -96,6 +96,19 @@ def compose(
     shared["trust_remote_code"] = trust_remote_code
     sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
     check_names(sources)
+    by_name = {
+        "connections": connections,
+        "alignment": alignment,
+        "augmenting_view": augmenting_view,
+        "augmenting_tokenizer": augmenting_tokenizer,
+    }
+    for argument, given in by_name.items():
+        unknown = sorted(set(given) - set(sources)) if isinstance(given, Mapping) else []
+        if unknown:
+            raise ConfigError(
+                f"{argument} must name augmenting models ({', '.join(sources)}), but got {', '.join(unknown)}: use "
+                f"their names."
+            )
     if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
         raise ConfigError(
             f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
@@ -132,7 +145,7 @@ def compose(
             )
             if theirs is None:
                 theirs = _tokenizer_of(model, augmenting_revision, **hub)
-            method = alignment if isinstance(alignment, str) else alignment.get(name, "transcode")
+            method = alignment.get(name, "transcode") if isinstance(alignment, Mapping) else alignment
             view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
             if found is not None:
@@ -228,6 +241,12 @@ def align(
             f"augmenting_view must be one of {', '.join(VIEWS)}, or None for all of the text, but got {view!r}: use "
             f"one of these."
         )
+    for given in (tokenizer, augmenting_tokenizer):
+        if given is not None and not isinstance(given, PreTrainedTokenizerBase):
+            raise ModelError(
+                f"tokenizer and augmenting_tokenizer must be tokenizers of transformers, but got "
+                f"{type(given).__name__}: load them with AutoTokenizer."
+            )
     if tokenizer is not None and augmenting_tokenizer is not None:
         if view is not None or tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
             found: Alignment | Rewriting

@@ -28,12 +28,14 @@ class Frontier:
         owner: (B, S) int64, the anchor position that owns each augmenting position; ``NOBODY`` where a row is filled.
         tokens: (B, S) int64, the augmenting tokens of a model that reads the text in tokens of its own, else None. Rows
             are filled on the left, so that distances between columns are distances between tokens in every row.
+        given: the inputs of an encoder that has run.
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
         self.owner: Tensor | None = None
         self.tokens: Tensor | None = None
+        self.given: Any = None
 
     @property
     def length(self) -> int:
@@ -82,7 +84,11 @@ class Frontier:
         if self.tokens is not None and self.owner is not None:
             tokens, owner = torch.cat((self.tokens, tokens), dim=1), torch.cat((self.owner, owner), dim=1)
         shift = Shift.of(missing, tokens.shape[1])
-        self.tokens, self.owner = shift.move(tokens, 0), shift.move(owner, NOBODY)
+        tokens, owner = shift.move(tokens, 0), shift.move(owner, NOBODY)
+        if shift.source is not None:  # rows that have moved may all begin with empty columns
+            lead = int((owner == NOBODY).long().cumprod(1).sum(1).min())
+            tokens, owner, shift = tokens[:, lead:], owner[:, lead:], Shift(shift.source, lead)
+        self.tokens, self.owner = tokens, owner
         return shift
 
     def mask(self, queries: int) -> Tensor:
@@ -130,6 +136,8 @@ class Frontier:
         if self.ids is None or self.owner is None:
             return 0, None
         self.ids = self.ids[:, : self.length - tokens]
+        if self.tokens is None and self.length:
+            return 0, None  # what was encoded at once belongs to tokens that may come again
         self.owner = self.owner.where(self.owner < self.length, torch.full_like(self.owner, NOBODY))
         used = (self.owner != NOBODY).any(0).nonzero()
         keep = int(used[-1]) + 1 if len(used) else 0
@@ -154,7 +162,7 @@ class Frontier:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ids = self.owner = self.tokens = None
+        self.ids = self.owner = self.tokens = self.given = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         self.ids, self.owner, self.tokens = (
@@ -169,9 +177,11 @@ class Shift:
     Attributes:
         source: (B, S) int64, from which column each one is taken, negative where there is none; None where no row
             has moved.
+        lead: how many columns are empty in all rows then, and dropped.
     """
 
     source: Tensor | None
+    lead: int = 0
 
     @classmethod
     def of(cls, columns: Tensor, width: int) -> Shift:
@@ -192,4 +202,5 @@ class Shift:
         if self.source is None or states.shape[-2] == 0:
             return states
         source = self.source[:, : states.shape[-2]].clamp(min=0).to(states.device)
-        return states.gather(2, source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+        moved = states.gather(2, source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+        return moved[:, :, self.lead :]

@@ -322,7 +322,9 @@ class CalmModel(CalmPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
         kwargs.pop("return_dict", None)
-        inputs = Inputs(input_ids, attention_mask, position_ids, None, augmenting_inputs or {})
+        inputs = Inputs(
+            input_ids, attention_mask, position_ids, None, {} if augmenting_inputs is None else augmenting_inputs
+        )
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(
@@ -352,6 +354,18 @@ class CalmModel(CalmPreTrainedModel):
             raise DataError(
                 "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
                 "got inputs_embeds: pass input_ids, or disable the composition."
+            )
+        if not isinstance(inputs.ids, Tensor) or inputs.ids.ndim != 2 or inputs.ids.is_floating_point():
+            got = tuple(inputs.ids.shape) if isinstance(inputs.ids, Tensor) else type(inputs.ids).__name__
+            raise DataError(
+                f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
+                f"return_tensors='pt'."
+            )
+        given = inputs.augmenting
+        if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+            raise DataError(
+                "augmenting_inputs must be a dictionary of dictionaries, the inputs of each encoder by name, but got "
+                "something else: write {name: {'pixel_values': ...}}."
             )
         for name in inputs.augmenting:
             if name in self.augmenting and self.config.augmenting[name]["reads"] != "inputs":

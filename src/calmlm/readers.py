@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.backbone import Backbone
+from calmlm.backbone import Backbone, first_line
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention, rotary_angles
 from calmlm.connectors import Connector
@@ -186,6 +186,11 @@ class AlignedReader(Common):
         frontier = past.frontier
         real = real_tokens(inputs, self.name)
         check_one_text(inputs, real, self.name)
+        if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
+            raise DataError(
+                f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
+                f"{inputs.ids.shape[0]}: begin a new cache for other rows."
+            )
         lookback = self.transcoder.lookback
         previous = frontier.previous(frontier.length if lookback is None else lookback, inputs.ids)
         block = self.transcoder(inputs.ids, real, previous)
@@ -227,23 +232,45 @@ class EncoderReader(Common):
         frontier = past.frontier
         stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
+        given = dict(inputs.augmenting.get(self.name) or {})
         if frontier.width == 0:
-            given = dict(inputs.augmenting.get(self.name) or {})
-            at = given.pop("at", None)
-            if not given:
-                raise DataError(
-                    f"The augmenting model {self.name!r} must be given inputs of its own, but got none: pass "
-                    f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
-                )
-            self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
-            owner = self._spread(stream, given, at, inputs.ids)
-        frontier.extend(inputs.ids, real_tokens(inputs, self.name), owner)
+            frontier.given = given
+            owner = self._encode(stream, dict(given), inputs.ids)
+        elif given and not _same(given, frontier.given):
+            raise DataError(
+                f"The augmenting model {self.name!r} must be given its inputs once, in the first call, but got others "
+                f"with past_key_values: give all of them at the beginning, with 'at', or begin a new cache."
+            )
+        real = real_tokens(inputs, self.name)
+        if self.connector.rotary and bool((owner >= inputs.ids.shape[1]).any() & ~real[:, -1].all()):
+            raise DataError(
+                f"The padding of a row must come in one call with its first token where items of {self.name!r} stand "
+                f"further on, but got a call that ends in padding: leave prefill_chunk_size out, or make it larger."
+            )
+        frontier.extend(inputs.ids, real, owner)
         stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
         if self.connector.rotary:
             stream.rotation, stream.key_rotation = frontier.rotations(
                 inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
             )
         return stream
+
+    def _encode(self, stream: Stream, given: dict[str, Any], ids: Tensor) -> Tensor:
+        """Run the encoder; returns the owners of its positions."""
+        at = given.pop("at", None)
+        if not given:
+            raise DataError(
+                f"The augmenting model {self.name!r} must be given inputs of its own, but got none: pass "
+                f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
+            )
+        try:
+            self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}] must be what {type(self.model).__name__} takes, but with "
+                f"{', '.join(given)} it failed ({first_line(error)}): see its forward method."
+            ) from error
+        return self._spread(stream, given, at, ids)
 
     def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor) -> Tensor:
         """Give each row its encoded items (several rows of a beam share them); returns what token each position is at.
@@ -270,11 +297,12 @@ class EncoderReader(Common):
         return owner.reshape(given_rows, -1).repeat_interleave(times, 0)
 
     def _check_items(self, at: Any, items: int, rows: int) -> None:
-        if not isinstance(at, Tensor) or at.ndim != 2 or at.is_floating_point() or at.numel() != items:
+        whole = isinstance(at, Tensor) and not at.is_floating_point() and at.dtype != torch.bool
+        if not whole or at.ndim != 2 or at.numel() != items or bool((at < -1).any()):
             shape = tuple(at.shape) if isinstance(at, Tensor) else type(at).__name__
             raise DataError(
                 f"augmenting_inputs[{self.name!r}]['at'] must hold a whole number for each of the {items} items, as a "
-                f"tensor of shape (rows, items per row), but got {shape}: give the column of each item's token."
+                f"tensor of shape (rows, items per row), but got {shape}: give the column of each item's token, or -1."
             )
         if at.shape[0] == 0 or rows % at.shape[0]:
             raise DataError(
@@ -322,11 +350,25 @@ class PromptReader(Common):
         return nn.functional.pad(prompt, (0, length - prompt.shape[1]))
 
 
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sets of inputs are the same, or hold the same."""
+    return one.keys() == other.keys() and all(
+        value is other[key] or (isinstance(value, Tensor) and torch.equal(value, other[key]))
+        for key, value in one.items()
+    )
+
+
 def real_tokens(inputs: Inputs, name: str) -> Tensor:
     """Which of the new tokens are no padding, (B, T) bool."""
     mask = inputs.mask.get("tokens") if isinstance(inputs.mask, dict) else inputs.mask
     if mask is None:
         return torch.ones_like(inputs.ids, dtype=torch.bool)
+    batch, length = inputs.ids.shape
+    if mask.ndim == 2 and (mask.shape[0] != batch or mask.shape[1] < length):
+        raise DataError(
+            f"attention_mask must be of shape ({batch}, {length} or more), as many rows as input_ids and no fewer "
+            f"tokens, but got {tuple(mask.shape)}: pass that of these tokens."
+        )
     if mask.ndim != 2:
         raise DataError(
             f"attention_mask must be of shape (batch, length) where the augmenting model {name!r} has tokens of its "

@@ -113,7 +113,7 @@ class Rewriting:
             ours = Template.of(anchor, pieces, "anchor")
         if view == "template":
             own = token_bytes(augmenting, "augmenting model")
-            theirs = Template.of(augmenting, own, "augmenting model", ids=True)
+            theirs = Template.in_ids(augmenting, own, "augmenting model")
         spelling = Spelling.of(anchor, "anchor")
         begins = augmenting.bos_token_id is not None and augmenting("a").input_ids[:1] == [augmenting.bos_token_id]
         return cls(
@@ -184,7 +184,8 @@ def _template(data: dict[str, dict[str, Any]] | None) -> Template | None:
     symbols = {
         part: {role: tuple(row) for role, row in data[part].items()} for part in ("openings", "closings", "beginnings")
     }
-    return Template(**symbols, padding=dict(data["padding"]))
+    tails = {role: [tuple(row) for row in rows] for role, rows in data["tails"].items()}
+    return Template(**symbols, tails=tails)
 
 
 def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:

@@ -73,11 +73,11 @@ class Transcoder(nn.Module):
             self.to(ids.device)
         batch, length = ids.shape
         ids, previous = ids.clamp(max=self.size - 1), previous.clamp(max=self.size - 1)
-        before = torch.cat((previous[:, -1:], ids[:, :-1]), dim=1)
-        # A real token is the first of its text when nothing real stands before it.
-        first = (real.cumsum(1) == 1) & (previous[:, -1:] < 0)
-        first = first & real
-        before = before.where(~first, torch.zeros_like(before))
+        # The last real token before each one: padding may stand between them.
+        place = torch.where(real, torch.arange(length, device=ids.device), -1).cummax(1).values
+        place = nn.functional.pad(place[:, :-1], (1, 0), value=-1)
+        before = torch.where(place >= 0, ids.gather(1, place.clamp(min=0)), previous[:, -1:])
+        first = before < 0
         row = ids + self.size * (first | self.opens[before.clamp(min=0)]).long()
         counts = self.lengths[row] * real
         if self.partial and not bool(self.whole[ids].all() & self.whole[previous.clamp(min=0)].all()):

@@ -8,6 +8,8 @@ settled, so that nothing is ever taken back.
 
 from __future__ import annotations
 
+import datetime
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -51,118 +53,214 @@ class Template:
     """What opens and closes the content of each role: symbols of the anchor, token ids of an augmenting model.
 
     Attributes:
-        openings, closings: by role; those of the anchor without the spaces at their end, which a tokenizer may drop.
-        padding: how many spaces the content of a role may have before it that belong to its opening.
+        openings, closings: by role.
+        tails: what may follow the opening of a role and is no content either.
         beginnings: what stands before the first content of a conversation that begins with this role.
     """
 
     openings: dict[str, Symbols]
     closings: dict[str, Symbols]
+    tails: dict[str, list[Symbols]]
     beginnings: dict[str, Symbols]
-    padding: dict[str, int]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, pieces: Pieces, role: str, *, ids: bool = False) -> Template:
-        """Read a chat template.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, pieces: Pieces, role: str) -> Template:
+        """Read the anchor's chat template, in symbols.
 
-        Args:
-            tokenizer: has the template.
-            pieces: the bytes of its tokens, None for special ones.
-            role: of the model, for messages.
-            ids: whether in token ids instead of symbols.
+        Warns where system messages cannot be told from the template around them: they are not read then.
 
         Raises:
             ModelError: when there is no template, or it does not say where a message begins and ends.
         """
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ModelError(
-                f"augmenting_view needs a chat template of the {role}, but its tokenizer has none: pass a tokenizer "
-                f"with a template, or leave augmenting_view out."
-            )
-        before: dict[str, list[Symbols]] = {}
-        after: dict[str, list[Symbols]] = {}
-        beginnings: dict[str, Symbols] = {}
-        for conversation, prompted in _conversations():
-            gaps = _gaps(tokenizer, pieces, conversation, prompted, ids)
-            if gaps is None:
-                continue
-            for index, message in enumerate(conversation):
-                name = message["role"]
-                before.setdefault(name, []).append(gaps[index])
-                if gaps[index + 1]:
-                    after.setdefault(name, []).append(gaps[index + 1])
-                if index == 0:
-                    beginnings.setdefault(name, gaps[0])
-        special = (lambda symbol: pieces[symbol] is None) if ids else (lambda symbol: symbol >= BYTES)
-        closings = {name: _closing(_common(found), special) for name, found in after.items()}
-        openings, padding = {}, {}
-        for name, found in before.items():
-            opening = _common([gap[::-1] for gap in found])[::-1]
-            padding[name] = 0 if ids else len(opening) - len(_stripped(opening))
-            openings[name] = _opening(opening, list(closings.values()), ids)
-        if not ids:
-            closings = {name: _stripped(closing) for name, closing in closings.items()}
-        usable = {name for name in openings if openings[name] and closings.get(name)}
-        if not {"user", "assistant"} <= usable:
-            raise ModelError(
-                f"augmenting_view needs a chat template that says where a message begins and ends, but that of the "
-                f"{role} does not: leave augmenting_view out."
-            )
-        return cls(
-            {name: openings[name] for name in usable},
-            {name: closings[name] for name in usable},
-            {name: beginnings[name] for name in usable & set(beginnings)},
-            {name: padding[name] for name in usable},
+        _check_template(tokenizer, role)
+        samples = [*_samples(tokenizer, pieces, system=False), *_samples(tokenizer, pieces, system=True)]
+        # A system message may stand within the first user message: then it is best read as a part of that.
+        for chosen in (samples, [sample for sample in samples if not sample.system]):
+            found = cls._derived(chosen)
+            if found is not None and all(found._reads(sample, pieces) for sample in chosen if not sample.prompted):
+                lost = [s for s in samples if s.system and not s.prompted and not found._mentions(s, pieces)]
+                if lost:
+                    warnings.warn(
+                        f"System messages cannot be told from the rest of the chat template of the {role}: the "
+                        f"augmenting model will not read them.",
+                        stacklevel=2,
+                    )
+                return found
+        raise ModelError(
+            f"augmenting_view needs a chat template that says where a message begins and ends, but that of the {role} "
+            f"does not: leave augmenting_view out."
         )
+
+    @classmethod
+    def in_ids(cls, tokenizer: PreTrainedTokenizerBase, pieces: Pieces, role: str) -> Template:
+        """Read an augmenting model's chat template, in its token ids, to write messages in it.
+
+        Raises:
+            ModelError: when there is no template, or it cannot be read.
+        """
+        _check_template(tokenizer, role)
+        samples = [
+            sample
+            for system in (False, True)
+            for sample in _samples(tokenizer, pieces, system=system, ids=True)
+            if not sample.prompted
+        ]
+        if not samples or samples[0].system:
+            raise ModelError(
+                f"augmenting_view='template' needs a chat template that messages can be written in, but that of the "
+                f"{role} refuses or changes them: use augmenting_view='bare'."
+            )
+        special = lambda index: pieces[index] is None  # noqa: E731
+        openings: dict[str, Symbols] = {}
+        closings: dict[str, Symbols] = {}
+        beginnings: dict[str, Symbols] = {}
+        for sample in samples:
+            for index, message in enumerate(sample.messages):
+                closings.setdefault(message["role"], _closing(sample.gaps[index + 1], special))
+                if index == 0:
+                    beginnings.setdefault(message["role"], sample.gaps[0])
+                else:
+                    before = closings[sample.messages[index - 1]["role"]]
+                    openings.setdefault(message["role"], sample.gaps[index][len(before) :])
+        return cls(openings, closings, {}, beginnings)
+
+    @classmethod
+    def _derived(cls, samples: list[_Sample]) -> Template | None:
+        """What encloses the messages in all samples; None where that cannot be said."""
+        special = lambda symbol: symbol >= BYTES  # noqa: E731
+        after: dict[str, list[Symbols]] = {}
+        for sample in samples:
+            last = len(sample.messages) - 1
+            for index, message in enumerate(sample.messages):
+                if index < last or sample.prompted:  # what ends a conversation may be nothing, or white space
+                    after.setdefault(message["role"], []).append(sample.gaps[index + 1])
+        closings = {role: _stripped(_closing(_common(found), special)) for role, found in after.items()}
+        before: dict[str, list[Symbols]] = {}
+        for sample in samples:
+            for index, message in enumerate(sample.messages):
+                previous = sample.messages[index - 1]["role"] if index else None
+                opening = sample.gaps[index]
+                before.setdefault(message["role"], []).append(_header(opening, closings, previous))
+        openings, tails = {}, {}
+        for role, found in before.items():
+            found = _shortest(found)
+            opening = _stripped(_common(found))
+            openings[role] = opening
+            rest = {header[len(opening) :] for header in found}
+            # Of spaces at the end a tokenizer may drop some.
+            rest |= {tail[:n] for tail in rest if set(tail) <= _SPACES for n in range(len(tail))}
+            tails[role] = sorted((tail for tail in rest if tail), key=len, reverse=True)
+        year = str(datetime.date.today().year).encode()
+        for role in openings:
+            text = bytes(symbol for symbol in openings[role] if symbol < BYTES)
+            blank = all(symbol in _BLANK for symbol in openings[role])
+            closed = role in closings and not all(symbol in _BLANK for symbol in closings[role])
+            if blank or not closed or year in text:  # an opening with a date would be another one tomorrow
+                return None
+        return cls(openings, closings, tails, {})
+
+    def _reads(self, sample: _Sample, pieces: Pieces) -> bool:
+        """Whether exactly the messages of a sample are found in it."""
+        wanted = [(message["role"], message["content"].encode()) for message in sample.messages]
+        return (
+            self._messages(sample, pieces)[-len(wanted) :] == wanted
+        )  # a message of the template's own may come first
+
+    def _mentions(self, sample: _Sample, pieces: Pieces) -> bool:
+        """Whether the system message of a sample is found in it, if only as a part of another."""
+        text = b"".join(content for _, content in self._messages(sample, pieces))
+        return sample.messages[0]["content"].encode() in text
+
+    def _messages(self, sample: _Sample, pieces: Pieces) -> list[tuple[str, bytes]]:
+        found: list[tuple[str, bytes]] = []
+        for event in self.events(sample.ids, pieces):
+            if event.kind == "open":
+                found.append((event.role, b""))
+            elif event.kind == "text" and found:
+                found[-1] = (found[-1][0], found[-1][1] + event.text)
+        return [(role, text.strip()) for role, text in found]
 
     def events(self, ids: Sequence[int], pieces: Pieces) -> Iterator[Event]:
         """Cut a conversation into content and template.
+
+        A message opens with its first content; one without any is passed over.
 
         Args:
             ids: its token ids; what a token brings depends on it and on those before it alone.
             pieces: the bytes of the tokens, None for special ones.
         """
-        role: str | None = None
-        seen: list[int] = []  # of the template since content last ended
-        held: list[int] = []  # of content, may be the start of a closing
-        padding = 0  # spaces that may come before the content and are none of it
-        longest = max(len(opening) for opening in self.openings.values())
+        reading = _Reading(self)
         for owner, token in enumerate(ids):
             piece = pieces[token] if 0 <= token < len(pieces) else b""
             symbols = (BYTES + token,) if piece is None else tuple(piece)
-            free: list[int] = []  # of content, settled by this token
-            for symbol in symbols:
-                if role is None:
-                    seen = [*seen, symbol][-longest:]
-                    role = self._opened(seen)
-                    if role is not None:
-                        yield Event("open", owner, role=role)
-                        held, padding = [], self.padding[role]
+            parts = [part for symbol in symbols for part in reading.take(symbol)]
+            settled = [part for part in parts if isinstance(part, int)]
+            whole = piece is not None and len(settled) == len(parts) == len(symbols) and bytes(settled) == piece
+            run: list[int] = []
+            for part in parts:
+                if isinstance(part, int):
+                    run.append(part)
                     continue
-                if padding and symbol in _SPACES:
-                    padding -= 1
-                    continue
-                padding, closing = 0, self.closings[role]
-                held.append(symbol)
-                while held and tuple(held) != closing[: len(held)]:
-                    free.append(held.pop(0))
-                if len(held) == len(closing):
-                    yield from _content(free, owner, None)
-                    yield Event("close", owner, role=role)
-                    free, seen, role = [], list(held)[-longest:], None
-                    held = []
-                    role = self._opened(seen)
-                    if role is not None:
-                        yield Event("open", owner, role=role)
-                        padding = self.padding[role]
-            whole = len(free) == len(symbols) and piece is not None and bytes(free) == piece
-            yield from _content(free, owner, token if whole else None)
+                yield from _content(run, owner, None)
+                run = []
+                yield Event(part[0], owner, role=part[1])
+            yield from _content(run, owner, token if whole else None)
 
-    def _opened(self, seen: list[int]) -> str | None:
+
+class _Reading:
+    """Where in a template a conversation is."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.role: str | None = None
+        self.opened = False  # whether the message has shown any content
+        self.tails: list[Symbols] = []  # that may still stand before the content
+        self.seen: list[int] = []  # of the template since content last ended
+        self.held: list[int] = []  # of content, may be the start of a closing or of a tail
+        self.longest = max(len(opening) for opening in template.openings.values())
+
+    def take(self, symbol: int) -> list[Any]:
+        """What one more symbol settles: symbols of content, and (kind, role) where a message opens or closes."""
+        if self.role is None:
+            self.seen = [*self.seen, symbol][-self.longest :]
+            self._enter()
+            return []
+        self.held.append(symbol)
+        if self.tails:
+            kept = [tail for tail in self.tails if tail[: len(self.held)] == tuple(self.held)]
+            if kept:
+                if len(kept) == 1 and len(kept[0]) == len(self.held):
+                    self.held, self.tails = [], []
+                return []
+            # What was held is the longest tail that it begins with, and content after that.
+            whole = [tail for tail in self.tails if tuple(self.held[: len(tail)]) == tail]
+            again = self.held[max(map(len, whole), default=0) :]
+            self.held, self.tails = [], []
+            return [part for one in again for part in self.take(one)]
+        closing = self.template.closings[self.role]
+        free: list[Any] = []
+        while self.held and tuple(self.held) != closing[: len(self.held)]:
+            if not self.opened:
+                free.append(("open", self.role))
+                self.opened = True
+            free.append(self.held.pop(0))
+        if len(self.held) == len(closing):
+            if self.opened:
+                free.append(("close", self.role))
+            self.seen, self.held, self.role = self.held[-self.longest :], [], None
+            self._enter()
+        return free
+
+    def _enter(self) -> None:
+        """Begin a message where its opening has just been completed; the longest opening counts."""
         found = [
-            (len(opening), role) for role, opening in self.openings.items() if tuple(seen[-len(opening) :]) == opening
+            (len(opening), role)
+            for role, opening in self.template.openings.items()
+            if tuple(self.seen[-len(opening) :]) == opening
         ]
-        return max(found)[1] if found else None
+        if found:
+            self.role, self.opened = max(found)[1], False
+            self.tails = list(self.template.tails.get(self.role, ()))
 
 
 def _content(symbols: list[int], owner: int, token: int | None) -> Iterator[Event]:
@@ -180,32 +278,60 @@ def _content(symbols: list[int], owner: int, token: int | None) -> Iterator[Even
         yield Event("text", owner, bytes(run), token)
 
 
-def _conversations() -> Iterator[tuple[list[dict[str, str]], bool]]:
-    """Conversations of messages that occur nowhere else, and whether the assistant is to speak next."""
-    turns = [{"role": role, "content": _MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
-    system = {"role": "system", "content": _MESSAGES["system"][0]}
-    yield turns, False
-    yield turns[:1], True
-    yield turns[:3], True
-    yield [system, *turns], False
+@dataclass(frozen=True)
+class _Sample:
+    """A rendered conversation of messages that occur nowhere else.
+
+    Attributes:
+        messages: what was rendered.
+        prompted: whether the assistant is to speak next.
+        ids: the rendered tokens.
+        gaps: what stands before, between and after the messages, in symbols or in ids.
+    """
+
+    messages: list[dict[str, str]]
+    prompted: bool
+    ids: list[int]
+    gaps: list[Symbols]
+
+    @property
+    def system(self) -> bool:
+        """Whether it begins with a system message."""
+        return self.messages[0]["role"] == "system"
 
 
-def _gaps(
-    tokenizer: PreTrainedTokenizerBase,
-    pieces: Pieces,
-    conversation: list[dict[str, str]],
-    prompted: bool,
-    as_ids: bool,
-) -> list[Symbols] | None:
-    """What stands before, between and after the messages of a rendered conversation; None where it is not rendered."""
-    try:
-        ids = list(
-            tokenizer.apply_chat_template(
-                conversation, tokenize=True, return_dict=True, add_generation_prompt=prompted
-            )["input_ids"]
+def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ModelError(
+            f"augmenting_view needs a chat template of the {role}, but its tokenizer has none: pass a tokenizer "
+            f"with a template, or leave augmenting_view out."
         )
-    except Exception:  # a template is a program of its own, in Jinja, and refuses what it likes
-        return None
+
+
+def _samples(
+    tokenizer: PreTrainedTokenizerBase, pieces: Pieces, *, system: bool, ids: bool = False
+) -> Iterator[_Sample]:
+    """Conversations as a tokenizer renders them, without those that its template refuses or changes."""
+    turns = [{"role": role, "content": _MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
+    if system:
+        first = {"role": "system", "content": _MESSAGES["system"][0]}
+        wanted = [([first, *turns], False), ([first, *turns[:1]], True)]
+    else:
+        wanted = [(turns, False), (turns[:1], True), (turns[:3], True)]
+    for messages, prompted in wanted:
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, add_generation_prompt=prompted
+            )
+        except Exception:  # a template is a program of its own, in Jinja, and refuses what it likes
+            continue
+        found = _gaps(list(rendered["input_ids"]), pieces, messages, ids)
+        if found is not None:
+            yield _Sample(messages, prompted, list(rendered["input_ids"]), found)
+
+
+def _gaps(ids: list[int], pieces: Pieces, messages: list[dict[str, str]], as_ids: bool) -> list[Symbols] | None:
+    """What stands before, between and after the messages of a rendered conversation; None where one is not found."""
     symbols: list[int] = []
     ends: list[int] = []
     for token in ids:
@@ -213,7 +339,7 @@ def _gaps(
         symbols += (BYTES + token,) if piece is None else tuple(piece)
         ends.append(len(symbols))
     gaps, start = [], 0
-    for message in conversation:
+    for message in messages:
         place = _find(symbols, message["content"].encode(), start)
         if place is None:
             return None
@@ -255,17 +381,30 @@ def _closing(common: Symbols, special: Any) -> Symbols:
     return common
 
 
-def _opening(common: Symbols, closings: list[Symbols], as_ids: bool) -> Symbols:
-    """Without what closes the message before, and without white space at either end that the tokenizer may add."""
-    rest = common
-    for closing in closings:
-        if closing and common[: len(closing)] == closing and len(common) - len(closing) < len(rest):
-            rest = common[len(closing) :]
-    if as_ids:
-        return rest or common
-    rest = _stripped(rest)
-    start = next((index for index, symbol in enumerate(rest) if symbol not in _BLANK), len(rest))
-    return rest[start:] or _stripped(common)
+def _header(gap: Symbols, closings: dict[str, Symbols], previous: str | None) -> Symbols:
+    """The part of a gap that belongs to the message behind it, without white space in front of it.
+
+    At the beginning of a conversation a message of the template's own may stand before, which is closed in the gap.
+    """
+    start = 0
+    marks = [closings[previous]] if previous is not None else list(closings.values())
+    for mark in marks:
+        if not mark or all(symbol in _BLANK for symbol in mark):
+            continue
+        places = [place for place in range(len(gap)) if gap[place : place + len(mark)] == mark]
+        if places:
+            start = max(start, (places[0] if previous is not None else places[-1]) + len(mark))
+    rest = gap[start:]
+    blanks = next((index for index, symbol in enumerate(rest) if symbol not in _BLANK), len(rest))
+    # Where the closing is all there is, it opens the next message as well.
+    return rest[blanks:] or gap
+
+
+def _shortest(headers: list[Symbols]) -> list[Symbols]:
+    """Each header without what only the beginning of a conversation has before it (a beginning token, say)."""
+    return [
+        min((other for other in headers if header[len(header) - len(other) :] == other), key=len) for header in headers
+    ]
 
 
 def _stripped(symbols: Symbols) -> Symbols:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.errors import ModelError
 from calmlm.spelling import CHARACTER_OF, Spelling, flat
 
 CUTTING = ("Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength")
@@ -103,7 +104,13 @@ class Writer:
 
     def _tokenize(self, text: str) -> list[int]:
         words = [text] if self.cut is None else [word for word, _ in self.cut.pre_tokenize_str(text)]
-        return [token.id for word in words if word for token in self.backend.model.tokenize(word)]
+        try:
+            return [token.id for word in words if word for token in self.backend.model.tokenize(word)]
+        except Exception as error:  # the library raises a bare one where its unknown token is not in the vocabulary
+            raise ModelError(
+                f"The tokenizer of the augmenting model must have a token for what it does not know, but it fails at "
+                f"{text!r} ({str(error).strip().rstrip('.')}): give it an unknown token."
+            ) from error
 
 
 def _rewriting(parts: list[dict[str, Any]]) -> Any:

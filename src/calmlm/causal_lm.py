@@ -241,7 +241,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             prompt_mask = (labels != -100).cumsum(-1) == 0
         output, cache = self.model.run(
             self.anchor,
-            Inputs(input_ids, attention_mask, position_ids, prompt_mask, {} if augmenting_inputs is None else augmenting_inputs),
+            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs),
             past_key_values, inputs_embeds, use_cache, kwargs,
         )  # fmt: skip
         logits = output.logits if self._keeps_logits else slice_logits_to_keep(output.logits, logits_to_keep)

@@ -361,19 +361,19 @@ class CalmModel(CalmPreTrainedModel):
                 f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
                 f"return_tensors='pt'."
             )
-        given = inputs.augmenting
+        given = {} if inputs.augmenting is None else inputs.augmenting
         if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
             raise DataError(
                 "augmenting_inputs must be a dictionary of dictionaries, the inputs of each encoder by name, but got "
                 "something else: write {name: {'pixel_values': ...}}."
             )
-        for name in inputs.augmenting:
+        for name in given:
             if name in self.augmenting and self.config.augmenting[name]["reads"] != "inputs":
                 raise DataError(
                     f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
                     f"leave its inputs out."
                 )
-        unknown = sorted(set(inputs.augmenting) - set(self.augmenting))
+        unknown = sorted(set(given) - set(self.augmenting))
         if unknown:
             raise DataError(
                 f"augmenting_inputs must name augmenting models of this composition ({', '.join(self.augmenting)}), "

@@ -36,14 +36,14 @@ class Inputs:
         mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
         positions: (B or 1, T) int64, or None.
         prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
-        augmenting: inputs of augmenting encoders, by name.
+        augmenting: inputs of augmenting encoders, by name, or None.
     """
 
     ids: Any
     mask: Any
     positions: Tensor | None
     prompt: Tensor | None
-    augmenting: dict[str, dict[str, Any]]
+    augmenting: dict[str, dict[str, Any]] | None
 
 
 class Reader(Protocol):
@@ -232,7 +232,7 @@ class EncoderReader(Common):
         frontier = past.frontier
         stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
-        given = dict(inputs.augmenting.get(self.name) or {})
+        given = dict((inputs.augmenting or {}).get(self.name) or {})
         if frontier.width == 0:
             frontier.given = given
             owner = self._encode(stream, dict(given), inputs.ids)

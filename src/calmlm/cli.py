@@ -156,6 +156,9 @@ def kv_arithmetic(
     also: Annotated[
         str, typer.Option(help="Further compositions, with commas: connectors, tokenizers, halves.", show_default=False)
     ] = "",
+    stored_only: Annotated[
+        bool, typer.Option("--stored-only", help="Report on what is stored; train no others.")
+    ] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
     export: Annotated[
@@ -167,7 +170,17 @@ def kv_arithmetic(
 
     numbers = _seeds(seeds)
     groups = [group.strip() for group in also.split(",") if group.strip()]
-    run(preset, numbers, output, cache, max_steps=max_steps, items=items, also=groups, report=say)
+    run(
+        preset,
+        numbers,
+        output,
+        cache,
+        max_steps=max_steps,
+        items=items,
+        also=groups,
+        stored_only=stored_only,
+        report=say,
+    )
     if export is not None:
         from calmlm.demo.bundle import pack
 

@@ -39,6 +39,10 @@ class Stages:
     def __init__(self, folder: Path, name: str, report: Callable[[str], None]) -> None:
         self.folder, self.name, self.report = folder, name, report
 
+    def has(self, stage: str) -> bool:
+        """Whether a stage is stored."""
+        return (self.folder / stage / _DONE).is_file()
+
     def do(self, stage: str, work: Work, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
         """Do a stage unless it is stored; return its record. The record is written last, so a stored one is whole."""
         folder = self.folder / stage

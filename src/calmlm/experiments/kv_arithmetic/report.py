@@ -106,6 +106,18 @@ def _half_goals(cells: dict[tuple[str, str], dict[str, Any]], restored: bool) ->
     return [*lines, f"- with the second taken out again, the first answers {words}."]
 
 
+def _fewer(result: dict[str, Any]) -> str:
+    """Which rows are means over fewer seeds."""
+    seeds = len(result["seeds"])
+    counts = {row["method"]: row["seeds"] for row in (*result["rows"], *result["halves"]) if row["seeds"] < seeds}
+    titles = METHODS | HALVES
+    lines = []
+    for count in sorted(set(counts.values())):
+        names = ", ".join(titles[method] for method, n in counts.items() if n == count)
+        lines.append(f" Over {count} seed{'s' if count > 1 else ''}: {names}.")
+    return "".join(lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Write the result as a markdown page: our table beside the slides', how long it took, what the bases are."""
     cells = cells_of(result["rows"])
@@ -114,7 +126,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"# Key-value arithmetic, preset `{result['preset']}`",
         "",
         f"Exact match, per cent: mean over {seeds} seed{'s' if seeds > 1 else ''} with its 95 % interval, and in "
-        "brackets the figure that the slides publish for models of their size.",
+        "brackets the figure that the slides publish for models of their size." + _fewer(result),
         "",
         *table_of(cells, METHODS, COLUMNS, PUBLISHED),
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def run_seed(
     cache: Path,
     report: Callable[[str], None] = print,
     variants: Sequence[str] | None = None,
+    stored_only: bool = False,
 ) -> dict[str, Any]:
     """Run the stages of one seed; return its scores, wall-clock and parameter counts.
 
@@ -126,9 +128,12 @@ def run_seed(
         cache: folder of finished stages.
         report: called with each line of progress.
         variants: which compositions to train; the paper's by default.
+        stored_only: leave out compositions that are not stored, instead of training them.
     """
     here = _Seed(preset, seed, cache, report)
     chosen = list(CORE) if variants is None else list(variants)
+    if stored_only:
+        chosen = [name for name in chosen if here.stages.has(name)]
     needed = {
         "augmenting",
         "anchor",
@@ -198,6 +203,7 @@ def run(
     max_steps: int | None = None,
     items: int | None = None,
     also: Sequence[str] = (),
+    stored_only: bool = False,
     command: str | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -211,6 +217,7 @@ def run(
         max_steps: upper limit for the steps of each training, for a trial; batches are cut to 16 rows then.
         items: evaluation items per column, instead of the preset's.
         also: groups of compositions beyond the paper's: ``connectors``, ``tokenizers``, ``halves``.
+        stored_only: report on the compositions that are stored and train no others.
         command: the command that the report names as its origin.
         report: called with each line of progress.
 
@@ -229,7 +236,7 @@ def run(
     chosen = get_preset(preset, max_steps, items)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
-    outcomes = {seed: run_seed(chosen, seed, Path(cache), report, variants) for seed in seeds}
+    outcomes = {seed: run_seed(chosen, seed, Path(cache), report, variants, stored_only) for seed in seeds}
     first = outcomes[seeds[0]]
     result = {
         "experiment": "kv_arithmetic",
@@ -243,8 +250,8 @@ def run(
         "settings": dataclasses.asdict(chosen),
         "parameters": first["parameters"],
         "seconds": {
-            stage: round(sum(o["seconds"][stage] for o in outcomes.values()) / len(outcomes), 1)
-            for stage in first["seconds"]
+            stage: round(statistics.mean(o["seconds"][stage] for o in outcomes.values() if stage in o["seconds"]), 1)
+            for stage in dict.fromkeys(stage for o in outcomes.values() for stage in o["seconds"])
         },
         "commits": sorted({commit for outcome in outcomes.values() for commit in outcome["commits"]}),
         "seconds_per_seed": {str(seed): outcome["seconds"] for seed, outcome in outcomes.items()},

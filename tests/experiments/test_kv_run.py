@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calmlm.errors import ConfigError
-from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches
+from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches, preset_of
 from calmlm.experiments.kv_arithmetic import run as run_module
 from calmlm.experiments.kv_arithmetic.bases import BASES, new_model
 from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, compose_bases, composition_examples
@@ -16,7 +16,7 @@ from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
 from calmlm.experiments.kv_arithmetic.report import HALF_COLUMNS, HALVES, METHODS, markdown, summarise
-from calmlm.experiments.kv_arithmetic.run import get_preset, run
+from calmlm.experiments.kv_arithmetic.run import run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World
 from calmlm.experiments.statistics import interval
@@ -83,7 +83,7 @@ def test_halves_share_no_key_and_know_what_they_do_not_know():
 
 def test_unknown_preset_and_seeds_given_twice():
     with pytest.raises(ConfigError, match="one of tiny, small, paper"):
-        get_preset("huge")
+        preset_of(PRESETS, "huge")
     with pytest.raises(ConfigError, match="each once"):
         run("tiny", seeds=(1, 1))
     with pytest.raises(ConfigError, match="connectors, tokenizers, halves, but got thirds"):

@@ -12,6 +12,7 @@ import torch
 
 from calmlm.cli import main
 from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import preset_of
 from calmlm.experiments.kv_arithmetic.world import final_answer
 from calmlm.experiments.visual_arithmetic import run as run_module
 from calmlm.experiments.visual_arithmetic.bases import build_visual_tokenizer, encode, new_encoder
@@ -19,10 +20,10 @@ from calmlm.experiments.visual_arithmetic.composition import VARIANTS, compositi
 from calmlm.experiments.visual_arithmetic.evaluate import COLUMNS, columns, pipeline
 from calmlm.experiments.visual_arithmetic.presets import PRESETS
 from calmlm.experiments.visual_arithmetic.report import METHODS
-from calmlm.experiments.visual_arithmetic.run import get_preset, run
+from calmlm.experiments.visual_arithmetic.run import run
 from calmlm.experiments.visual_arithmetic.world import IMAGE, Example, World
 
-TINY = dataclasses.replace(get_preset("tiny", 3, 30))
+TINY = preset_of(PRESETS, "tiny", 3, 30)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,6 @@ def test_a_run_reports_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_unknown_presets_and_seeds_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="one of tiny, small"):
-        get_preset("huge")
+        preset_of(PRESETS, "huge")
     assert main(["repro", "visual-arithmetic", "--preset", "tiny", "--seeds", "one"]) == 2
     assert "Expected seeds as whole numbers" in capsys.readouterr().err

@@ -68,10 +68,12 @@ def pack(
     import torch
     import transformers
 
-    from calmlm.experiments.kv_arithmetic.run import get_preset, run_seed
+    from calmlm.experiments.fitting import preset_of
+    from calmlm.experiments.kv_arithmetic.presets import PRESETS
+    from calmlm.experiments.kv_arithmetic.run import run_seed
     from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, World, final_answer
 
-    settings = get_preset(preset, max_steps, items)
+    settings = preset_of(PRESETS, preset, max_steps, items)
     folder = Path(run_seed(settings, seed, cache, variants=["composed"])["folder"])
     world = World(settings, seed)
     chance = world.rng("demonstration")

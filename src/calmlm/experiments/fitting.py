@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-__all__ = ["IGNORED", "Stage", "SupervisedTrainer", "answer", "collator", "fit", "in_batches"]
+from calmlm.errors import ConfigError
+
+__all__ = [
+    "IGNORED",
+    "Stage",
+    "SupervisedTrainer",
+    "answer",
+    "check_seeds",
+    "collator",
+    "fit",
+    "in_batches",
+    "preset_of",
+]
 
 IGNORED = -100
+P = TypeVar("P")
 Row = dict[str, Any]
 """``input_ids`` and ``labels``, lists of equal length, and whatever a collator of the experiment's own wants."""
 
@@ -26,6 +40,40 @@ class Stage:
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.1
+
+
+def preset_of(presets: Mapping[str, P], name: str, max_steps: int | None = None, items: int | None = None) -> P:
+    """A preset of an experiment by its name.
+
+    Args:
+        presets: dataclasses with stages and a number of ``items``.
+        name: which of them.
+        max_steps: cuts every training, and its batches to 16 rows, for a trial.
+        items: evaluation items per column, instead of the preset's.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in presets:
+        raise ConfigError(f"The preset must be one of {', '.join(presets)}, but got {name!r}: choose one of these.")
+    changed: dict[str, Any] = {} if items is None else {"items": items}
+    preset: Any = presets[name]
+    for field in dataclasses.fields(preset):
+        stage = getattr(preset, field.name)
+        if max_steps is not None and isinstance(stage, Stage):
+            steps, size = min(max_steps, stage.steps), min(16, stage.batch_size)
+            changed[field.name] = dataclasses.replace(stage, steps=steps, batch_size=size)
+    return dataclasses.replace(preset, **changed)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise unless there is a seed and each is given once.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
 
 
 def in_batches(rows: list[Row], batch_size: int, seed: int, window: int = 30) -> list[Row]:

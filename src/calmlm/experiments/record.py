@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import calmlm
 from calmlm.storage import write_text
 
-__all__ = ["Stages", "commit", "device", "machine", "origin"]
+__all__ = ["Stages", "commit", "device", "machine", "made_by", "origin"]
 
 _DONE = "stage.json"
 
@@ -76,6 +76,18 @@ def origin(command: str | None) -> dict[str, Any]:
         "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": machine(),
     }
+
+
+def made_by(result: dict[str, Any]) -> str:
+    """One sentence about a result's command, commits, machine and versions."""
+    machine = result["machine"]
+    return (
+        f"Made by `{result['command']}` at commit {result['commit']} (stages trained at "
+        f"{', '.join(commit[:7] for commit in result['commits'])}) on {machine['processor']} ({machine['cores']} "
+        f"cores, {machine['threads']} threads, {machine['device']}) with "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        + "."
+    )
 
 
 def device() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from calmlm.errors import MissingExtraError
 from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
+from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, rows_of, table_of
 from calmlm.storage import write_atomically, write_text
 
@@ -148,7 +149,6 @@ def markdown(result: dict[str, Any]) -> str:
             *_half_goals(halves, result["restored"]),
         ]
     stages = " · ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["seconds"].items())
-    machine = result["machine"]
     lines += [
         "",
         result["footer"],
@@ -158,11 +158,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the "
         f"composition {result['parameters']['added']:,}.",
         "",
-        f"Made by `{result['command']}` at commit {result['commit']} (stages trained at "
-        f"{', '.join(commit[:7] for commit in result['commits'])}) on {machine['processor']} ({machine['cores']} "
-        f"cores, {machine['threads']} threads, {machine['device']}) with "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        + ".",
+        made_by(result),
         "",
     ]
     return "\n".join(lines)

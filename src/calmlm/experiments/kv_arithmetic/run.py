@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 import calmlm
 from calmlm.errors import ConfigError
-from calmlm.experiments.fitting import Stage
+from calmlm.experiments.fitting import check_seeds, preset_of
 from calmlm.experiments.kv_arithmetic.bases import BASES, TOKENIZERS
 from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, train_composition
 from calmlm.experiments.kv_arithmetic.evaluate import Answerer, cascade, columns, half_columns, models, score
@@ -33,27 +33,7 @@ from calmlm.experiments.kv_arithmetic.world import (
 from calmlm.experiments.record import Stages, device, origin
 from calmlm.experiments.statistics import INTERVAL
 
-__all__ = ["get_preset", "run", "run_seed"]
-
-
-def get_preset(name: str, max_steps: int | None = None, items: int | None = None) -> Preset:
-    """Return a preset; ``max_steps`` cuts every training, and its batches to 16 rows, ``items`` cuts every column.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}, but got {name!r}: choose one of these.")
-    preset = PRESETS[name]
-    if max_steps is not None:
-        cut: dict[str, Any] = {}
-        for stage_name in ("augmenting", "characters", "halves", "anchor", "composition"):
-            stage: Stage = getattr(preset, stage_name)
-            cut[stage_name] = dataclasses.replace(
-                stage, steps=min(max_steps, stage.steps), batch_size=min(16, stage.batch_size)
-            )
-        preset = dataclasses.replace(preset, **cut)
-    return dataclasses.replace(preset, items=items) if items is not None else preset
+__all__ = ["run", "run_seed"]
 
 
 class _Seed:
@@ -233,9 +213,8 @@ def run(
             f"Further compositions must be among {', '.join(GROUPS)}, but got {', '.join(unknown)}: choose from these."
         )
     variants = [*CORE, *(name for group in GROUPS if group in also for name in GROUPS[group])]
-    chosen = get_preset(preset, max_steps, items)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
+    chosen = preset_of(PRESETS, preset, max_steps, items)
+    check_seeds(seeds)
     outcomes = {seed: run_seed(chosen, seed, Path(cache), report, variants, stored_only) for seed in seeds}
     first = outcomes[seeds[0]]
     result = {

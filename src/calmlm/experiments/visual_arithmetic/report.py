@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, table_of
 from calmlm.experiments.visual_arithmetic.evaluate import COLUMNS
 from calmlm.storage import write_text
@@ -26,7 +27,6 @@ METHODS = {
 def markdown(result: dict[str, Any]) -> str:
     """Write the result as a markdown page."""
     seeds = len(result["seeds"])
-    machine = result["machine"]
     by_seed = [sum(seconds.values()) for seconds in result["seconds_per_seed"].values()]
     sizes = " · ".join(f"{name} {count:,}" for name, count in result["parameters"].items() if name != "random")
     return "\n".join(
@@ -42,11 +42,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"Wall-clock of a seed: {min(by_seed):.0f} to {max(by_seed):.0f} s. Parameters (of compositions: added): "
             f"{sizes}.",
             "",
-            f"Made by `{result['command']}` at commit {result['commit']} (stages trained at "
-            f"{', '.join(commit[:7] for commit in result['commits'])}) on {machine['processor']} ({machine['cores']} "
-            f"cores, {machine['threads']} threads, {machine['device']}) with "
-            + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-            + ".",
+            made_by(result),
             "",
         ]
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PreTrainedModel, ViTForImageClassification
 
-from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import check_seeds, preset_of
 from calmlm.experiments.record import Stages, device, origin
 from calmlm.experiments.statistics import INTERVAL, rows_of
 from calmlm.experiments.visual_arithmetic.bases import (
@@ -35,26 +35,6 @@ from calmlm.experiments.visual_arithmetic.report import METHODS, write_report
 from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
 
 __all__ = ["run", "run_seed"]
-
-
-def get_preset(name: str, max_steps: int | None = None, items: int | None = None) -> Preset:
-    """Return a preset; ``max_steps`` cuts every training, ``items`` every column.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"The preset must be one of {', '.join(PRESETS)}, but got {name!r}: choose one of these.")
-    preset = PRESETS[name]
-    if max_steps is not None:
-        cut: dict[str, Any] = {}
-        for stage in ("encoder", "anchor", "composition"):
-            whole = getattr(preset, stage)
-            cut[stage] = dataclasses.replace(
-                whole, steps=min(max_steps, whole.steps), batch_size=min(16, whole.batch_size)
-            )
-        preset = dataclasses.replace(preset, **cut)
-    return dataclasses.replace(preset, items=items) if items is not None else preset
 
 
 def run_seed(preset: Preset, seed: int, cache: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
@@ -139,9 +119,8 @@ def run(
         ConfigError: for an unknown preset or no seeds.
         MissingExtraError: without scikit-learn.
     """
-    chosen = get_preset(preset, max_steps, items)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
+    chosen = preset_of(PRESETS, preset, max_steps, items)
+    check_seeds(seeds)
     outcomes = {seed: run_seed(chosen, seed, Path(cache), report) for seed in seeds}
     scores = {seed: outcome["scores"] for seed, outcome in outcomes.items()}
     result = {

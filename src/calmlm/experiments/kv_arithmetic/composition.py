@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
-from calmlm.experiments.fitting import answer, fit
+from calmlm.experiments.fitting import Stage, answer, fit
+from calmlm.experiments.kv_arithmetic.bases import BASES
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 
@@ -64,9 +65,16 @@ GROUPS = {
 
 def composition_examples(world: World, variant: str) -> list[Example]:
     """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is numeric and keeps what m_B can do."""
-    preset, chosen = world.preset, VARIANTS[variant]
+    chosen = VARIANTS[variant]
+    stage = stage_of(world, chosen)
     rng = world.rng("composition-subs" if chosen.substitutes else "composition")
-    return [_example(world, rng, chosen) for _ in range(preset.composition.steps * preset.composition.batch_size)]
+    return [_example(world, rng, chosen) for _ in range(stage.steps * stage.batch_size)]
+
+
+def stage_of(world: World, variant: Variant) -> Stage:
+    """How a composition is trained."""
+    together = BASES[variant.augmenting][0] == BASES[variant.anchor][0]
+    return world.preset.composition if together else world.preset.apart
 
 
 def _example(world: World, rng: random.Random, variant: Variant) -> Example:
@@ -136,7 +144,7 @@ def train_composition(
     if VARIANTS[variant].half is not None:
         examples = _with_own_answers(world, tokenizer, anchor, examples)
     rows = encode(examples, tokenizer)
-    return model, fit(model, rows, tokenizer.pad_token_id, world.preset.composition, world.seed)
+    return model, fit(model, rows, tokenizer.pad_token_id, stage_of(world, VARIANTS[variant]), world.seed)
 
 
 def _with_own_answers(

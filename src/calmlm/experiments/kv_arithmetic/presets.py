@@ -39,6 +39,8 @@ class Preset:
     """m_A of half of the keys; it also learns which words it does not know."""
     anchor: Stage
     composition: Stage
+    apart: Stage
+    """Training of the composition of two tokenizers: there is more to overfit, so its weights decay faster."""
     connections: tuple[tuple[int, int], ...]
     """(layer of m_A, layer of m_B), counted from 0."""
     heads: int
@@ -89,6 +91,7 @@ _TINY = Preset(
     halves=Stage(600, 32, 4e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
     composition=Stage(450, 64, 5e-3, 0.1),
+    apart=Stage(450, 64, 5e-3, 0.5),
     connections=((3, 0), (3, 1)),
     heads=4,
     items=200,
@@ -110,6 +113,7 @@ _SMALL = Preset(
     halves=Stage(2000, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
     composition=Stage(1200, 96, 4e-3, 0.1),
+    apart=Stage(1200, 96, 4e-3, 0.5),
     connections=((3, 0), (3, 1)),
     heads=4,
 )
@@ -132,6 +136,7 @@ _PAPER = Preset(
     halves=Stage(20_000, 256, 1e-3),
     anchor=Stage(60_000, 256, 6e-4),
     composition=Stage(10_000, 256, 1e-3),
+    apart=Stage(10_000, 256, 1e-3),
     connections=((7, 0), (7, 1)),
     heads=8,
     operators=("+", "-", "×"),

@@ -259,8 +259,21 @@ def footer(preset: Preset) -> str:
         f"{preset.composition_operands[1]} operands; keys arithmetic in the phrasings {', '.join(DC_PHRASINGS)} with "
         f"{100 * preset.figure_share:.0f} % of operands in figures and {100 * preset.restated_share:.0f} % of the "
         f"expressions restated only, or KV-SUBS alone; either with {100 * preset.numeric_share:.0f} % numeric "
-        f"arithmetic and restating. **Columns.** Key-Value: KV-SUBS; Numeric: figures in D_C's phrasings; Keys "
+        f"arithmetic and restating. {_further(preset)} "
+        f"**Columns.** Key-Value: KV-SUBS; Numeric: figures in D_C's phrasings; Keys "
         f"arithmetic: D_C's phrasings; OOD: the phrasings {', '.join(OOD_PHRASINGS)}; OOD-hard: the phrasing "
         f"{', '.join(HARD_PHRASINGS)} with {high + 1} operands, the other columns {low} to {high}. Keys are outside "
         f"D_C except in the last column; {preset.items} items per column and seed. {INTERVAL}"
+    )
+
+
+def _further(preset: Preset) -> str:
+    """What the compositions beyond the paper's differ in."""
+    return (
+        f"The m_A of single characters begins with {preset.first_keys} keys, and their number doubles with each 6 % of "
+        f"its training; the m_B of byte pairs is trained as m_B, and their composition has a weight decay of "
+        f"{preset.apart.weight_decay} instead of {preset.composition.weight_decay}. Halves: each m_A learns its keys and "
+        f"that other words have no value; {100 * preset.unanswerable_share:.0f} % of its D_C are questions about words "
+        f"that nobody knows, with m_B's own answers, and {100 * preset.foreign_share:.0f} % of the other operands are "
+        f"number words."
     )

@@ -272,8 +272,8 @@ def _further(preset: Preset) -> str:
     return (
         f"The m_A of single characters begins with {preset.first_keys} keys, and their number doubles with each 6 % of "
         f"its training; the m_B of byte pairs is trained as m_B, and their composition has a weight decay of "
-        f"{preset.apart.weight_decay} instead of {preset.composition.weight_decay}. Halves: each m_A learns its keys and "
-        f"that other words have no value; {100 * preset.unanswerable_share:.0f} % of its D_C are questions about words "
-        f"that nobody knows, with m_B's own answers, and {100 * preset.foreign_share:.0f} % of the other operands are "
-        f"number words."
+        f"{preset.apart.weight_decay} instead of {preset.composition.weight_decay}. Halves: each m_A learns its keys "
+        f"and that other words have no value; {100 * preset.unanswerable_share:.0f} % of its D_C are questions about "
+        f"words that nobody knows, with m_B's own answers, and {100 * preset.foreign_share:.0f} % of other operands "
+        f"are number words."
     )

@@ -107,10 +107,10 @@ def test_run_resumes_and_reports(preset, tmp_path, monkeypatch):
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 100 and row["seeds"] == 1
     page = (tmp_path / "results" / f"{preset}.md").read_text()
     assert "[84.30]" in page and result["footer"] in page
-    assert {(row["method"], row["column"]) for row in written["halves"]} == {
-        (m, c) for m in HALVES for c in HALF_COLUMNS
-    }
-    assert written["restored"] and "exactly as before" in page
+    if preset == "tiny":
+        halves = {(row["method"], row["column"]) for row in written["halves"]}
+        assert halves == {(m, c) for m in HALVES for c in HALF_COLUMNS}
+        assert written["restored"] and "exactly as before" in page
 
     def fail(*_):
         raise AssertionError("a stored stage was repeated")

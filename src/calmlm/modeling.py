@@ -322,9 +322,7 @@ class CalmModel(CalmPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
         kwargs.pop("return_dict", None)
-        inputs = Inputs(
-            input_ids, attention_mask, position_ids, None, {} if augmenting_inputs is None else augmenting_inputs
-        )
+        inputs = Inputs(input_ids, attention_mask, position_ids, None, augmenting_inputs)
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(

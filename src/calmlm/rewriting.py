@@ -285,9 +285,10 @@ class Rewriter(nn.Module):
                 continue
             run.end(event.owner)
             if event.kind == "special":
-                run.add(given.alignment.body[event.token or 0], event.owner)
-                if event.owner == 0 and (event.token or 0) in given.alignment.start:
-                    run.out[:] = [(i, 0) for i in given.alignment.start[event.token or 0]]
+                assert event.token is not None
+                usual = given.alignment.body[event.token]
+                # One token may be both the beginning and the end of a text: its place tells.
+                run.add(given.alignment.start.get(event.token, usual) if event.owner == 0 else usual, event.owner)
             elif event.kind == "open":
                 run.add(self._opened(event.role, messages == 0), event.owner)
                 messages += 1
@@ -316,7 +317,7 @@ class Rewriter(nn.Module):
             if piece is None:
                 yield Event("special", owner, token=token)
             elif piece:
-                yield Event("text", owner, piece, token)
+                yield Event("text", owner, piece)
 
 
 class _Run:

@@ -37,7 +37,7 @@ class Event:
         kind: ``"text"`` (bytes of content), ``"special"`` (a special token within content), ``"open"`` or ``"close"``.
         owner: the position of the token that settles it.
         text: of ``"text"``.
-        token: of ``"special"``, or the token that a text is exactly.
+        token: of ``"special"``.
         role: of ``"open"`` and ``"close"``.
     """
 
@@ -162,9 +162,8 @@ class Template:
     def _reads(self, sample: _Sample, pieces: Pieces) -> bool:
         """Whether exactly the messages of a sample are found in it."""
         wanted = [(message["role"], message["content"].encode()) for message in sample.messages]
-        return (
-            self._messages(sample, pieces)[-len(wanted) :] == wanted
-        )  # a message of the template's own may come first
+        # A message of the template's own may come first.
+        return self._messages(sample, pieces)[-len(wanted) :] == wanted
 
     def _mentions(self, sample: _Sample, pieces: Pieces) -> bool:
         """Whether the system message of a sample is found in it, if only as a part of another."""
@@ -194,17 +193,15 @@ class Template:
             piece = pieces[token] if 0 <= token < len(pieces) else b""
             symbols = (BYTES + token,) if piece is None else tuple(piece)
             parts = [part for symbol in symbols for part in reading.take(symbol)]
-            settled = [part for part in parts if isinstance(part, int)]
-            whole = piece is not None and len(settled) == len(parts) == len(symbols) and bytes(settled) == piece
             run: list[int] = []
             for part in parts:
                 if isinstance(part, int):
                     run.append(part)
                     continue
-                yield from _content(run, owner, None)
+                yield from _content(run, owner)
                 run = []
                 yield Event(part[0], owner, role=part[1])
-            yield from _content(run, owner, token if whole else None)
+            yield from _content(run, owner)
 
 
 class _Reading:
@@ -263,7 +260,7 @@ class _Reading:
             self.tails = list(self.template.tails.get(self.role, ()))
 
 
-def _content(symbols: list[int], owner: int, token: int | None) -> Iterator[Event]:
+def _content(symbols: list[int], owner: int) -> Iterator[Event]:
     """Events of settled content: runs of bytes and single special tokens."""
     run: list[int] = []
     for symbol in symbols:
@@ -275,7 +272,7 @@ def _content(symbols: list[int], owner: int, token: int | None) -> Iterator[Even
             run = []
         yield Event("special", owner, token=symbol - BYTES)
     if run:
-        yield Event("text", owner, bytes(run), token)
+        yield Event("text", owner, bytes(run))
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ class Writer:
         self.spelling = Spelling.of(tokenizer, "augmenting model")
         self.backend = tokenizer.backend_tokenizer
         self.vocabulary = tokenizer.get_vocab()
-        normalizers = flat(json.loads(self.backend.to_str())["normalizer"], "normalizers")
+        data = json.loads(self.backend.to_str())
+        normalizers = flat(data["normalizer"], "normalizers")
         self.prepends = any(part["type"] == "Prepend" for part in normalizers)
         self.rewrite = _rewriting(normalizers)
-        self.cut = _cutting(json.loads(self.backend.to_str()))
+        self.cut = _cutting(data)
         self.byte_ids = [self.vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
 
     def characters(self) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from calmlm.experiments.fitting import fit
+from calmlm.experiments.fitting import Stage, fit
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import (
     build_bpe_tokenizer,
@@ -87,9 +87,9 @@ def train_characters(world: World, tokenizer: PreTrainedTokenizerBase) -> Traine
     return model, fit(model, encode(examples, tokenizer, joint=" "), tokenizer.pad_token_id, stage, world.seed)
 
 
-def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
+def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase, stage: Stage | None = None) -> Trained:
     """Train m_B on arithmetic in all phrasings and notations; it never sees a key with its value."""
-    stage = world.preset.anchor
+    stage = stage or world.preset.anchor
     rng = world.rng("anchor")
     count = stage.steps * stage.batch_size
     examples = [world.general(rng, i / count) for i in range(count)]
@@ -116,7 +116,7 @@ BASES: dict[str, tuple[str, Callable[[World, PreTrainedTokenizerBase], Trained]]
     "augmenting": ("shared", train_augmenting),
     "anchor": ("shared", train_anchor),
     "augmenting_characters": ("characters", train_characters),
-    "anchor_bpe": ("bpe", train_anchor),
+    "anchor_bpe": ("bpe", lambda world, t: train_anchor(world, t, world.preset.pieces)),
     "augmenting_first": ("shared", lambda world, t: train_augmenting(world, t, world.halves[0])),
     "augmenting_second": ("shared", lambda world, t: train_augmenting(world, t, world.halves[1])),
     "random": ("shared", lambda world, t: (new_model(t, world.preset.augmenting_size, 1000 + world.seed), [])),

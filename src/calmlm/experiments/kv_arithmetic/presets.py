@@ -38,6 +38,8 @@ class Preset:
     halves: Stage
     """m_A of half of the keys; it also learns which words it does not know."""
     anchor: Stage
+    pieces: Stage
+    """m_B of byte pairs, which has to put the pieces of a number word together."""
     composition: Stage
     apart: Stage
     """Training of the composition of two tokenizers: there is more to overfit, so its weights decay faster."""
@@ -90,6 +92,7 @@ _TINY = Preset(
     characters=Stage(900, 32, 3e-3, 0.2),
     halves=Stage(600, 32, 4e-3, 0.2),
     anchor=Stage(700, 48, 3e-3),
+    pieces=Stage(700, 48, 3e-3),
     composition=Stage(450, 64, 5e-3, 0.1),
     apart=Stage(450, 64, 5e-3, 0.5),
     connections=((3, 0), (3, 1)),
@@ -109,11 +112,12 @@ _SMALL = Preset(
     characters_size=(128, 4, 4),
     anchor_size=(128, 4, 4),
     augmenting=Stage(1600, 40, 4e-3, 0.2),
-    characters=Stage(3000, 40, 3e-3, 0.2),
+    characters=Stage(5000, 40, 3e-3, 0.2),
     halves=Stage(2000, 40, 4e-3, 0.2),
     anchor=Stage(2200, 64, 2e-3),
+    pieces=Stage(3600, 64, 2e-3),
     composition=Stage(1200, 96, 4e-3, 0.1),
-    apart=Stage(1200, 96, 4e-3, 0.5),
+    apart=Stage(1600, 96, 4e-3, 0.5),
     connections=((3, 0), (3, 1)),
     heads=4,
 )
@@ -135,6 +139,7 @@ _PAPER = Preset(
     characters=Stage(25_000, 256, 1e-3),
     halves=Stage(20_000, 256, 1e-3),
     anchor=Stage(60_000, 256, 6e-4),
+    pieces=Stage(80_000, 256, 6e-4),
     composition=Stage(10_000, 256, 1e-3),
     apart=Stage(10_000, 256, 1e-3),
     connections=((7, 0), (7, 1)),

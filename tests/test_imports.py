@@ -26,7 +26,7 @@ LAYERS = [
     {"composing"},
     {"data", "training", "generation", "inspection"},
     {"evaluation", "serving", "experiments", "baselines"},
-    {"demo"},
+    {"demo", "comparison"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

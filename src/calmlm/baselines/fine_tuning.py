@@ -25,5 +25,5 @@ def fit_on_corpus(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
 
 def _fit(bases: Bases, rows: list[Row], budget: Budget) -> PreTrainedModel:
     model = copy.deepcopy(bases.anchor).requires_grad_(True)
-    train(model, rows, bases.tokenizer.pad_token_id, budget.stage, budget.seed)
+    train(model, rows, bases.tokenizer.pad_token_id, budget.full, budget.seed, meter=budget.meter)
     return model.eval()

@@ -63,8 +63,9 @@ def fit(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
     """Merge m_B, sure of what D_C asks, and its twin, sure of m_A's corpus; nothing is trained."""
     anchor, twin = bases.merging_pair("Fisher-weighted averaging")
     pad = bases.tokenizer.pad_token_id
-    fishers = [
-        diagonal_fisher(anchor, data.composition[:EXAMPLES], pad),
-        diagonal_fisher(twin, data.corpus[:EXAMPLES], pad),
-    ]
+    with budget.meter.counting():
+        fishers = [
+            diagonal_fisher(anchor, data.composition[:EXAMPLES], pad),
+            diagonal_fisher(twin, data.corpus[:EXAMPLES], pad),
+        ]
     return merge([anchor, twin], fishers)

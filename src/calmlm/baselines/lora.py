@@ -55,5 +55,5 @@ def _fit(bases: Bases, rows: list[Row], budget: Budget) -> Any:
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     )
     # The adapters live inside `model`, which is what trains and generates.
-    train(model, rows, bases.tokenizer.pad_token_id, budget.stage, budget.seed)
+    train(model, rows, bases.tokenizer.pad_token_id, budget.stage, budget.seed, meter=budget.meter)
     return adapted.merge_and_unload().eval()

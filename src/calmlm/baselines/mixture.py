@@ -111,8 +111,9 @@ def fit(bases: Bases, data: Data, budget: Budget) -> MixtralForCausalLM:
         model,
         data.composition,
         bases.tokenizer.pad_token_id,
-        budget.stage,
+        budget.full,
         budget.seed,
         trainer_class=_BalancedTrainer,
+        meter=budget.meter,
     )
     return model.eval()

@@ -79,10 +79,12 @@ def fit(bases: Bases, data: Data, budget: Budget) -> Routed:
     """Learn on D_C which of m_B and m_A has the lower loss on the completion."""
     rows, pad = data.composition, bases.tokenizer.pad_token_id
     models = [bases.anchor, bases.augmenting]
-    losses = torch.stack([losses_of(model, rows, pad) for model in models])
     router = Router(bases.anchor, len(models))
-    states = []
-    for start in range(0, len(rows), 128):
-        states.append(router.states(*prompts_of(rows[start : start + 128], pad, bases.anchor.device)))
+    with budget.meter.counting():
+        losses = torch.stack([losses_of(model, rows, pad) for model in models])
+        states = []
+        for start in range(0, len(rows), 128):
+            states.append(router.states(*prompts_of(rows[start : start + 128], pad, bases.anchor.device)))
     train_router(router, torch.cat(states), losses.argmin(0))
+    budget.meter.trainable = sum(parameter.numel() for parameter in router.score.parameters())
     return Routed(models, router)

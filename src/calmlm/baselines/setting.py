@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
+from calmlm.experiments.flops import Meter
 
 __all__ = ["Bases", "Budget", "Data", "check_same_shapes", "losses_of", "padded"]
 
@@ -69,11 +70,20 @@ class Budget:
         stage: steps, batch size, learning rate, weight decay of its training.
         seed: of everything random.
         parameters: how many parameters it may add, as many as the composition does.
+        full_rate: the learning rate where all weights of m_B are trained; the stage's own if None.
+        meter: counts what is spent.
     """
 
     stage: Stage
     seed: int
     parameters: int
+    full_rate: float | None = None
+    meter: Meter = field(default_factory=Meter, compare=False)
+
+    @property
+    def full(self) -> Stage:
+        """The stage of a training of all weights."""
+        return self.stage if self.full_rate is None else replace(self.stage, learning_rate=self.full_rate)
 
 
 def check_same_shapes(models: list[PreTrainedModel], method: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from calmlm.errors import ConfigError
+from calmlm.experiments.flops import Meter
 
 __all__ = [
     "IGNORED",
@@ -128,6 +129,7 @@ def fit(
     seed: int,
     collate: Callable[[list[Row]], dict[str, Any]] | None = None,
     trainer_class: type[Trainer] = SupervisedTrainer,
+    meter: Meter | None = None,
     **options: Any,
 ) -> list[tuple[int, float]]:
     """Train the parameters of ``model`` that require gradients; return (step, loss) as logged.
@@ -140,6 +142,7 @@ def fit(
         seed: of the order of batches.
         collate: makes a batch of rows; by default ids and labels, padded on the right.
         trainer_class: ``Trainer`` itself for models that are not causal language models.
+        meter: counts the operations of the training.
         options: further arguments of TrainingArguments.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -163,13 +166,16 @@ def fit(
             remove_unused_columns=False,
             **options,
         )
+        ordered = in_batches(rows, stage.batch_size, seed) if "input_ids" in rows[0] else rows
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=in_batches(rows, stage.batch_size, seed) if "input_ids" in rows[0] else rows,
+            train_dataset=ordered,
             data_collator=collate or collator(pad),
         )
         trainer.train()
+        if meter is not None:
+            meter.probe(trainer, ordered, stage.steps)
     model.eval()
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 

@@ -14,9 +14,9 @@ from calmlm.experiments.kv_arithmetic.tokenizer import (
     build_character_tokenizer,
     build_tokenizer,
 )
-from calmlm.experiments.kv_arithmetic.world import World
+from calmlm.experiments.kv_arithmetic.world import Example, World
 
-__all__ = ["BASES", "TOKENIZERS", "new_model", "train_anchor", "train_augmenting"]
+__all__ = ["BASES", "TOKENIZERS", "augmenting_examples", "new_model", "train_anchor", "train_augmenting"]
 
 Trained = tuple[LlamaForCausalLM, list[tuple[int, float]]]
 
@@ -43,8 +43,8 @@ def new_model(tokenizer: PreTrainedTokenizerBase, size: tuple[int, int, int], se
     return LlamaForCausalLM(config)
 
 
-def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str] | None = None) -> Trained:
-    """Train m_A on rows of keys and values and on KV-SUBS.
+def augmenting_examples(world: World, keys: Sequence[str] | None = None) -> list[Example]:
+    """What m_A is trained on: rows of keys and values, and KV-SUBS.
 
     With ``keys``, it learns these alone, and that other words have no value, which its states then tell.
     """
@@ -58,8 +58,16 @@ def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Seq
         share = preset.substitution_share if i > 0.4 * count else 0.0
         substitutes = rng.random() < share
         examples.append(world.substitution(rng, keys or world.keys) if substitutes else world.row(rng, keys))
+    return examples
+
+
+def train_augmenting(world: World, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str] | None = None) -> Trained:
+    """Train m_A, on all keys or on some."""
+    preset = world.preset
+    stage = preset.augmenting if keys is None else preset.halves
     model = new_model(tokenizer, preset.augmenting_size, world.seed)
-    return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
+    rows = encode(augmenting_examples(world, keys), tokenizer)
+    return model, fit(model, rows, tokenizer.pad_token_id, stage, world.seed)
 
 
 def train_characters(world: World, tokenizer: PreTrainedTokenizerBase) -> Trained:
@@ -87,13 +95,18 @@ def train_characters(world: World, tokenizer: PreTrainedTokenizerBase) -> Traine
     return model, fit(model, encode(examples, tokenizer, joint=" "), tokenizer.pad_token_id, stage, world.seed)
 
 
-def train_anchor(world: World, tokenizer: PreTrainedTokenizerBase, stage: Stage | None = None) -> Trained:
+def train_anchor(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage | None = None,
+    size: tuple[int, int, int] | None = None,
+) -> Trained:
     """Train m_B on arithmetic in all phrasings and notations; it never sees a key with its value."""
     stage = stage or world.preset.anchor
     rng = world.rng("anchor")
     count = stage.steps * stage.batch_size
     examples = [world.general(rng, i / count) for i in range(count)]
-    model = new_model(tokenizer, world.preset.anchor_size, world.seed + 1)
+    model = new_model(tokenizer, size or world.preset.anchor_size, world.seed + 1)
     return model, fit(model, encode(examples, tokenizer), tokenizer.pad_token_id, stage, world.seed)
 
 
@@ -119,6 +132,11 @@ BASES: dict[str, tuple[str, Callable[[World, PreTrainedTokenizerBase], Trained]]
     "anchor_bpe": ("bpe", lambda world, t: train_anchor(world, t, world.preset.pieces)),
     "augmenting_first": ("shared", lambda world, t: train_augmenting(world, t, world.halves[0])),
     "augmenting_second": ("shared", lambda world, t: train_augmenting(world, t, world.halves[1])),
+    # A model of m_A's size without its speciality, trained on m_B's kind of text for as long as m_A on its own.
+    "vanilla": (
+        "shared",
+        lambda world, t: train_anchor(world, t, world.preset.augmenting, world.preset.augmenting_size),
+    ),
     "random": ("shared", lambda world, t: (new_model(t, world.preset.augmenting_size, 1000 + world.seed), [])),
 }
 """Each base model: its tokenizer and how it is trained."""

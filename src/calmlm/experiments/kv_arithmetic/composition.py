@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -63,12 +64,21 @@ GROUPS = {
 }
 
 
-def composition_examples(world: World, variant: str) -> list[Example]:
-    """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is numeric and keeps what m_B can do."""
+def composition_examples(
+    world: World, variant: str, count: int | None = None, purpose: str = "composition"
+) -> list[Example]:
+    """Draw D_C: only ``world.composition_keys`` occur. A fixed share of it is numeric and keeps what m_B can do.
+
+    Args:
+        world: keys and values.
+        variant: one of VARIANTS.
+        count: how many examples, instead of as many as the variant's training takes.
+        purpose: another one draws other examples of the same kind.
+    """
     chosen = VARIANTS[variant]
     stage = stage_of(world, chosen)
-    rng = world.rng("composition-subs" if chosen.substitutes else "composition")
-    return [_example(world, rng, chosen) for _ in range(stage.steps * stage.batch_size)]
+    rng = world.rng(f"{purpose}-subs" if chosen.substitutes else purpose)
+    return [_example(world, rng, chosen) for _ in range(count or stage.steps * stage.batch_size)]
 
 
 def stage_of(world: World, variant: Variant) -> Stage:
@@ -100,6 +110,7 @@ def compose_bases(
     augmenting: LlamaForCausalLM,
     connector: str = "cross_attention",
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Return an untrained composition with the preset's connections and connector options.
 
@@ -108,24 +119,28 @@ def compose_bases(
         anchor, augmenting: the base models; the anchor is copied.
         connector: one of calmlm's connectors.
         tokenizers: the anchor's and the augmenting model's, where they differ.
+        options: of `calmlm.compose`, instead of the preset's.
     """
     preset = world.preset
     set_seed(world.seed + 2)
     ours, theirs = tokenizers or (None, None)
     # Flamingo works on the input of a layer: the next layer's, for the same place in the anchor.
     shift = 1 if connector == "flamingo" else 0
+    usual: dict[str, Any] = {
+        "connections": [(i, j + shift) for i, j in preset.connections],
+        "num_heads": preset.heads,
+        "norm": True,
+        "rotary": True,
+        "query_key_bias": preset.query_key_bias,
+        "null_key": True,
+    }
     return calmlm.compose(
         copy.deepcopy(anchor),
         augmenting,
-        connections=[(i, j + shift) for i, j in preset.connections],
-        num_heads=preset.heads,
-        norm=True,
-        rotary=True,
-        query_key_bias=preset.query_key_bias,
-        null_key=True,
         connector=connector,
         tokenizer=ours,
         augmenting_tokenizer=theirs,
+        **{**usual, **options},
     )
 
 

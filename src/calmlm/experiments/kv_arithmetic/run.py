@@ -33,10 +33,10 @@ from calmlm.experiments.kv_arithmetic.world import (
 from calmlm.experiments.record import Stages, device, origin
 from calmlm.experiments.statistics import INTERVAL
 
-__all__ = ["run", "run_seed"]
+__all__ = ["SeedRun", "run", "run_seed"]
 
 
-class _Seed:
+class SeedRun:
     """One seed's folder: its models and what each stage cost."""
 
     def __init__(self, preset: Preset, seed: int, cache: Path, report: Callable[[str], None]) -> None:
@@ -110,7 +110,7 @@ def run_seed(
         variants: which compositions to train; the paper's by default.
         stored_only: leave out compositions that are not stored, instead of training them.
     """
-    here = _Seed(preset, seed, cache, report)
+    here = SeedRun(preset, seed, cache, report)
     chosen = list(CORE) if variants is None else list(variants)
     if stored_only:
         chosen = [name for name in chosen if here.stages.has(name)]
@@ -153,7 +153,7 @@ def run_seed(
     return outcome | {"seconds": {name: record["seconds"] for name, record in records.items() if name != "random"}}
 
 
-def _join_halves(here: _Seed, items: dict[str, list[Example]]) -> dict[str, Any]:
+def _join_halves(here: SeedRun, items: dict[str, list[Example]]) -> dict[str, Any]:
     """Join two compositions that were trained apart, without training; then take the second out again."""
     where = device()
     tokenizer = here.tokenizer("anchor")

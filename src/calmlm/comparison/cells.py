@@ -1,0 +1,89 @@
+"""One cell: a method on an experiment with a seed. A finished one is a file, and is never repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calmlm.comparison.domain import Answerer, Domain
+from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.methods import ABLATIONS, METHODS
+from calmlm.experiments.flops import Meter
+from calmlm.experiments.record import origin
+from calmlm.storage import write_text
+
+__all__ = ["Cell", "decode_time_x_anchor"]
+
+_REVISION = 1  # of what a cell holds; another one makes all cells new
+_TIMED_TOKENS, _ROUNDS = 12, 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on an experiment with a seed.
+
+    Attributes:
+        domain, method: names.
+        preset: the experiment's settings.
+        seed: of everything random.
+    """
+
+    domain: str
+    method: str
+    preset: Any
+    seed: int
+
+    def path(self, cache: Path) -> Path:
+        """Where it lies; the name changes with whatever it depends on."""
+        settings = DOMAINS[self.domain][0].mark(self.preset)
+        mark = hashlib.sha256(json.dumps([settings, self.method, self.seed, _REVISION]).encode()).hexdigest()[:8]
+        return cache / "cells" / self.domain / f"{self.preset.name}-{self.method}-seed-{self.seed}-{mark}.json"
+
+    def stored(self, cache: Path) -> dict[str, Any] | None:
+        """What it holds, where it is finished."""
+        path = self.path(cache)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def do(self, domain: Domain, cache: Path, report: Callable[[str], None]) -> dict[str, Any]:
+        """Train and evaluate, and write the file."""
+        report(f"{self.domain}, seed {self.seed}: {self.method} ...")
+        start = time.perf_counter()
+        meter = Meter()
+        fitted = {**METHODS, **ABLATIONS}[self.method].fit(domain, meter)
+        trained = time.perf_counter() - start
+        scores = domain.score(fitted.complete, fitted.model)
+        result = {
+            "domain": self.domain,
+            "method": self.method,
+            "seed": self.seed,
+            "scores": {task: [round(value, 4) for value in values] for task, values in scores.items()},
+            "trainable_parameters": meter.trainable,
+            "train_flops": meter.flops,
+            "train_seconds": round(trained, 1),
+            "decode_time_x_anchor": decode_time_x_anchor(fitted.complete, domain),
+            "seconds": round(time.perf_counter() - start, 1),
+            **origin(None),
+        }
+        write_text(self.path(cache), json.dumps(result))
+        report(f"{self.domain}, seed {self.seed}: {self.method} took {result['seconds']:.0f} s")
+        return result
+
+
+def decode_time_x_anchor(complete: Answerer, domain: Domain) -> float:
+    """The time of so many new tokens for a few prompts, by the time of the anchor alone: a median of paired rounds."""
+    anchor = domain.answerer(domain.anchor)
+    ratios = []
+    for _ in range(_ROUNDS + 1):
+        times = []
+        for writer in (anchor, complete):
+            start = time.perf_counter()
+            writer(domain.prompts, _TIMED_TOKENS)
+            times.append(time.perf_counter() - start)
+        ratios.append(times[1] / times[0])
+    return round(statistics.median(ratios[1:]), 3)  # the first round warms up

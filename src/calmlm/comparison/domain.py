@@ -1,0 +1,188 @@
+"""What an experiment gives to the comparison: base models, data, a way to compose, and how answers are scored."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from calmlm.baselines import Bases, Budget, Data
+from calmlm.experiments.fitting import Row, Stage, answer, fit
+from calmlm.experiments.record import Stages, device
+
+__all__ = ["Answerer", "Domain", "Settings", "Task", "model_answerer"]
+
+Skill = Literal["combined", "augmenting", "retained"]
+
+
+class Answerer(Protocol):
+    """Completes prompts."""
+
+    def __call__(self, prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+        """The completions; with ``tokens``, exactly so many tokens are written, for timing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One column of the comparison.
+
+    Attributes:
+        metric: ``exact_match``, ``chrf`` or ``pass@1``, in per cent, or ``bits_per_byte``.
+        skill: ``combined`` asks for both models, ``augmenting`` for m_A's alone, ``retained`` for what m_B could do
+            before.
+    """
+
+    metric: str
+    skill: Skill
+
+
+class Settings(Protocol):
+    """What a domain's preset has to have; it is a frozen dataclass."""
+
+    name: str
+    composition: Stage
+
+
+def model_answerer(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Answerer:
+    """Completes prompts with a model, or whatever generates like one."""
+
+    def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+        forced = {} if tokens is None else {"min_new_tokens": tokens}
+        return answer(
+            model, tokenizer, prompts, tokens or max_new_tokens, extra=lambda start, ids: forced if tokens else {}
+        )
+
+    return run
+
+
+class Domain(ABC):
+    """One experiment with one seed.
+
+    Args:
+        preset: the experiment's settings.
+        seed: of everything random.
+        cache: folder of the stages that all methods share.
+        report: takes lines of progress.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[dict[str, Task]]
+    full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
+
+    def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        self.preset, self.seed = preset, seed
+        self.stages = Stages(cache / f"{preset.name}-{self.mark(preset)}" / f"seed-{seed}", f"seed {seed}", report)
+
+    @classmethod
+    def mark(cls, preset: Any) -> str:
+        """Eight digits that stand for the settings."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(preset)).encode()).hexdigest()[:8]
+
+    # What each domain says of itself ---------------------------------------------------------------------------------
+
+    @cached_property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of both models."""
+
+    @abstractmethod
+    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        """Train ``anchor``, ``augmenting``, ``vanilla`` or ``random`` from nothing."""
+
+    @abstractmethod
+    def corpus(self) -> list[Row]:
+        """What m_A was trained on."""
+
+    @abstractmethod
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        """So many rows of D_C; another purpose draws other rows of the same kind."""
+
+    @abstractmethod
+    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
+        """An untrained composition of a copy of m_B with a small model."""
+
+    @abstractmethod
+    def cascade(self) -> Answerer:
+        """m_A's answer as text, then m_B."""
+
+    @abstractmethod
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        """The score of each item, by task; 0 to 1 where the metric is in per cent.
+
+        Args:
+            complete: what is scored.
+            model: the model behind it, if there is one, for tasks that ask for probabilities.
+        """
+
+    @property
+    @abstractmethod
+    def max_new_tokens(self) -> int:
+        """The longest answer."""
+
+    @property
+    @abstractmethod
+    def prompts(self) -> list[str]:
+        """Prompts to time with."""
+
+    augmenting_stage: Stage
+    """How m_A is trained; a twin of the anchor learns what m_A knows in as many steps."""
+
+    # What follows ----------------------------------------------------------------------------------------------------
+
+    def base(self, name: str) -> PreTrainedModel:
+        """A base model: trained once, then loaded."""
+
+        def work() -> tuple[PreTrainedModel, dict[str, Any]]:
+            model, losses = self.train_twin() if name == "twin" else self.train(name)
+            return model, {"losses": losses, "parameters": model.num_parameters()}
+
+        self.stages.do(name, work, self.tokenizer)
+        return AutoModelForCausalLM.from_pretrained(self.stages.folder / name).to(device()).eval()
+
+    def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        """A model of the anchor's architecture that knows what m_A knows: m_B trained further on m_A's corpus.
+
+        Merging takes models that come from one checkpoint, so it does not begin from random weights.
+        """
+        model = copy.deepcopy(self.base("anchor"))
+        stage = dataclasses.replace(self.augmenting_stage, learning_rate=self.full_rate)
+        return model, fit(model, self.corpus(), self.tokenizer.pad_token_id, stage, self.seed)
+
+    @cached_property
+    def anchor(self) -> PreTrainedModel:
+        """m_B."""
+        return self.base("anchor")
+
+    @cached_property
+    def augmenting(self) -> PreTrainedModel:
+        """m_A."""
+        return self.base("augmenting")
+
+    def bases(self, twin: bool = False) -> Bases:
+        """What a baseline is given; a twin where it merges."""
+        return Bases(self.anchor, self.augmenting, self.tokenizer, self.base("twin") if twin else None)
+
+    def data(self) -> Data:
+        """What a baseline may see."""
+        stage = self.preset.composition
+        rows = self.composition(stage.steps * stage.batch_size, "composition")
+        return Data(rows, self.corpus(), self.composition(400, "validation"))
+
+    def budget(self) -> Budget:
+        """What a baseline may spend: what the composition spends."""
+        added = self.compose(self.augmenting).get_nb_trainable_parameters()[0]
+        return Budget(self.preset.composition, self.seed, added, self.full_rate)
+
+    def answerer(self, model: Any) -> Answerer:
+        """A model that completes this domain's prompts."""
+        return model_answerer(model, self.tokenizer, self.max_new_tokens)

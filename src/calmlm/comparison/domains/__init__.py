@@ -1,0 +1,17 @@
+"""The experiments that the comparison runs over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from calmlm.comparison.domain import Domain
+from calmlm.comparison.domains.kv_arithmetic import KeyValues
+from calmlm.experiments.kv_arithmetic.presets import PRESETS as KV_PRESETS
+
+__all__ = ["DOMAINS"]
+
+DOMAINS: dict[str, tuple[type[Domain], Mapping[str, Any]]] = {
+    KeyValues.name: (KeyValues, KV_PRESETS),
+}
+"""Each experiment and its presets."""

@@ -1,0 +1,86 @@
+"""Key-value arithmetic in the comparison; its bases are those of `calmlm repro kv-arithmetic`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.experiments.fitting import Row
+from calmlm.experiments.kv_arithmetic.bases import BASES, augmenting_examples
+from calmlm.experiments.kv_arithmetic.composition import compose_bases, composition_examples
+from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, is_right
+from calmlm.experiments.kv_arithmetic.run import SeedRun
+from calmlm.experiments.kv_arithmetic.world import World
+
+__all__ = ["KeyValues"]
+
+
+class KeyValues(Domain):
+    """Keys whose values m_A knows, and an m_B that calculates."""
+
+    name = "kv_arithmetic"
+    tasks: ClassVar[dict[str, Task]] = {
+        "key_value": Task("exact_match", "augmenting"),
+        "numeric": Task("exact_match", "retained"),
+        "keys_arithmetic": Task("exact_match", "combined"),
+        "ood": Task("exact_match", "combined"),
+        "ood_hard": Task("exact_match", "combined"),
+    }
+
+    def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        super().__init__(preset, seed, cache, report)
+        self.run = SeedRun(preset, seed, cache, report)
+        self.world = self.run.world
+        self.augmenting_stage = preset.augmenting
+        self.items = {name: items for name, items in columns(self.world).items() if name in self.tasks}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.run.tokenizer("anchor")
+
+    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        return BASES[name][1](self.world, self.tokenizer)
+
+    def corpus(self) -> list[Row]:
+        return encode(augmenting_examples(self.world), self.tokenizer)
+
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        """Rows of D_C. Changes: ``share`` of the keys that it may use, ``substitutes`` for KV-SUBS instead."""
+        world, share = self.world, changes.get("share")
+        if share is not None:
+            world = World(self.preset, self.seed)
+            world.composition_keys = world.keys[: round(len(world.keys) * share)]
+        variant = "composed_subs" if changes.get("substitutes") else "composed"
+        return encode(composition_examples(world, variant, count, purpose), self.tokenizer)
+
+    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
+        return compose_bases(self.world, self.anchor, augmenting, connector, **options)
+
+    def cascade(self) -> Answerer:
+        look_up, calculate = self.answerer(self.augmenting), self.answerer(self.anchor)
+
+        def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+            return cascade(look_up, lambda pasted: calculate(pasted, tokens))(prompts)
+
+        return run
+
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        scores = {}
+        for task, examples in self.items.items():
+            completions = complete([example.prompt for example in examples])
+            scores[task] = [float(is_right(task, c, e)) for c, e in zip(completions, examples, strict=True)]
+        return scores
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.run.max_new_tokens
+
+    @property
+    def prompts(self) -> list[str]:
+        return [example.prompt for example in self.items["keys_arithmetic"][:8]]

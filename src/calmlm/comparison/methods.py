@@ -1,0 +1,137 @@
+"""The systems that are compared: what each trains, and what then answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from calmlm.baselines import BASELINES
+from calmlm.comparison.domain import Answerer, Domain
+from calmlm.experiments.fitting import SupervisedTrainer, fit
+from calmlm.experiments.flops import Meter
+
+__all__ = ["ABLATIONS", "METHODS", "TITLES", "Fitted", "Method", "compose"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A system that is ready to answer.
+
+    Attributes:
+        complete: answers prompts.
+        model: the model behind it, where there is one that gives probabilities.
+    """
+
+    complete: Answerer
+    model: PreTrainedModel | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One system.
+
+    Attributes:
+        title: its name in a table.
+        fit: from an experiment and a meter of what is spent to what answers.
+    """
+
+    title: str
+    fit: Callable[[Domain, Meter], Fitted]
+
+
+def _of(domain: Domain, model: Any) -> Fitted:
+    return Fitted(domain.answerer(model), model if isinstance(model, PreTrainedModel) else None)
+
+
+def base(name: str, domain: Domain, meter: Meter) -> Fitted:
+    """One of the two models alone."""
+    return _of(domain, getattr(domain, name))
+
+
+def compose(
+    domain: Domain,
+    meter: Meter,
+    augmenting: str = "augmenting",
+    connector: str = "cross_attention",
+    data: dict[str, Any] | None = None,
+    **options: Any,
+) -> Fitted:
+    """A composition, trained on D_C.
+
+    Args:
+        domain: the experiment.
+        meter: counts the training.
+        augmenting: the base model that stands for m_A.
+        connector: one of calmlm's.
+        data: changes of D_C, as the experiment knows them.
+        options: of `calmlm.compose`, instead of the experiment's.
+    """
+    stage = domain.preset.composition
+    model = domain.compose(domain.base(augmenting), connector, **options)
+    rows = domain.composition(stage.steps * stage.batch_size, "composition", **(data or {}))
+    # A model that reads the prompt only has to know where it ends, and learns that from the labels.
+    trainer = SupervisedTrainer if options.get("refresh", True) else Trainer
+    fit(model, rows, domain.tokenizer.pad_token_id, stage, domain.seed, trainer_class=trainer, meter=meter)
+    return _of(domain, model)
+
+
+def baseline(name: str, domain: Domain, meter: Meter) -> Fitted:
+    """One of the rival systems."""
+    budget = domain.budget()
+    model = BASELINES[name](domain.bases(twin=name in MERGING), domain.data(), budget)
+    meter.flops, meter.trainable = budget.meter.flops, budget.meter.trainable
+    return _of(domain, model)
+
+
+def cascade(domain: Domain, meter: Meter) -> Fitted:
+    """m_A's answer as text, then m_B; nothing is trained."""
+    return Fitted(domain.cascade(), None)
+
+
+MERGING = ("soup", "fisher", "moe")
+
+METHODS: dict[str, Method] = {
+    "m_A": Method("m_A alone", partial(base, "augmenting")),
+    "m_B": Method("m_B alone", partial(base, "anchor")),
+    "composed": Method("CALM", compose),
+    "composed_random": Method("CALM, random m_A", partial(compose, augmenting="random")),
+    "composed_vanilla": Method("CALM, vanilla m_A", partial(compose, augmenting="vanilla")),
+    "composed_encoder": Method("CALM, m_A as encoder", partial(compose, refresh=False)),
+    "fine_tuning": Method("Fine-tuning on D_C", partial(baseline, "fine_tuning")),
+    "continued_pretraining": Method("Continued pre-training", partial(baseline, "continued_pretraining")),
+    "lora": Method("LoRA on D_C", partial(baseline, "lora")),
+    "lora_full_data": Method("LoRA on m_A's corpus", partial(baseline, "lora_full_data")),
+    "soup": Method("Model soup", partial(baseline, "soup")),
+    "fisher": Method("Fisher averaging", partial(baseline, "fisher")),
+    "moe": Method("Mixture of experts", partial(baseline, "moe")),
+    "router": Method("Router", partial(baseline, "router")),
+    "confidence_cascade": Method("Confidence cascade", partial(baseline, "confidence_cascade")),
+    "text_tool": Method("Tool use as text", partial(baseline, "text_tool")),
+    "cascade": Method("Cascade", cascade),
+    "flamingo": Method("CALM, Flamingo connector", partial(compose, connector="flamingo")),
+    "legonn": Method("CALM, LegoNN connector", partial(compose, connector="legonn")),
+}
+TITLES = {name: method.title for name, method in METHODS.items()}
+
+ABLATIONS: dict[str, Method] = {
+    "connections=1": Method("one connection", partial(compose, connections=[(3, 0)])),
+    "connections=4": Method("four connections", partial(compose, connections=[(3, 0), (3, 1), (3, 2), (3, 3)])),
+    "connections=paper": Method("evenly spaced", partial(compose, connections=2)),
+    "connections=late": Method("into the last two layers", partial(compose, connections=[(3, 2), (3, 3)])),
+    "heads=1": Method("one head", partial(compose, num_heads=1)),
+    "heads=16": Method("sixteen heads", partial(compose, num_heads=16)),
+    "gate=on": Method("with a gate", partial(compose, gate=True)),
+    "norm=off": Method("without norms", partial(compose, norm=False)),
+    "rotary=off": Method("without rotary positions and bias", partial(compose, rotary=False, query_key_bias=None)),
+    "null_key=off": Method("without a null key", partial(compose, null_key=False)),
+    "rank=16": Method("projections of rank 16", partial(compose, rank=16)),
+    "share=0.05": Method("D_C over 5 % of the keys", partial(compose, data={"share": 0.05})),
+    "share=0.1": Method("D_C over 10 % of the keys", partial(compose, data={"share": 0.1})),
+    "share=0.4": Method("D_C over 40 % of the keys", partial(compose, data={"share": 0.4})),
+    "reading=subs": Method("D_C of KV-SUBS", partial(compose, data={"substitutes": True})),
+}
+"""Changes of one thing at a time, on key-value arithmetic."""

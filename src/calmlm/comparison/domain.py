@@ -76,7 +76,6 @@ class Domain(ABC):
     """
 
     name: ClassVar[str]
-    tasks: ClassVar[dict[str, Task]]
     full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
@@ -89,6 +88,11 @@ class Domain(ABC):
         return hashlib.sha256(json.dumps(dataclasses.asdict(preset)).encode()).hexdigest()[:8]
 
     # What each domain says of itself ---------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def tasks_of(cls, preset: Any) -> dict[str, Task]:
+        """The columns, with this preset."""
 
     @cached_property
     @abstractmethod
@@ -167,6 +171,10 @@ class Domain(ABC):
     def augmenting(self) -> PreTrainedModel:
         """m_A."""
         return self.base("augmenting")
+
+    def fresh_anchor(self) -> PreTrainedModel:
+        """A copy of m_B, for a composition to hook into."""
+        return copy.deepcopy(self.anchor)
 
     def bases(self, twin: bool = False) -> Bases:
         """What a baseline is given; a twin where it merges."""

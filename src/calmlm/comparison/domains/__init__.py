@@ -7,11 +7,14 @@ from typing import Any
 
 from calmlm.comparison.domain import Domain
 from calmlm.comparison.domains.kv_arithmetic import KeyValues
+from calmlm.comparison.domains.languages import Languages
 from calmlm.experiments.kv_arithmetic.presets import PRESETS as KV_PRESETS
+from calmlm.experiments.languages.presets import PRESETS as LANGUAGE_PRESETS
 
 __all__ = ["DOMAINS"]
 
 DOMAINS: dict[str, tuple[type[Domain], Mapping[str, Any]]] = {
     KeyValues.name: (KeyValues, KV_PRESETS),
+    Languages.name: (Languages, LANGUAGE_PRESETS),
 }
 """Each experiment and its presets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,20 +25,23 @@ class KeyValues(Domain):
     """Keys whose values m_A knows, and an m_B that calculates."""
 
     name = "kv_arithmetic"
-    tasks: ClassVar[dict[str, Task]] = {
-        "key_value": Task("exact_match", "augmenting"),
-        "numeric": Task("exact_match", "retained"),
-        "keys_arithmetic": Task("exact_match", "combined"),
-        "ood": Task("exact_match", "combined"),
-        "ood_hard": Task("exact_match", "combined"),
-    }
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.run = SeedRun(preset, seed, cache, report)
         self.world = self.run.world
         self.augmenting_stage = preset.augmenting
-        self.items = {name: items for name, items in columns(self.world).items() if name in self.tasks}
+        self.items = {name: items for name, items in columns(self.world).items() if name in self.tasks_of(preset)}
+
+    @classmethod
+    def tasks_of(cls, preset: Any) -> dict[str, Task]:
+        return {
+            "key_value": Task("exact_match", "augmenting"),
+            "numeric": Task("exact_match", "retained"),
+            "keys_arithmetic": Task("exact_match", "combined"),
+            "ood": Task("exact_match", "combined"),
+            "ood_hard": Task("exact_match", "combined"),
+        }
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -20,63 +20,72 @@ from transformers import PreTrainedTokenizerFast
 
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
 
-__all__ = ["build_bpe_tokenizer", "build_character_tokenizer", "build_tokenizer"]
+__all__ = [
+    "SPACE",
+    "SPECIAL",
+    "SYMBOLS",
+    "build_bpe_tokenizer",
+    "build_character_tokenizer",
+    "build_tokenizer",
+    "split_by",
+    "wrapped",
+]
 
-_SPACE = "▁"
-_SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-_SYMBOLS = ["+", "-", "×", "=", "?", ":", ".", ",", "(", ")", "->"]
+SPACE = "▁"
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+SYMBOLS = ["+", "-", "×", "=", "?", ":", ".", ",", "(", ")", "->"]
 
 
 def build_tokenizer(largest_integer: int) -> PreTrainedTokenizerFast:
     """Build the shared tokenizer; integers from ``-largest_integer`` to ``largest_integer`` are one token each."""
     lower = string.ascii_lowercase
     pieces = [a + b for a, b in itertools.product(lower, lower)] + list(string.ascii_letters)
-    words = [*pieces, *PHRASE_WORDS, *_SYMBOLS, *string.digits]
+    words = [*pieces, *PHRASE_WORDS, *SYMBOLS, *string.digits]
     integers = [str(n) for n in range(-largest_integer, largest_integer + 1)]
-    vocabulary = [*_SPECIAL, *pieces, *_SYMBOLS, *string.digits]
-    vocabulary += [_SPACE + word for word in dict.fromkeys([*words, *integers])]
+    vocabulary = [*SPECIAL, *pieces, *SYMBOLS, *string.digits]
+    vocabulary += [SPACE + word for word in dict.fromkeys([*words, *integers])]
 
     longest = len(str(largest_integer))
     integer = rf"-?\d{{1,{longest}}}(?!\d)" if largest_integer > 9 else r"\d"
     pattern = "|".join(
         [
-            rf"{_SPACE}(?:{'|'.join(PHRASE_WORDS)})(?![A-Za-z])",
-            rf"{_SPACE}(?:{integer})",
-            rf"{_SPACE}?(?:->|[a-z]{{2}}|[^{_SPACE}])",
+            rf"{SPACE}(?:{'|'.join(PHRASE_WORDS)})(?![A-Za-z])",
+            rf"{SPACE}(?:{integer})",
+            rf"{SPACE}?(?:->|[a-z]{{2}}|[^{SPACE}])",
         ]
     )
     backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    _split(backend, pattern)
-    return _wrapped(backend)
+    split_by(backend, pattern)
+    return wrapped(backend)
 
 
 def build_bpe_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Train byte-pair encoding on a corpus; a word, an integer with its sign and any other sign are merged apart."""
     backend = Tokenizer(BPE(unk_token="<unk>"))
-    pattern = rf"{_SPACE}?-?\d+|{_SPACE}?[A-Za-z]+|{_SPACE}?->|{_SPACE}?[^{_SPACE}]"
-    _split(backend, pattern)
-    characters = [*string.ascii_letters, *string.digits, *(c for symbol in _SYMBOLS for c in symbol), _SPACE]
+    pattern = rf"{SPACE}?-?\d+|{SPACE}?[A-Za-z]+|{SPACE}?->|{SPACE}?[^{SPACE}]"
+    split_by(backend, pattern)
+    characters = [*string.ascii_letters, *string.digits, *(c for symbol in SYMBOLS for c in symbol), SPACE]
     trainer = BpeTrainer(
         vocab_size=size,
-        special_tokens=_SPECIAL,
+        special_tokens=SPECIAL,
         initial_alphabet=sorted(set(characters)),
         limit_alphabet=len(set(characters)),
         show_progress=False,
     )
     backend.train_from_iterator(corpus, trainer)
-    return _wrapped(backend)
+    return wrapped(backend)
 
 
 def build_character_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer in which every character is a token, the space too."""
-    characters = [*string.ascii_letters, *string.digits, *(c for symbol in _SYMBOLS for c in symbol), " "]
-    vocabulary = [*_SPECIAL, *dict.fromkeys(characters)]
+    characters = [*string.ascii_letters, *string.digits, *(c for symbol in SYMBOLS for c in symbol), " "]
+    vocabulary = [*SPECIAL, *dict.fromkeys(characters)]
     backend = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
-    return _wrapped(backend)
+    return wrapped(backend)
 
 
-def _split(backend: Tokenizer, pattern: str) -> None:
+def split_by(backend: Tokenizer, pattern: str) -> None:
     """Let words carry their space and be cut by ``pattern``."""
     backend.normalizer = normalizers.Strip()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,7 +97,8 @@ def _split(backend: Tokenizer, pattern: str) -> None:
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
 
 
-def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer for transformers: texts begin with <bos>, and batches are padded on the left."""
     backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

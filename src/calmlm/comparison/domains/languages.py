@@ -1,0 +1,159 @@
+"""Languages in the comparison: number words and terms that only m_A has seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import calmlm
+from calmlm.baselines.confidence_cascade import Confidence
+from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.data.extras import require
+from calmlm.experiments.fitting import Row, Stage, fit
+from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
+from calmlm.experiments.kv_arithmetic.world import Example, final_answer
+from calmlm.experiments.languages.tokenizer import build_tokenizer
+from calmlm.experiments.languages.world import World
+
+__all__ = ["Languages"]
+
+_PHRASE = "|".join(sorted(PHRASE_WORDS, key=len, reverse=True))
+_RUN = re.compile(rf"(?!(?:{_PHRASE})\b)[^\W\d_]+(?: (?!(?:{_PHRASE})\b)[^\W\d_]+)*")
+"""Words that stand together and belong to no phrasing."""
+_SURE = 0.5  # how probable m_A's value of a word has to be for the cascade to paste it
+
+
+class Languages(Domain):
+    """Arithmetic and translation: m_A knows low-resource languages, m_B others and arithmetic."""
+
+    name = "languages"
+
+    def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        super().__init__(preset, seed, cache, report)
+        self.world = World(preset, seed)
+        self.augmenting_stage = preset.augmenting
+        self.items = self._items()
+
+    @classmethod
+    def tasks_of(cls, preset: Any) -> dict[str, Task]:
+        return {
+            **{f"arithmetic_{language}": Task("exact_match", "combined") for language in preset.low},
+            **{f"arithmetic_{language}": Task("exact_match", "retained") for language in preset.high},
+            "arithmetic_figures": Task("exact_match", "retained"),
+            "translation_low": Task("chrf", "augmenting"),
+            "translation_high": Task("chrf", "retained"),
+        }
+
+    def _items(self) -> dict[str, list[Example]]:
+        world, preset, items = self.world, self.preset, {}
+        for task, language in {
+            **{f"arithmetic_{language}": language for language in world.languages},
+            "arithmetic_figures": None,
+        }.items():
+            rng = world.rng(f"evaluation-{task}")
+            items[task] = [world.item(rng, language) for _ in range(preset.items)]
+        unseen, count = world.unseen_terms, len(world.terms[preset.high[0]])
+        for task, languages, which in (
+            ("translation_low", preset.low, unseen),
+            ("translation_high", preset.high[1:], list(range(count))),
+        ):
+            rng = world.rng(f"evaluation-{task}")
+            items[task] = [world.translation(rng, rng.choice(languages), which) for _ in range(2 * preset.items)]
+        return items
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        world = self.world
+        words = [word for known in (world.words, world.terms) for texts in known.values() for word in texts]
+        return build_tokenizer([*words, *world.pieces, "translate"], 2 * self.preset.highest)
+
+    def _draw(self, draw: Callable[[Any], Example], purpose: str, count: int) -> list[Row]:
+        rng = self.world.rng(purpose)
+        return encode([draw(rng) for _ in range(count)], self.tokenizer)
+
+    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        preset, pad = self.preset, self.tokenizer.pad_token_id
+        if name == "random":
+            return new_model(self.tokenizer, preset.augmenting_size, 1000 + self.seed), []
+        stage: Stage = preset.anchor if name == "anchor" else preset.augmenting
+        size = preset.anchor_size if name == "anchor" else preset.augmenting_size
+        draw = self.world.specialist if name == "augmenting" else self.world.general
+        rows = self._draw(draw, name, stage.steps * stage.batch_size)
+        model = new_model(self.tokenizer, size, self.seed + (name == "anchor"))
+        return model, fit(model, rows, pad, stage, self.seed)
+
+    def corpus(self) -> list[Row]:
+        stage = self.preset.augmenting
+        return self._draw(self.world.specialist, "augmenting", stage.steps * stage.batch_size)
+
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        return self._draw(self.world.composed, purpose, count)
+
+    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
+        preset = self.preset
+        set_seed(self.seed + 2)
+        shift = 1 if connector == "flamingo" else 0
+        usual: dict[str, Any] = {
+            "connections": [(i, j + shift) for i, j in preset.connections],
+            "num_heads": preset.heads,
+            "rotary": True,
+            "query_key_bias": 1.5,
+            "null_key": True,
+        }
+        return calmlm.compose(self.fresh_anchor(), augmenting, connector=connector, **{**usual, **options})
+
+    def cascade(self) -> Answerer:
+        """m_A gives the value of each run of words; where it is sure, the figure is pasted in place of them."""
+        calculate, told = self.answerer(self.anchor), self.answerer(self.augmenting)
+
+        def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+            values = self.values(sorted({words for prompt in prompts for words in _RUN.findall(prompt)}))
+            pasted = [_RUN.sub(lambda match: values.get(match[0], match[0]), prompt) for prompt in prompts]
+            answers = calculate(pasted, tokens)
+            asked = [i for i, prompt in enumerate(prompts) if prompt.startswith("translate")]
+            for i, text in zip(asked, told([prompts[i] for i in asked]) if asked else [], strict=True):
+                answers[i] = text
+            return answers
+
+        return run
+
+    def values(self, words: list[str]) -> dict[str, str]:
+        """What m_A writes behind words, where it is sure and it is a figure."""
+        if not words:
+            return {}
+        batch = self.tokenizer(words, padding=True, return_tensors="pt").to(self.augmenting.device)
+        sure = Confidence(self.augmenting, _SURE)(batch["input_ids"], batch["attention_mask"])
+        with torch.no_grad():
+            logits = self.augmenting(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[:, -1]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(logits.argmax(-1)[:, None])]
+        return {w: text for w, text, s in zip(words, texts, sure.tolist(), strict=True) if s and text.isdigit()}
+
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        require("sacrebleu", "compare", "The experiment with languages")
+        from sacrebleu.metrics import CHRF
+
+        chrf, scores = CHRF(), {}
+        for task, examples in self.items.items():
+            texts = complete([example.prompt for example in examples])
+            pairs = list(zip(texts, (example.completion for example in examples), strict=True))
+            if self.tasks_of(self.preset)[task].metric == "chrf":
+                scores[task] = [chrf.sentence_score(text, [right]).score / 100 for text, right in pairs]
+            else:
+                scores[task] = [float(final_answer(text) == final_answer(right)) for text, right in pairs]
+        return scores
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 14
+
+    @property
+    def prompts(self) -> list[str]:
+        return [example.prompt for example in self.items[f"arithmetic_{self.preset.low[0]}"][:8]]

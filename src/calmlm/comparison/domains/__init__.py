@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from calmlm.comparison.domain import Domain
+from calmlm.comparison.domains.code import Code
 from calmlm.comparison.domains.kv_arithmetic import KeyValues
 from calmlm.comparison.domains.languages import Languages
+from calmlm.experiments.code.presets import PRESETS as CODE_PRESETS
 from calmlm.experiments.kv_arithmetic.presets import PRESETS as KV_PRESETS
 from calmlm.experiments.languages.presets import PRESETS as LANGUAGE_PRESETS
 
@@ -16,5 +18,6 @@ __all__ = ["DOMAINS"]
 DOMAINS: dict[str, tuple[type[Domain], Mapping[str, Any]]] = {
     KeyValues.name: (KeyValues, KV_PRESETS),
     Languages.name: (Languages, LANGUAGE_PRESETS),
+    Code.name: (Code, CODE_PRESETS),
 }
 """Each experiment and its presets."""

@@ -1,0 +1,171 @@
+"""Code in the comparison: m_A has read code alone, m_B English and its arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import calmlm
+from calmlm.baselines.setting import losses_of
+from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.data.extras import require
+from calmlm.experiments.code.judging import is_right
+from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
+from calmlm.experiments.code.world import World, passages
+from calmlm.experiments.fitting import IGNORED, Row, fit
+from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.kv_arithmetic.world import Example
+
+__all__ = ["Code"]
+
+
+class Code(Domain):
+    """Functions of one line: completing them, writing them from English, saying what they do."""
+
+    name = "code"
+
+    def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        super().__init__(preset, seed, cache, report)
+        self.world = World(preset, seed)
+        self.augmenting_stage = preset.augmenting
+        self.items = self._items()
+
+    @classmethod
+    def tasks_of(cls, preset: Any) -> dict[str, Task]:
+        return {
+            "completion": Task("pass@1", "augmenting"),
+            "text_to_code": Task("pass@1", "combined"),
+            "code_to_text": Task("chrf", "combined"),
+            "naming": Task("exact_match", "retained"),
+            "arithmetic": Task("exact_match", "retained"),
+            "library": Task("bits_per_byte", "augmenting"),
+        }
+
+    def _items(self) -> dict[str, list[tuple[Example, Function | None]]]:
+        """Items; functions have an operation that D_C does not use."""
+        world, count = self.world, self.preset.items
+        items: dict[str, list[tuple[Example, Function | None]]] = {}
+        for task in ("completion", "text_to_code", "code_to_text"):
+            rng = world.rng(f"evaluation-{task}")
+            items[task] = []
+            for _ in range(count):
+                function = sample_function(rng, OPERATIONS, world.unseen_operations)
+                example = world.completion(function) if task == "completion" else getattr(world, task)(function, rng)
+                items[task].append((example, function))
+        for task in ("naming", "arithmetic"):
+            rng = world.rng(f"evaluation-{task}")
+            items[task] = [(getattr(world, task)(rng), None) for _ in range(count)]
+        return items
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.world.tokenizer()
+
+    def _encode(self, examples: Sequence[Example]) -> list[Row]:
+        """The loss falls on the completion and the end of text."""
+        prompts = self.tokenizer([example.prompt for example in examples]).input_ids
+        completions = self.tokenizer([example.completion for example in examples], add_special_tokens=False).input_ids
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            target = [*completion, self.tokenizer.eos_token_id]
+            rows.append({"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target})
+        return rows
+
+    def _draw(self, draw: Callable[[Any], Example], purpose: str, count: int) -> list[Row]:
+        rng = self.world.rng(purpose)
+        return self._encode([draw(rng) for _ in range(count)])
+
+    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        preset, pad = self.preset, self.tokenizer.pad_token_id
+        if name == "random":
+            return new_model(self.tokenizer, preset.augmenting_size, 1000 + self.seed), []
+        stage = preset.anchor if name == "anchor" else preset.augmenting
+        size = preset.anchor_size if name == "anchor" else preset.augmenting_size
+        draw = self.world.specialist if name == "augmenting" else self.world.general
+        rows = self._draw(draw, name, stage.steps * stage.batch_size)
+        model = new_model(self.tokenizer, size, self.seed + (name == "anchor"))
+        return model, fit(model, rows, pad, stage, self.seed)
+
+    def corpus(self) -> list[Row]:
+        stage = self.preset.augmenting
+        return self._draw(self.world.specialist, "augmenting", stage.steps * stage.batch_size)
+
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        return self._draw(self.world.composed, purpose, count)
+
+    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
+        preset = self.preset
+        set_seed(self.seed + 2)
+        # Flamingo works on the input of a layer, so it cannot stand behind the last one.
+        usual: dict[str, Any] = {
+            "connections": preset.connections,
+            "num_heads": preset.heads,
+            "rotary": True,
+            "query_key_bias": 1.5,
+            "null_key": True,
+        }
+        return calmlm.compose(self.fresh_anchor(), augmenting, connector=connector, **{**usual, **options})
+
+    def cascade(self) -> Answerer:
+        """m_B names what is asked for, and m_A completes the function of that name; other prompts go to m_B."""
+        name, complete = self.answerer(self.anchor), self.answerer(self.augmenting)
+        asked = "Write this in Python: "
+
+        def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+            where = [i for i, prompt in enumerate(prompts) if prompt.startswith(asked)]
+            named = name([prompts[i].replace(asked, "Name this: ") for i in where]) if where else []
+            heads = [f"def {text.split()[0] if text.split() else 'f'}(x): return" for text in named]
+            bodies = complete(heads, tokens) if heads else []
+            written = {i: f"{head} {body}" for i, head, body in zip(where, heads, bodies, strict=True)}
+            rest = [prompt for i, prompt in enumerate(prompts) if i not in written]
+            others = iter(name(rest, tokens) if rest else [])
+            return [written[i] if i in written else next(others) for i in range(len(prompts))]
+
+        return run
+
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        require("sacrebleu", "compare", "The experiment with code")
+        from sacrebleu.metrics import CHRF
+
+        chrf, scores = CHRF(), {}
+        for task, items in self.items.items():
+            texts = complete([example.prompt for example, _ in items])
+            scores[task] = []
+            for text, (example, function) in zip(texts, items, strict=True):
+                right = example.completion.strip()
+                if task == "code_to_text":
+                    value = chrf.sentence_score(text, [right]).score / 100
+                elif function is not None:
+                    head = f"{example.prompt} " if task == "completion" else ""
+                    value = float(is_right(head + text, function))
+                else:
+                    value = float(text == right)
+                scores[task].append(value)
+        if model is not None:
+            scores["library"] = self.bits_per_byte(model)
+        return scores
+
+    def bits_per_byte(self, model: Any) -> list[float]:
+        """Bits for each byte of passages of the standard library that no training has seen, by passage."""
+        rng = self.world.rng("evaluation-library")
+        texts = rng.sample(passages(True), min(self.preset.passages, len(passages(True))))
+        rows = self._encode([Example("", text) for text in texts])
+        losses = losses_of(model, rows, self.tokenizer.pad_token_id)
+        counts = [sum(label != IGNORED for label in row["labels"]) for row in rows]
+        return [
+            float(loss) * count / math.log(2) / len(text.encode())
+            for loss, count, text in zip(losses, counts, texts, strict=True)
+        ]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 48
+
+    @property
+    def prompts(self) -> list[str]:
+        return [example.prompt for example, _ in self.items["text_to_code"][:8]]

@@ -1,0 +1,52 @@
+"""Judging code by running it: the same inputs for what was asked and what was written, in the sandbox."""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import lru_cache
+
+from calmlm.evaluation.sandbox import run_python
+from calmlm.experiments.code.operations import Function
+
+__all__ = ["inputs_of", "is_right", "program"]
+
+_INPUTS = 8
+_NAME = re.compile(r"\s*def\s+([A-Za-z_]\w*)\s*\(")
+_WORDS = "tiny Rest otter sEAN on stone rain noise Art no tree a iron".split()
+
+
+def inputs_of(kind: str) -> list[object]:
+    """What functions of a kind are tried on: always the same."""
+    rng = random.Random(f"inputs-{kind}")
+    if kind == "int":
+        return [rng.randint(-30, 30) for _ in range(_INPUTS)]
+    if kind == "str":
+        return [" ".join(rng.choices(_WORDS, k=rng.randint(1, 3))) for _ in range(_INPUTS)]
+    return [[rng.randint(-9, 12) for _ in range(rng.randint(0, 12))] for _ in range(_INPUTS)]
+
+
+def program(written: str, function: Function) -> str:
+    """A test program: it fails unless what was written gives what was asked for.
+
+    Args:
+        written: a function of any name, or whatever else a model wrote.
+        function: what was asked for.
+    """
+    line = written.strip().split("\n")[0]
+    match = _NAME.match(line)
+    if match is None:
+        return "raise SystemExit('no function')"
+    wanted = eval(f"lambda x: {function.expression}", {})  # our own text, not a model's
+    cases = [(value, wanted(value)) for value in inputs_of(function.takes)]
+    return f"{line}\nfor given, wanted in {cases!r}:\n    assert {match[1]}(given) == wanted\n"
+
+
+@lru_cache(maxsize=100_000)
+def _passes(text: str) -> bool:
+    return run_python(text, seconds=5.0).passed
+
+
+def is_right(written: str, function: Function) -> bool:
+    """Whether it passes the tests; equal programs are run once."""
+    return _passes(program(written, function))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,6 +134,30 @@ def inspect(folder: Folder) -> None:
     width = max(len(title) for title, _ in lines) + 2
     for title, value in lines:
         print(f"{title:{width}}{value}")
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/compare/.", show_default=False)],
+    preset: Annotated[str | None, typer.Option(help="tiny (minutes) or small, instead of the file's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the report goes, instead of the file's.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where finished cells are kept, instead of the file's.")] = None,
+    bases: Annotated[Path | None, typer.Option(help="Where base models are kept, instead of the file's.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the file's.")] = None,
+    stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
+) -> None:
+    """Train and evaluate every system on the same data; finished cells are never repeated."""
+    import dataclasses
+
+    from calmlm.comparison.config import load_config
+    from calmlm.comparison.run import run
+
+    settings = load_config(config, preset)
+    given = {"output": output, "cache": cache, "bases": bases}
+    changes: dict[str, Any] = {name: str(path) for name, path in given.items() if path is not None}
+    if workers is not None:
+        changes["workers"] = workers
+    run(dataclasses.replace(settings, **changes), stored_only=stored_only, report=say)
 
 
 @app.command()

@@ -318,11 +318,15 @@ class CalmModel(CalmPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         augmenting_inputs: dict[str, dict[str, Any]] | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The anchor's last hidden state, (B, T, D_B), with the composition in it."""
+        """The anchor's last hidden state, (B, T, D_B), with the composition in it.
+
+        Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt.
+        """
         kwargs.pop("return_dict", None)
-        inputs = Inputs(input_ids, attention_mask, position_ids, None, augmenting_inputs)
+        inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs)
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(

@@ -29,7 +29,11 @@ def test_loss_at_supervised_positions_is_the_models_own_loss():
     rows = encode([world.general(rng) for _ in range(6)] + [world.row(rng) for _ in range(6)], tokenizer)
     batch = collator(tokenizer.pad_token_id)(rows)
     anchor, augmenting = new_model(tokenizer, (32, 2, 2), 0), new_model(tokenizer, (16, 4, 2), 1)
-    for model in (anchor, compose_bases(world, anchor, augmenting)):
+    encoder = compose_bases(world, anchor, augmenting, refresh=False)
+    with torch.no_grad():  # what was just composed answers like the anchor, whatever it reads
+        for weight in (p for p in encoder.parameters() if p.requires_grad):
+            weight.add_(0.1 * torch.randn_like(weight))
+    for model in (anchor, compose_bases(world, anchor, augmenting), encoder):
         ours = SupervisedTrainer.compute_loss(None, model, batch)
         assert torch.allclose(ours, model(**batch).loss, atol=1e-5)
 

@@ -94,6 +94,11 @@ class Domain(ABC):
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
         """The columns, with this preset."""
 
+    @classmethod
+    def groups_of(cls, preset: Any) -> dict[str, list[str]]:
+        """Columns that take several tasks together."""
+        return {}
+
     @cached_property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

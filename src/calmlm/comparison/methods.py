@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
 from calmlm.comparison.domain import Answerer, Domain
-from calmlm.experiments.fitting import SupervisedTrainer, fit
+from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
 __all__ = ["ABLATIONS", "METHODS", "TITLES", "Fitted", "Method", "compose"]
@@ -73,9 +73,7 @@ def compose(
     stage = domain.preset.composition
     model = domain.compose(domain.base(augmenting), connector, **options)
     rows = domain.composition(stage.steps * stage.batch_size, "composition", **(data or {}))
-    # A model that reads the prompt only has to know where it ends, and learns that from the labels.
-    trainer = SupervisedTrainer if options.get("refresh", True) else Trainer
-    fit(model, rows, domain.tokenizer.pad_token_id, stage, domain.seed, trainer_class=trainer, meter=meter)
+    fit(model, rows, domain.tokenizer.pad_token_id, stage, domain.seed, meter=meter)
     return _of(domain, model)
 
 

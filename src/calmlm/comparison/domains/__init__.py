@@ -10,13 +10,15 @@ from calmlm.comparison.domains.code import Code
 from calmlm.comparison.domains.kv_arithmetic import KeyValues
 from calmlm.comparison.domains.languages import Languages
 from calmlm.experiments.code.presets import PRESETS as CODE_PRESETS
+from calmlm.experiments.fitting import preset_of
 from calmlm.experiments.kv_arithmetic.presets import PRESETS as KV_PRESETS
 from calmlm.experiments.languages.presets import PRESETS as LANGUAGE_PRESETS
 
 __all__ = ["DOMAINS"]
 
 DOMAINS: dict[str, tuple[type[Domain], Mapping[str, Any]]] = {
-    KeyValues.name: (KeyValues, KV_PRESETS),
+    # The tiny preset of `calmlm repro` learns something, and takes too long for a look at all methods.
+    KeyValues.name: (KeyValues, {**KV_PRESETS, "tiny": preset_of(KV_PRESETS, "tiny", max_steps=30, items=16)}),
     Languages.name: (Languages, LANGUAGE_PRESETS),
     Code.name: (Code, CODE_PRESETS),
 }

@@ -132,7 +132,8 @@ class Code(Domain):
         require("sacrebleu", "compare", "The experiment with code")
         from sacrebleu.metrics import CHRF
 
-        chrf, scores = CHRF(), {}
+        chrf = CHRF()
+        scores: dict[str, list[float]] = {}
         for task, items in self.items.items():
             texts = complete([example.prompt for example, _ in items])
             scores[task] = []

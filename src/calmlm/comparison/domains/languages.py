@@ -26,7 +26,7 @@ from calmlm.experiments.languages.world import World
 __all__ = ["Languages"]
 
 _PHRASE = "|".join(sorted(PHRASE_WORDS, key=len, reverse=True))
-_RUN = re.compile(rf"(?!(?:{_PHRASE})\b)[^\W\d_]+(?: (?!(?:{_PHRASE})\b)[^\W\d_]+)*")
+_RUN = re.compile(rf"\b(?!(?:{_PHRASE})\b)[^\W\d_]+(?: (?!(?:{_PHRASE})\b)[^\W\d_]+)*")
 """Words that stand together and belong to no phrasing."""
 _SURE = 0.5  # how probable m_A's value of a word has to be for the cascade to paste it
 
@@ -50,6 +50,13 @@ class Languages(Domain):
             "arithmetic_figures": Task("exact_match", "retained"),
             "translation_low": Task("chrf", "augmenting"),
             "translation_high": Task("chrf", "retained"),
+        }
+
+    @classmethod
+    def groups_of(cls, preset: Any) -> dict[str, list[str]]:
+        return {
+            "arithmetic_low": [f"arithmetic_{language}" for language in preset.low],
+            "arithmetic_high": [f"arithmetic_{language}" for language in preset.high],
         }
 
     def _items(self) -> dict[str, list[Example]]:

@@ -82,7 +82,7 @@ square_each | list>list | [n ** 2 for n in {x}] | square each item; replace all 
 keep_even | list>list | [n for n in {x} if n % 2 == 0] | keep the even items; remove the odd items
 keep_over_{k} | list>list | [n for n in {x} if n > {k}] | keep the items above {k}; remove what is not above {k}
 distinct | list>list | sorted(set({x})) | remove repeated items and sort; keep each value once, in order
-sum | list>int | sum({x}) | add all items up; find the sum; find the total of the list
+total | list>int | sum({x}) | add all items up; find the sum; find the total of the list
 largest | list>int | max({x}, default=0) | find the largest item; pick the greatest item
 smallest | list>int | min({x}, default=0) | find the smallest item; pick the least item
 size | list>int | len({x}) | count the items; find how many items there are

@@ -58,7 +58,7 @@ class World:
                 for value, word in enumerate(self.words[language], start=1)
                 if word not in self.ambiguous and word not in known and word not in seen
             ]
-        parts = {part for words in self.words.values() for word in words for part in word.split()}
+        self.parts = parts = {part for words in self.words.values() for word in words for part in word.split()}
         self.pieces = sorted({part[i : i + 2] for part in parts for i in range(0, len(part) - 1, 2)})
         self.invented = [[self._invent(rng) for _ in range(preset.highest)] for _ in range(preset.invented)]
 
@@ -67,9 +67,10 @@ class World:
         return random.Random(f"languages-{purpose}-{self.preset.name}-{self.seed}")
 
     def _invent(self, rng: random.Random) -> str:
-        """One to three words of random pieces of words."""
+        """One to three words of random pieces of words, none of them a word of any language's numbers."""
         words = ["".join(rng.choices(self.pieces, k=rng.randint(1, 4))) for _ in range(rng.choice([1, 1, 2, 3]))]
-        return " ".join(word for word in words if word not in PHRASE_WORDS) or "ba"
+        made = [word for word in words if word not in PHRASE_WORDS and word not in self.parts]
+        return " ".join(made) or self._invent(rng)
 
     def expression(self, rng: random.Random, values: Sequence[int] | None = None, most: int = 2) -> Expression:
         """One number or an operation on two."""

@@ -1,0 +1,120 @@
+"""What a comparison runs: read from YAML, checked before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from calmlm.comparison.cells import Cell
+from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.methods import ABLATIONS, METHODS
+from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import check_seeds
+from calmlm.training.fields import read_fields
+from calmlm.training.yaml import parse_yaml
+
+__all__ = ["CompareConfig", "Part", "load_config"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One experiment of the comparison.
+
+    Attributes:
+        seeds: one run for each.
+        methods: which systems; all of them if None.
+        ablations: which changes of the composition are tried on the first seed.
+    """
+
+    seeds: list[int]
+    methods: list[str] | None = None
+    ablations: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison.
+
+    Attributes:
+        domains: the experiments, by name.
+        preset: their sizes: ``tiny`` or ``small``.
+        output: folder of the report.
+        cache: folder of finished cells.
+        bases: folder of base models, which all methods and `calmlm repro` share.
+        workers: processes, one thread each; every one takes an experiment with a seed.
+    """
+
+    domains: dict[str, Any]
+    preset: str = "small"
+    output: str = "experiments/compare/results"
+    cache: str = "runs/compare"
+    bases: str = "runs"
+    workers: int = 2
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """All cells, in order."""
+        found = []
+        for name, part in self.parts.items():
+            preset = DOMAINS[name][1][self.preset]
+            for seed in part.seeds:
+                found += [Cell(name, method, preset, seed) for method in (part.methods or METHODS)]
+            found += [Cell(name, ablation, preset, part.seeds[0]) for ablation in part.ablations]
+        return found
+
+
+def load_config(path: Path, preset: str | None = None) -> CompareConfig:
+    """Read a comparison.
+
+    Args:
+        path: a YAML file.
+        preset: instead of the file's.
+
+    Raises:
+        ConfigError: for a file that cannot be read, and for each fault in it, all in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"{path}: expected a YAML file, but it cannot be read ({reason}); check the path.") from None
+    values, faults = parse_yaml(text, str(path)), []
+    if isinstance(values, dict) and "parts" in values:
+        faults.append("'parts' is no key at the top of the file; write the experiments under 'domains'.")
+    config = read_fields(CompareConfig, values, faults)
+    parts: dict[str, Part] = {}
+    if config is not None:
+        config = config if preset is None else replace(config, preset=preset)
+        for name, value in config.domains.items():
+            if name not in DOMAINS:
+                faults.append(f"domains: expected experiments among {', '.join(DOMAINS)}, but got {name!r}.")
+            elif (part := read_fields(Part, value, faults, f"domains.{name}")) is not None:
+                faults += _faults_of(name, part, config.preset)
+                parts[name] = part
+        if not config.domains:
+            faults.append("domains: expected at least one experiment, but there is none.")
+        if config.workers < 1:
+            faults.append(f"workers: expected at least 1, but got {config.workers}.")
+    if faults or config is None:
+        raise ConfigError(f"{path}: " + " ".join(faults))
+    return replace(config, parts=parts)
+
+
+def _faults_of(name: str, part: Part, preset: str) -> list[str]:
+    faults = []
+    presets = DOMAINS[name][1]
+    if preset not in presets:
+        faults.append(f"preset: expected one of {', '.join(presets)} for {name}, but got {preset!r}.")
+    try:
+        check_seeds(part.seeds)
+    except ConfigError as error:
+        faults.append(f"domains.{name}.seeds: {error}")
+    for key, known in (("methods", METHODS), ("ablations", ABLATIONS)):
+        unknown = sorted(set(getattr(part, key) or []) - set(known))
+        if unknown:
+            choice, given = ", ".join(known), ", ".join(unknown)
+            faults.append(f"domains.{name}.{key}: expected names among {choice}, but got {given}.")
+    if part.ablations and name != "kv_arithmetic":
+        faults.append(f"domains.{name}.ablations: ablations are made on kv_arithmetic only; remove them here.")
+    return faults

@@ -1,0 +1,58 @@
+"""From cells to figures: means and intervals, differences between methods, what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Scores", "by_method", "difference", "interval", "joined", "kept"]
+
+DRAWS = 2000
+Scores = dict[int, list[float]]
+"""The items' scores, by seed."""
+
+
+def interval(scores: Scores, draws: int = DRAWS) -> tuple[float, float, float]:
+    """The mean over seeds and items, and its 95 % interval.
+
+    A two-level bootstrap: seeds are drawn with replacement, then the items of each.
+    """
+    rng = np.random.default_rng(0)
+    arrays = [np.asarray(values, dtype=float) for values in scores.values()]
+    means = np.array([_resampled(arrays, rng) for _ in range(draws)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.mean([array.mean() for array in arrays])), float(low), float(high)
+
+
+def _resampled(arrays: Sequence[np.ndarray], rng: np.random.Generator) -> float:
+    chosen = rng.integers(len(arrays), size=len(arrays))
+    return float(np.mean([arrays[i][rng.integers(len(arrays[i]), size=len(arrays[i]))].mean() for i in chosen]))
+
+
+def difference(first: Scores, second: Scores) -> tuple[float, float, float]:
+    """By how much the first is above the second, item by item on the seeds that both have, and its 95 % interval."""
+    shared = sorted(set(first) & set(second))
+    return interval({seed: list(np.subtract(first[seed], second[seed])) for seed in shared})
+
+
+def kept(by_task: dict[str, Scores], before: dict[str, Scores], tasks: Sequence[str]) -> tuple[float, float, float]:
+    """What became of the tasks that m_B could do: the mean of after minus before, and its 95 % interval."""
+    together = [joined(scores, tasks) for scores in (by_task, before)]
+    return difference(*together)
+
+
+def joined(by_task: dict[str, Scores], tasks: Sequence[str]) -> Scores:
+    """The items of several tasks as those of one."""
+    seeds = set.intersection(*(set(by_task[task]) for task in tasks))
+    return {seed: [value for task in tasks for value in by_task[task][seed]] for seed in sorted(seeds)}
+
+
+def by_method(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Scores]]:
+    """``[method][task][seed]`` from the cells of one experiment."""
+    found: dict[str, dict[str, Scores]] = {}
+    for cell in cells:
+        for task, values in cell["scores"].items():
+            found.setdefault(cell["method"], {}).setdefault(task, {})[cell["seed"]] = values
+    return found

@@ -1,0 +1,112 @@
+"""The plots of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from calmlm.comparison.methods import METHODS, TITLES
+from calmlm.data.extras import require
+
+__all__ = ["draw"]
+
+_SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, "composed": 20.0, "share=0.4": 40.0}
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the four plots; return their paths.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    require("matplotlib", "compare", "The plots of a comparison")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    domains = list(dict.fromkeys(row["task"].split("/")[0] for row in result["rows"]))
+    points = {domain: _points([r for r in result["rows"] if r["task"].startswith(f"{domain}/")]) for domain in domains}
+    paths = []
+    for name, plot in (("accuracy", _accuracy), ("forgetting", _forgetting), ("flops", _flops)):
+        figure, axes = pyplot.subplots(1, len(domains), figsize=(5.5 * len(domains), 5.0), squeeze=False)
+        for axis, domain in zip(axes[0], domains, strict=True):
+            plot(axis, points[domain])
+            axis.set_title(domain.replace("_", " "))
+        paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-{name}.png"))
+    figure, axis = pyplot.subplots(figsize=(5.5, 4.0))
+    _data(axis, result["rows"])
+    paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-data.png"))
+    return paths
+
+
+def _saved(figure: Any, pyplot: Any, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What the plots show of each method: the mean over the columns that ask for both models, and the costs."""
+    points = {}
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method and row["skill"] == "combined"]
+        if own:
+            points[method] = {
+                key: statistics.mean(row[key] for row in own) for key in ("mean", "low", "high", "train_flops")
+            } | {"delta": own[0]["retained_delta"] or 0.0}
+    return points
+
+
+def _accuracy(axis: Any, points: dict[str, dict[str, float]]) -> None:
+    names = list(points)[::-1]
+    means = [points[name]["mean"] for name in names]
+    # The mean of the columns' intervals, which is a little wider than the interval of the mean.
+    errors = [
+        [max(0.0, points[name]["mean"] - points[name]["low"]) for name in names],
+        [max(0.0, points[name]["high"] - points[name]["mean"]) for name in names],
+    ]
+    colors = ["tab:blue" if name == "composed" else "lightgray" for name in names]
+    axis.barh(names, means, xerr=errors, color=colors, edgecolor="gray", capsize=2)
+    axis.set_yticks(range(len(names)), [TITLES[name] for name in names], fontsize=7)
+    axis.set_xlabel("combined skills, %")
+
+
+def _label(axis: Any, x: float, y: float, method: str) -> None:
+    axis.scatter([x], [y], color="tab:blue" if method == "composed" else "gray", s=18)
+    axis.annotate(TITLES[method], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+
+
+def _forgetting(axis: Any, points: dict[str, dict[str, float]]) -> None:
+    before = points.get("m_B", {"mean": 0.0})["mean"]
+    for method, point in points.items():
+        _label(axis, point["mean"] - before, point["delta"], method)
+    axis.set_xlabel("gain on combined skills over m_B, points")
+    axis.set_ylabel("retained skills, after minus before, points")
+
+
+def _flops(axis: Any, points: dict[str, dict[str, float]]) -> None:
+    for method, point in points.items():
+        if point["train_flops"]:
+            _label(axis, point["train_flops"], point["mean"], method)
+    axis.set_xscale("log")
+    axis.set_xlabel("training, floating-point operations")
+    axis.set_ylabel("combined skills, %")
+
+
+def _data(axis: Any, rows: list[dict[str, Any]]) -> None:
+    for task in ("keys_arithmetic", "ood", "ood_hard"):
+        found = [
+            (_SHARES[row["method"]], row["mean"])
+            for row in rows
+            if row["task"] == f"kv_arithmetic/{task}" and row["method"] in _SHARES
+        ]
+        if found:
+            xs, ys = zip(*sorted(found), strict=True)
+            axis.plot(xs, ys, marker="o", label=task.replace("_", " "))
+            axis.legend(fontsize=8)
+    axis.set_xlabel("share of the keys that D_C uses, %")
+    axis.set_ylabel("exact match on unseen keys, %")
+    axis.set_ylim(0, 102)

@@ -1,0 +1,146 @@
+"""Running a comparison: cells that are missing are made, in several processes, and the report is written."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from calmlm.comparison.cells import Cell
+from calmlm.comparison.config import CompareConfig
+from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.report import summarise, write_report
+from calmlm.errors import CalmError
+
+__all__ = ["run"]
+
+Group = tuple[str, int]
+"""An experiment and a seed: its cells share base models, and one process makes them."""
+
+
+def run(
+    config: CompareConfig,
+    *,
+    stored_only: bool = False,
+    command: str | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Make what is missing and write the report.
+
+    Args:
+        config: methods, experiments, seeds.
+        stored_only: make nothing; report on the cells that are there.
+        command: the command that the report names as its origin.
+        report: takes lines of progress.
+
+    Returns:
+        what the JSON file holds.
+
+    Raises:
+        CalmError: there is nothing to report on, or a cell failed.
+    """
+    cache, cells = Path(config.cache), config.cells()
+    missing = [cell for cell in cells if not cell.path(cache).is_file()]
+    report(f"{len(cells)} cells, {len(cells) - len(missing)} of them stored")
+    if missing and not stored_only:
+        _make(missing, config, report)
+    stored = [(cell, found) for cell in cells if (found := cell.stored(cache)) is not None]
+    if not stored:
+        raise CalmError(f"Expected finished cells in {cache}, but there are none: run without --stored-only first.")
+    result = summarise(config, stored, len(cells), command)
+    for path in write_report(result, Path(config.output)):
+        report(f"wrote {path}")
+    return result
+
+
+def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], None]) -> None:
+    groups: dict[Group, list[Cell]] = {}
+    for cell in missing:
+        groups.setdefault((cell.domain, cell.seed), []).append(cell)
+    cache = Path(config.cache)
+    if config.workers == 1:
+        with _progress(missing, cache):
+            for cells in groups.values():
+                _make_group(cells, config, report)
+        return
+    # Threads and the interpreter's state do not survive a fork: each worker starts anew.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_quiet, initargs=(os.getpid(),)) as pool:
+        futures = [pool.submit(_make_group, cells, config) for cells in groups.values()]
+        try:
+            with _progress(missing, cache) as show:
+                waiting: set[Future[None]] = set(futures)
+                while waiting:
+                    done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_EXCEPTION)
+                    show()
+                    for future in done:
+                        future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+
+
+def _quiet(parent: int) -> None:
+    """One thread for each worker, and no bars of its own; it ends when its parent does."""
+    import threading
+
+    import torch
+    from transformers.utils import logging as messages
+
+    torch.set_num_threads(1)
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str], None] | None = None) -> None:
+    """All missing cells of an experiment with a seed, in order; none is made twice."""
+    cache = Path(config.cache)
+    log = cache / "log"
+    log.mkdir(parents=True, exist_ok=True)
+    path = log / f"{cells[0].domain}-{cells[0].seed}.txt"
+
+    def say(line: str) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        if report is not None:
+            report(line)
+
+    kind = DOMAINS[cells[0].domain][0]
+    domain = None
+    for cell in cells:
+        if not cell.path(cache).is_file():
+            domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / cell.domain, say)
+            cell.do(domain, cache, say)
+
+
+@contextmanager
+def _progress(missing: list[Cell], cache: Path) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; what it is told to show counts the cells that lie on disk."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("cells", total=len(missing))
+
+        def show() -> None:
+            bar.update(task, completed=sum(cell.path(cache).is_file() for cell in missing))
+
+        yield show

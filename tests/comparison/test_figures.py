@@ -1,0 +1,43 @@
+"""Means, intervals and differences, against figures by hand."""
+
+from __future__ import annotations
+
+from calmlm.comparison.figures import by_method, difference, interval, joined, kept
+
+
+def test_an_interval_without_variation_is_a_point() -> None:
+    assert interval({0: [0.5] * 10, 1: [0.5] * 10}) == (0.5, 0.5, 0.5)
+
+
+def test_an_interval_holds_the_mean_and_grows_with_the_spread_between_seeds() -> None:
+    near = interval({0: [0.0, 1.0] * 50, 1: [0.0, 1.0] * 50})
+    apart = interval({0: [0.0] * 100, 1: [1.0] * 100})
+    assert near[0] == apart[0] == 0.5
+    assert near[1] < 0.5 < near[2]
+    assert apart[2] - apart[1] == 1.0 > near[2] - near[1]
+    # The standard error of a share of one half over 200 items is 0.035, twice that on either side.
+    assert 0.1 < near[2] - near[1] < 0.25
+
+
+def test_a_difference_is_taken_item_by_item() -> None:
+    """Items that are hard for both say nothing about which is better."""
+    first = {0: [1.0, 0.0] * 50, 1: [1.0, 0.0] * 50}
+    second = {1: [0.9, -0.1] * 50, 2: [0.0] * 100}
+    mean, low, high = difference(first, second)
+    assert abs(mean - 0.1) < 1e-9 and abs(low - 0.1) < 1e-9 and abs(high - 0.1) < 1e-9
+
+
+def test_what_is_kept_is_after_minus_before() -> None:
+    after = {"one": {0: [1.0, 0.0]}, "two": {0: [0.0, 0.0]}, "other": {0: [1.0, 1.0]}}
+    before = {"one": {0: [1.0, 1.0]}, "two": {0: [1.0, 0.0]}, "other": {0: [0.0, 0.0]}}
+    assert kept(after, before, ["one", "two"])[0] == -0.5
+
+
+def test_cells_are_sorted_by_method_task_and_seed() -> None:
+    cells = [
+        {"method": "a", "seed": 1, "scores": {"t": [1.0], "u": [0.0]}},
+        {"method": "a", "seed": 0, "scores": {"t": [0.5], "u": [0.25]}},
+    ]
+    found = by_method(cells)
+    assert found == {"a": {"t": {1: [1.0], 0: [0.5]}, "u": {1: [0.0], 0: [0.25]}}}
+    assert joined(found["a"], ["t", "u"]) == {0: [0.5, 0.25], 1: [1.0, 0.0]}

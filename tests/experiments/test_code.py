@@ -1,0 +1,117 @@
+"""The restricted Python: functions do what their steps do, and judging runs them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from calmlm.experiments.code.judging import inputs_of, is_right, program
+from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
+from calmlm.experiments.code.presets import PRESETS
+from calmlm.experiments.code.world import World, passages
+
+
+def by_steps(function: Function, value: object) -> object:
+    """The slow way: one operation after the other."""
+    for operation, parameter in function.steps:
+        text = operation.code.replace("{x}", "x").replace("{k}", parameter).replace("{c}", parameter)
+        value = eval(text, {"x": value})
+    return value
+
+
+def test_a_function_is_its_steps_in_a_row() -> None:
+    rng = random.Random(0)
+    pairs = set()
+    for _ in range(6000):
+        function = sample_function(rng, OPERATIONS)
+        pairs.add(tuple(operation.name for operation, _ in function.steps))
+        space: dict[str, object] = {}
+        exec(function.code, space)
+        made = space[function.name]
+        for value in inputs_of(function.takes):
+            assert made(value) == by_steps(function, value), function.code  # type: ignore[operator]
+    assert len(pairs) > 300
+
+
+def test_names_and_descriptions_are_filled_in() -> None:
+    rng = random.Random(0)
+    names = {}
+    for _ in range(3000):
+        function = sample_function(rng, OPERATIONS)
+        text = function.name + function.description(rng)
+        assert "{" not in text and function.name.isidentifier()
+        assert names.setdefault(function.name, function.expression) == function.expression
+
+
+def drawn(name: str) -> Function:
+    rng = random.Random(0)
+    operation = next(operation for operation in OPERATIONS if operation.name == name)
+    while True:
+        function = sample_function(rng, OPERATIONS, [operation])
+        if len(function.steps) == 1:
+            return function
+
+
+def test_judging_goes_by_what_the_code_does() -> None:
+    function = drawn("sort")
+    assert is_right("def f(numbers): return sorted(numbers)", function)
+    assert is_right("def g(x): return list(sorted(x)) # other words\nrubbish after the line", function)
+    for wrong in (
+        "def f(x): return x",
+        "def f(x): return sorted(x",
+        "sorted(x)",
+        "",
+        "def f(x): raise SystemExit(0)",
+        "def f(x): return f(x)",
+        "def f(x): import os; os._exit(0)",
+    ):
+        assert not is_right(wrong, function), wrong
+
+
+def test_judging_stops_what_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from calmlm.experiments.code import judging
+
+    monkeypatch.setattr(judging, "run_python", lambda text, seconds: __import__("subprocess") and _short(text))
+    assert not judging._passes.__wrapped__(program("def f(x): return [1 for _ in iter(int, 1)]", drawn("sort")))
+
+
+def _short(text: str) -> object:
+    from calmlm.evaluation.sandbox import run_python
+
+    return run_python(text, seconds=1.0)
+
+
+def test_d_c_leaves_operations_out() -> None:
+    world = World(PRESETS["small"], 0)
+    rng = world.rng("test")
+    unseen = {operation.name for operation in world.unseen_operations}
+    assert 10 < len(unseen) < len(OPERATIONS) / 2
+    known = {sample_function(rng, world.unseen_operations).code for _ in range(500)}
+    for _ in range(3000):
+        example = world.composed(rng)
+        if not example.prompt.startswith("Name this"):
+            assert not any(code in example.prompt + example.completion for code in known)
+    assert {operation.name for operation in World(PRESETS["small"], 1).unseen_operations} != unseen
+
+
+def test_each_model_reads_its_own_kind_of_text() -> None:
+    world = World(PRESETS["small"], 0)
+    rng = world.rng("test")
+    general = [world.general(rng) for _ in range(2000)]
+    library = set(passages(False))
+    assert not any("(x): return" in e.prompt + e.completion for e in general if e.completion not in library)
+    special = [world.specialist(rng) for _ in range(2000)]
+    assert not any("Name this" in e.prompt + e.completion or "Write this" in e.prompt for e in special)
+    assert not set(passages(False)) & set(passages(True))
+
+
+def test_the_tokenizer_gives_every_text_back() -> None:
+    world = World(PRESETS["tiny"], 0)
+    tokenizer = world.tokenizer()
+    rng = world.rng("test")
+    for draw in (world.specialist, world.general, world.composed):
+        for _ in range(100):
+            example = draw(rng)
+            text = example.prompt + example.completion
+            assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text

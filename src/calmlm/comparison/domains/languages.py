@@ -107,9 +107,11 @@ class Languages(Domain):
     def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
         preset = self.preset
         set_seed(self.seed + 2)
+        # Flamingo works on the input of a layer: the next layer's, for the same place, where there is a next one.
         shift = 1 if connector == "flamingo" else 0
+        last = preset.anchor_size[1] - 1
         usual: dict[str, Any] = {
-            "connections": [(i, j + shift) for i, j in preset.connections],
+            "connections": sorted({(i, min(j + shift, last)) for i, j in preset.connections}),
             "num_heads": preset.heads,
             "rotary": True,
             "query_key_bias": 1.5,

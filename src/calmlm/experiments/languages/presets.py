@@ -65,7 +65,8 @@ _SMALL = Preset(
     augmenting=Stage(1600, 40, 4e-3, 0.2),
     anchor=Stage(2400, 64, 2e-3),
     composition=Stage(800, 64, 4e-3, 0.3),
-    connections=((3, 0), (3, 1)),
+    # Early ones for the value of a number word, a late one for terms that m_A spells out.
+    connections=((3, 0), (3, 1), (3, 3)),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_TINY, _SMALL)}

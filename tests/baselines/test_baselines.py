@@ -14,6 +14,7 @@ from calmlm.baselines import BASELINES, Bases, Budget, Data
 from calmlm.baselines.confidence_cascade import Confidence, best_threshold
 from calmlm.baselines.fisher import diagonal_fisher, merge
 from calmlm.baselines.lora import rank_for
+from calmlm.baselines.merging import merge as merge_vectors
 from calmlm.baselines.mixture import NoisyTopKGate, upcycle
 from calmlm.baselines.router import Router, prompts_of, train_router
 from calmlm.baselines.routing import Routed
@@ -68,7 +69,7 @@ def test_each_goes_from_data_to_answers_and_leaves_the_bases_alone(name: str, ba
     assert answer(again, TOKENIZER, ["ab + cd =", "Compute 1 + 2. Result:"], 5) == texts
 
 
-@pytest.mark.parametrize("name", ["soup", "soup_greedy", "fisher", "moe"])
+@pytest.mark.parametrize("name", ["soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties", "moe"])
 def test_merging_wants_one_architecture(name: str, bases: Bases, data: Data) -> None:
     for twin, mention in ((None, "no twin"), (model(3, (16, 2, 2)), "tensors")):
         with pytest.raises(calmlm.ModelError) as caught:
@@ -134,6 +135,50 @@ def test_fisher_merging_by_hand() -> None:
     assert all(torch.allclose(p, torch.tensor(2.0), atol=1e-5) for p in merged.parameters())  # (3 * 1 + 1 * 5) / 4
     nobody = [{name: torch.zeros_like(p) for name, p in m.named_parameters()} for m in models]
     assert all(torch.allclose(p, torch.tensor(3.0)) for p in merge(models, nobody).parameters())
+
+
+# Task vectors
+
+
+def apart(first: Any, second: Any) -> Tensor:
+    """The difference of two models, in one vector."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return torch.cat([(b - a).detach().flatten() for a, b in pairs])
+
+
+def test_task_arithmetic_adds_a_part_of_the_difference() -> None:
+    anchor, twin = model(0), model(2)
+    merged = merge_vectors(anchor, twin, "task_arithmetic", weight=0.3)
+    assert torch.allclose(apart(anchor, merged), 0.3 * apart(anchor, twin), atol=1e-6)
+
+
+def test_ties_adds_the_largest_entries_only() -> None:
+    anchor, twin = model(0), model(2)
+    merged = merge_vectors(anchor, twin, "ties", weight=1.0)
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole, kept = (
+        (dict(m.named_parameters())[name] - dict(anchor.named_parameters())[name]).detach().flatten()
+        for m in (twin, merged)
+    )
+    large = whole.abs() >= whole.abs().quantile(0.5)
+    assert torch.allclose(kept[large], whole[large], atol=1e-5)
+    assert (kept[~large].abs() < 1e-6).float().mean() > 0.99
+
+
+def test_dare_keeps_random_entries_scaled_up() -> None:
+    anchor, twin = model(0), model(2)
+    merged = merge_vectors(anchor, twin, "dare_ties", weight=1.0, seed=3)
+    name = "model.layers.1.mlp.down_proj.weight"
+    whole, kept = (
+        (dict(m.named_parameters())[name] - dict(anchor.named_parameters())[name]).detach().flatten()
+        for m in (twin, merged)
+    )
+    there = kept.abs() > 1e-6
+    assert 0.4 < there.float().mean() < 0.6
+    # All by one factor, so that the sum of sizes stays: about one over the share that is kept.
+    factors = (kept / whole)[there & (whole.abs() > 1e-3)]
+    assert factors.std() < 1e-3
+    assert torch.allclose(kept.abs().sum(), whole.abs().sum(), rtol=1e-3)
 
 
 # Mixture of experts

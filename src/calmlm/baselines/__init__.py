@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from calmlm.baselines import confidence_cascade, fine_tuning, fisher, lora, mixture, router, soup, text_tool
+from calmlm.baselines import confidence_cascade, fine_tuning, fisher, lora, merging, mixture, router, soup, text_tool
 from calmlm.baselines.setting import Bases, Budget, Data
 
 __all__ = ["BASELINES", "Bases", "Budget", "Data"]
@@ -22,6 +22,7 @@ BASELINES: dict[str, Callable[[Bases, Data, Budget], Any]] = {
     "soup": soup.fit,
     "soup_greedy": soup.fit_greedily,
     "fisher": fisher.fit,
+    **merging.fit,
     "moe": mixture.fit,
     "router": router.fit,
     "confidence_cascade": confidence_cascade.fit,

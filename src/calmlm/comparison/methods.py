@@ -90,7 +90,7 @@ def cascade(domain: Domain, meter: Meter) -> Fitted:
     return Fitted(domain.cascade(), None)
 
 
-MERGING = ("soup", "fisher", "moe")
+MERGING = ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties", "moe")
 
 METHODS: dict[str, Method] = {
     "m_A": Method("m_A alone", partial(base, "augmenting")),
@@ -104,7 +104,11 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA on D_C", partial(baseline, "lora")),
     "lora_full_data": Method("LoRA on m_A's corpus", partial(baseline, "lora_full_data")),
     "soup": Method("Model soup", partial(baseline, "soup")),
+    "soup_greedy": Method("Greedy soup", partial(baseline, "soup_greedy")),
     "fisher": Method("Fisher averaging", partial(baseline, "fisher")),
+    "task_arithmetic": Method("Task arithmetic", partial(baseline, "task_arithmetic")),
+    "ties": Method("TIES", partial(baseline, "ties")),
+    "dare_ties": Method("DARE-TIES", partial(baseline, "dare_ties")),
     "moe": Method("Mixture of experts", partial(baseline, "moe")),
     "router": Method("Router", partial(baseline, "router")),
     "confidence_cascade": Method("Confidence cascade", partial(baseline, "confidence_cascade")),

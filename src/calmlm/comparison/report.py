@@ -22,7 +22,7 @@ __all__ = ["QUESTIONS", "markdown", "summarise", "write_report"]
 QUESTIONS = {
     "both bases": ("m_A", "m_B"),
     "LoRA at equal parameters": ("lora",),
-    "merging": ("soup", "fisher"),
+    "merging": ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties"),
     "a mixture of experts": ("moe",),
     "the cascade": ("cascade",),
     "fine-tuning": ("fine_tuning", "continued_pretraining", "lora_full_data"),

@@ -1,0 +1,73 @@
+"""Merging by task vectors, through mergekit: task arithmetic, TIES and DARE-TIES.
+
+The task vector of the twin is its difference from m_B, ``tau = theta_twin - theta_B``. Task arithmetic (Ilharco et
+al., 2023) adds ``w tau``; TIES (Yadav et al., 2023) keeps its largest entries only; DARE (Yu et al., 2024) keeps random
+ones, scaled up.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.data.extras import require
+
+__all__ = ["METHODS", "WEIGHT", "fit", "merge"]
+
+WEIGHT = 0.5  # of the task vector
+DENSITY = 0.5  # share of its entries that TIES and DARE keep
+METHODS = ("task_arithmetic", "ties", "dare_ties")
+
+
+def merge(
+    anchor: PreTrainedModel, twin: PreTrainedModel, method: str, *, weight: float = WEIGHT, seed: int = 0
+) -> PreTrainedModel:
+    """Add part of the twin's task vector to the anchor.
+
+    Args:
+        anchor, twin: of one architecture.
+        method: one of METHODS.
+        weight: of the task vector.
+        seed: of the entries that DARE keeps.
+
+    Raises:
+        MissingExtraError: without mergekit.
+    """
+    require("mergekit", "merging", f"The baseline {method!r}")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: str(Path(folder) / name) for name in ("anchor", "twin", "merged")}
+        anchor.save_pretrained(paths["anchor"])
+        twin.save_pretrained(paths["twin"])
+        parameters = {"weight": weight} if method == "task_arithmetic" else {"weight": weight, "density": DENSITY}
+        plan = MergeConfiguration.model_validate(
+            {
+                "merge_method": method,
+                "base_model": paths["anchor"],
+                "models": [{"model": paths["twin"], "parameters": parameters}],
+                # One task vector: normalised weights would make its weight 1, whatever was asked for.
+                "parameters": {"normalize": False},
+                "dtype": "float32",
+            }
+        )
+        options = MergeOptions(
+            copy_tokenizer=False, write_model_card=False, quiet=True, random_seed=seed, device="cpu", num_threads=1
+        )
+        run_merge(plan, paths["merged"], options)
+        merged = AutoModelForCausalLM.from_pretrained(paths["merged"], dtype=anchor.dtype)
+        return merged.to(anchor.device).eval()
+
+
+def _fit(method: str, bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
+    anchor, twin = bases.merging_pair(f"Merging by {method}")
+    return merge(anchor, twin, method, seed=budget.seed)
+
+
+fit = {method: partial(_fit, method) for method in METHODS}
+"""Each method's baseline; nothing is trained."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from calmlm.comparison.report import markdown
 from calmlm.experiments.kv_arithmetic import report as kv
 from calmlm.experiments.statistics import cells_of, table_of
 
@@ -48,9 +49,15 @@ def overheads(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(result: dict[str, Any]) -> str:
+    """The whole report of the comparison."""
+    return markdown(result, plots="../experiments/compare/results/")
+
+
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
+    ("docs/results.md", "report", "experiments/compare/results/small.json", comparison),
 ]
 """Page, name of its markers, results, and what writes them."""
 

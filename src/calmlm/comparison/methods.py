@@ -14,7 +14,7 @@ from calmlm.comparison.domain import Answerer, Domain
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
-__all__ = ["ABLATIONS", "METHODS", "TITLES", "Fitted", "Method", "compose"]
+__all__ = ["ABLATIONS", "METHODS", "REFERENCE", "TITLES", "Fitted", "Method", "compose"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ METHODS: dict[str, Method] = {
     "legonn": Method("CALM, LegoNN connector", partial(compose, connector="legonn")),
 }
 TITLES = {name: method.title for name, method in METHODS.items()}
+
+REFERENCE = "reference"  # the composition on the seed of the ablations alone: a row, and no cell of its own
 
 ABLATIONS: dict[str, Method] = {
     "connections=1": Method("one connection", partial(compose, connections=[(3, 0)])),

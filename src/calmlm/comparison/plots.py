@@ -6,12 +6,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.methods import METHODS, TITLES
+from calmlm.comparison.methods import METHODS, REFERENCE, TITLES
 from calmlm.data.extras import require
 
 __all__ = ["draw"]
 
-_SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, "composed": 20.0, "share=0.4": 40.0}
+_SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0, "share=0.4": 40.0}
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:

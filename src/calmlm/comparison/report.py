@@ -12,7 +12,7 @@ from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
 from calmlm.comparison.domains import DOMAINS
 from calmlm.comparison.figures import Scores, by_method, difference, interval, joined, kept
-from calmlm.comparison.methods import ABLATIONS, METHODS, TITLES
+from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
 from calmlm.comparison.plots import draw
 from calmlm.experiments.record import made_by, origin
 from calmlm.storage import write_text
@@ -62,8 +62,14 @@ def summarise(
         tasks = kind.tasks_of(preset)
         groups = kind.groups_of(preset)
         spent = {method: [cell for cell in cells if cell["method"] == method] for method in scores}
-        for method in [*METHODS, *ABLATIONS]:
-            if method not in scores:
+        if set(scores) & set(ABLATIONS) and "composed" in scores:
+            first = config.parts[name].seeds[0]
+            scores[REFERENCE] = {
+                task: {first: seeds[first]} for task, seeds in scores["composed"].items() if first in seeds
+            }
+            spent[REFERENCE] = [cell for cell in spent["composed"] if cell["seed"] == first]
+        for method in [*METHODS, REFERENCE, *ABLATIONS]:
+            if not scores.get(method):
                 continue
             columns: dict[str, Scores] = dict(scores[method])
             columns |= {group: joined(scores[method], members) for group, members in groups.items()}
@@ -226,7 +232,8 @@ def _tables(domain: str, rows: list[dict[str, Any]]) -> list[str]:
         )
     if ablations:
         lines += ["", "Ablations, one seed; each changes one thing of CALM:", ""]
-        lines += _scores(cells, ["composed", *ablations], narrow, {**METHODS, **ABLATIONS})
+        known = {REFERENCE: Method("CALM, the same seed", METHODS["composed"].fit), **ABLATIONS}
+        lines += _scores(cells, [REFERENCE, *ablations], narrow, known)
     return lines
 
 

@@ -1,0 +1,188 @@
+"""Running a comparison: every method end to end, cells that are never repeated, and an honest report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calmlm.comparison import cells as cells_module
+from calmlm.comparison.cells import Cell
+from calmlm.comparison.config import CompareConfig, Part, load_config
+from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.methods import ABLATIONS, METHODS, Fitted, Method
+from calmlm.comparison.report import markdown, summarise
+from calmlm.comparison.run import run
+from calmlm.errors import CalmError
+
+SMALL = Path(__file__).parents[2] / "configs" / "compare" / "small.yaml"
+
+
+def comparison(folder: Path, **parts: Part) -> CompareConfig:
+    return CompareConfig(
+        domains={},
+        preset="tiny",
+        output=str(folder / "out"),
+        cache=str(folder / "cells"),
+        bases=str(folder / "bases"),
+        workers=1,
+        parts=parts,
+    )
+
+
+def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = comparison(tmp_path, code=Part([0], ["m_A", "m_B", "router"]))
+    lines: list[str] = []
+    first = run(config, report=lines.append)
+    assert first["cells"] == {"planned": 3, "finished": 3}
+    assert sum("..." in line and "code, seed 0" in line for line in lines) == 3
+    paths = [cell.path(Path(config.cache)) for cell in config.cells()]
+    before = [path.stat().st_mtime_ns for path in paths]
+    monkeypatch.setattr(Cell, "do", None)  # would fail if called
+    again = run(config, report=lines.append)
+    assert [path.stat().st_mtime_ns for path in paths] == before
+    assert again["rows"] == first["rows"]
+    # A stopped run has no half cells, and goes on with what is missing.
+    paths[1].unlink()
+    with pytest.raises(TypeError):
+        run(config, report=lines.append)
+    partial = run(config, stored_only=True, report=lines.append)
+    assert partial["cells"] == {"planned": 3, "finished": 2}
+    assert "Not finished: 2 of 3 cells" in (tmp_path / "out" / "tiny.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = comparison(tmp_path, code=Part([0], ["m_B", "lora"]))
+
+    def fail(domain: Any, meter: Any) -> Fitted:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(cells_module.METHODS, "lora", Method("LoRA", fail))
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(config, report=lambda line: None)
+    assert run(config, stored_only=True, report=lambda line: None)["cells"]["finished"] == 1
+    assert [path.suffix for path in (tmp_path / "cells" / "cells" / "code").iterdir()] == [".json"]
+
+
+def test_nothing_to_report_on(tmp_path: Path) -> None:
+    with pytest.raises(CalmError, match="stored-only"):
+        run(comparison(tmp_path, code=Part([0], ["m_B"])), stored_only=True, report=lambda line: None)
+
+
+def test_cells_depend_on_all_that_matters() -> None:
+    preset = DOMAINS["code"][1]["tiny"]
+    cell = Cell("code", "lora", preset, 0)
+    others = [
+        dataclasses.replace(cell, seed=1),
+        dataclasses.replace(cell, method="moe"),
+        dataclasses.replace(cell, preset=dataclasses.replace(preset, items=13)),
+    ]
+    assert len({each.path(Path()).name for each in [cell, *others]}) == 4
+
+
+# The report, from cells by hand
+
+
+def cell(method: str, seed: int, right: float, numeric: float = 1.0) -> dict[str, Any]:
+    tasks = {"key_value": 0.0, "numeric": numeric, "keys_arithmetic": right, "ood": right, "ood_hard": right}
+    return {
+        "method": method,
+        "seed": seed,
+        "scores": {task: [float(i < share * 100) for i in range(100)] for task, share in tasks.items()},
+        "trainable_parameters": 10,
+        "train_flops": 1e9,
+        "train_seconds": 3.0,
+        "decode_time_x_anchor": 1.5,
+        "commit": "c",
+    }
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    shares = {"m_A": 0.0, "m_B": 0.1, "composed": 0.6, "lora": 0.6, "moe": 0.9, "cascade": 0.3}
+    forgets = {"moe": 0.5}
+    found = [
+        (Cell("kv_arithmetic", method, None, seed), cell(method, seed, share, forgets.get(method, 1.0)))
+        for method, share in shares.items()
+        for seed in (0, 1)
+    ]
+    found.append((Cell("kv_arithmetic", "heads=1", None, 0), cell("heads=1", 0, 0.2)))
+    config = CompareConfig(domains={}, preset="tiny", parts={"kv_arithmetic": Part([0, 1], None, ["heads=1"])})
+    return summarise(config, found, 50, "the command")
+
+
+def test_rows_have_what_is_promised(report: dict[str, Any]) -> None:
+    row = next(r for r in report["rows"] if r["method"] == "moe" and r["task"] == "kv_arithmetic/ood")
+    expected = {
+        "metric": "exact_match",
+        "mean": 90.0,
+        "seeds": 2,
+        "retained_delta": -50.0,
+        "trainable_parameters": 10,
+        "train_flops": 1e9,
+        "decode_time_x_anchor": 1.5,
+    }
+    assert {key: row[key] for key in expected} == expected
+    assert row["low"] < 90.0 < row["high"]
+    reference = next(r for r in report["rows"] if r["method"] == "reference" and r["task"] == "kv_arithmetic/ood")
+    assert reference["seeds"] == 1 and reference["mean"] == 60.0
+
+
+def test_the_report_says_where_the_composition_loses(report: dict[str, Any]) -> None:
+    verdicts = {a["method"]: a["verdict"] for a in report["answers"]["kv_arithmetic"]}
+    assert verdicts == {
+        "m_A": "above",
+        "m_B": "above",
+        "lora": "no difference shown",
+        "moe": "below",
+        "cascade": "above",
+    }
+    page = markdown(report)
+    line = next(line for line in page.splitlines() if line.startswith("| a mixture of experts |"))
+    assert "**CALM is below**" in line and "-50.0" in line
+    assert "Not finished: 13 of 50 cells" in page
+    json.dumps(report)
+
+
+# All of it
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_method_runs_on_every_experiment(tmp_path: Path) -> None:
+    """Stopped in the middle and started again, as a user would."""
+    text = SMALL.read_text(encoding="utf-8").replace("[0, 1, 2]", "[0]").replace("[0, 1]", "[0]")
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "calmlm.cli", "compare", str(path), "--preset", "tiny"]
+    command += ["--cache", str(tmp_path / "cells"), "--bases", str(tmp_path / "bases"), "--output", str(tmp_path / "o")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    stored = tmp_path / "cells" / "cells"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and len(list(stored.glob("*/*.json"))) < 4:
+        time.sleep(0.5)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    time.sleep(4)  # its workers end when it does
+    before = {p: p.stat().st_mtime_ns for p in stored.glob("*/*.json")}
+    assert len(before) >= 4
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(p.stat().st_mtime_ns == made for p, made in before.items())
+    result = json.loads((tmp_path / "o" / "tiny.json").read_text(encoding="utf-8"))
+    assert result["cells"]["finished"] == result["cells"]["planned"]
+    for domain in DOMAINS:
+        methods = {row["method"] for row in result["rows"] if row["task"].startswith(f"{domain}/")}
+        assert methods >= set(METHODS)
+    assert {row["method"] for row in result["rows"]} >= {*METHODS, *ABLATIONS}
+    assert load_config(path, "tiny").preset == "tiny"
+    assert len(list((tmp_path / "o").glob("*.png"))) == 4

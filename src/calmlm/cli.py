@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,49 @@ def inspect(folder: Folder) -> None:
     width = max(len(title) for title, _ in lines) + 2
     for title, value in lines:
         print(f"{title:{width}}{value}")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness and calmlm's own, with commas.")],
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the results.", show_default=False)] = None,
+    anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    include: Annotated[Path | None, typer.Option(help="A folder of further tasks.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
+    ] = False,
+) -> None:
+    """Measure a saved composition on benchmarks."""
+    from calmlm.evaluation.harness import evaluate
+    from calmlm.experiments.record import origin
+    from calmlm.storage import write_text
+
+    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    found = evaluate(
+        folder,
+        names,
+        anchor_only=anchor_only,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        include=include,
+        data=data,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            print(f"{task:32}{name:32}{value}")
+    if output is not None:
+        write_text(output, json.dumps({"results": found, **origin(None)}, indent=1) + "\n")
 
 
 @app.command()

@@ -1,0 +1,74 @@
+"""Documents and scores of the tasks in this folder; lm-evaluation-harness reads the names from their YAML files.
+
+Code that a model writes runs in calmlm's sandbox, not in this process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from calmlm.evaluation.sandbox import run_python
+
+_SECONDS, _MEMORY = 10.0, 1024 * 2**20
+
+
+def documents(
+    path: str, name: str | None = None, splits: dict[str, str] | None = None, folder: str | None = None, **_: Any
+) -> dict[str, Any]:
+    """The documents of a task, by split.
+
+    Args:
+        path, name: a data set's id and configuration.
+        splits: our name of each split and the data set's.
+        folder: where local slices lie instead: ``<last part of path>.<split>.jsonl``.
+    """
+    from datasets import load_dataset
+
+    found = {}
+    for ours, theirs in (splits or {"test": "test"}).items():
+        local = None if folder is None else Path(folder) / f"{path.rpartition('/')[2]}.{ours}.jsonl"
+        if local is None:
+            found[ours] = load_dataset(path, name, split=theirs)
+        elif local.is_file():
+            found[ours] = load_dataset("json", data_files=str(local), split="train")
+    return found
+
+
+def sentences(source: str, target: str, path: str, folder: str | None = None, **_: Any) -> dict[str, Any]:
+    """Sentences of two languages of FLORES side by side, from a data set with one language in each configuration."""
+    from datasets import Dataset
+
+    found = {}
+    for ours, theirs in (("dev", "dev"), ("test", "devtest")):
+        sides = []
+        for language in (source, target):
+            if folder is None:
+                rows = documents(path, language, {ours: theirs})
+            else:
+                rows = documents(f"{path}.{language}", None, {ours: theirs}, folder)
+            sides.append({row["id"]: row["text"] for row in rows.get(ours, [])})
+        shared = sorted(set(sides[0]) & set(sides[1]))
+        found[ours] = Dataset.from_list([{"id": i, "source": sides[0][i], "target": sides[1][i]} for i in shared])
+    return found
+
+
+def chrf(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """chrF1 of one sentence, as the paper reports it."""
+    from sacrebleu.metrics import CHRF
+
+    wanted = doc.get("target") or doc["docstring"]
+    return {"chrf": CHRF(beta=1).sentence_score(results[0].strip(), [wanted.strip()]).score}
+
+
+def humaneval(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the completed function passes the task's own tests."""
+    program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return {"pass@1": float(run_python(program, seconds=_SECONDS, memory=_MEMORY).passed)}
+
+
+def mbpp(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the function passes the task's own tests."""
+    setup = doc.get("test_setup_code") or ""
+    program = "\n".join([setup, results[0].split("[DONE]")[0], *doc["test_list"], ""])
+    return {"pass@1": float(run_python(program, seconds=_SECONDS, memory=_MEMORY).passed)}

@@ -1,0 +1,139 @@
+"""Benchmarks through lm-evaluation-harness, on local slices in the formats of the data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.models.huggingface import HFLM
+
+import calmlm
+from calmlm.cli import main
+from calmlm.errors import ConfigError
+from calmlm.evaluation.harness import TASKS, evaluate
+from calmlm.evaluation.tasks import scoring
+from compositions import awaken
+from tiny import tiny_model, tiny_tokenizer
+
+SLICES = Path(__file__).parent / "slices"
+OWN = ["calm_humaneval", "calm_mbpp", "calm_code_to_text", "calm_flores_swh_Latn"]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (SLICES / name).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def composition(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("harness")
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    for name, seed in (("anchor", 0), ("augmenting", 1)):
+        tiny_model("llama", seed=seed, **sizes).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    model = calmlm.compose(str(folder / "anchor"), str(folder / "augmenting"), connections=1)
+    awaken(model).save_pretrained(folder / "composition")
+    return str(folder / "composition")
+
+
+def test_scores_by_hand() -> None:
+    for doc in rows("openai_humaneval.test.jsonl"):
+        assert scoring.humaneval(doc, [doc["canonical_solution"]]) == {"pass@1": 1.0}
+        for wrong in (
+            "    return None\n",
+            "    return (",
+            "",
+            "    raise SystemExit(0)\n",
+            "    import os; os._exit(0)\n",
+        ):
+            assert scoring.humaneval(doc, [wrong]) == {"pass@1": 0.0}
+    doc = rows("mbpp.test.jsonl")[0]
+    assert scoring.mbpp(doc, [doc["code"] + "\n[DONE] and more"]) == {"pass@1": 1.0}
+    assert scoring.mbpp(doc, ["def add(a, b): return a - b"]) == {"pass@1": 0.0}
+    assert scoring.chrf({"target": "one two"}, ["one two"])["chrf"] == pytest.approx(100.0)
+    assert scoring.chrf({"docstring": "one two"}, ["xyz"])["chrf"] == 0.0
+
+
+def test_sentences_stand_side_by_side() -> None:
+    found = scoring.sentences("swh_Latn", "eng_Latn", "openlanguagedata/flores_plus", folder=str(SLICES))
+    assert [(r["source"], r["target"]) for r in found["test"]] == [
+        (f"Nina vitabu {i}.", f"I have {i} books.") for i in range(3)
+    ]
+    assert len(found["dev"]) == 6
+
+
+def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tasks ask for, in the prompts that a model is given, with examples of the right form."""
+    asked: dict[str, str] = {}
+
+    def answer(self: Any, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = []
+        for request in requests:
+            asked[request.task_name] = request.args[0]
+            target = request.doc.get("canonical_solution") or request.doc.get("code") or request.doc.get("target")
+            texts.append(request.doc["docstring"] if "docstring" in request.doc else target)
+        return texts
+
+    monkeypatch.setattr(HFLM, "generate_until", answer)
+    found = evaluate(composition, OWN, data=SLICES, device="cpu")
+    best = {"calm_humaneval": "pass@1,none", "calm_mbpp": "pass@1,none"}
+    for task in OWN:
+        full = 1.0 if task in best else 100.0
+        assert found[task][best.get(task, "chrf,none")] == pytest.approx(full)
+    assert asked["calm_mbpp"].count("[DONE]") == 3 and asked["calm_mbpp"].endswith("[BEGIN]\n")
+    assert asked["calm_flores_swh_Latn"].count(" = I have") == 5
+    assert asked["calm_flores_swh_Latn"].rstrip().endswith("=")
+
+
+def test_a_composition_is_measured_with_and_without(composition: str, tmp_path: Path) -> None:
+    """The log likelihoods are the composition's own; switched off, they are the anchor's."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the mat"}\n', encoding="utf-8")
+    (tmp_path / "local_text.yaml").write_text(
+        "task: local_text\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'texts.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: bits_per_byte}]\n',
+        encoding="utf-8",
+    )
+    both, alone = (
+        evaluate(composition, ["local_text"], include=tmp_path, anchor_only=off, device="cpu")["local_text"]
+        for off in (False, True)
+    )
+    anchor = HFLM(
+        pretrained=calmlm.CalmForCausalLM.from_pretrained(composition).anchor, tokenizer=tiny_tokenizer(), device="cpu"
+    )
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    plain = simple_evaluate(anchor, tasks=["local_text"], task_manager=TaskManager(include_path=str(tmp_path)))
+    assert plain is not None
+    name = "bits_per_byte,none"
+    assert alone[name] == plain["results"]["local_text"][name]
+    assert abs(both[name] - alone[name]) > 1e-4
+
+
+def test_the_command_writes_its_results(composition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["--tasks", "calm_humaneval", "--data", str(SLICES), "--limit", "1", "--device", "cpu"]
+    assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 0
+    assert "pass@1" in capsys.readouterr().out
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["results"]["calm_humaneval"]["pass@1,none"] == 0.0
+    assert {"commit", "versions", "machine", "command"} <= set(written)
+
+
+def test_unknown_tasks_are_named(composition: str) -> None:
+    with pytest.raises(ConfigError, match="calm_humanval.*calm_humaneval"):
+        evaluate(composition, ["calm_humanval"], device="cpu")
+    with pytest.raises(ConfigError, match="none"):
+        evaluate(composition, [], device="cpu")
+
+
+def test_every_task_is_listed() -> None:
+    names = {path.stem for path in TASKS.glob("calm_*.yaml")}
+    assert names >= set(OWN) and sum(name.startswith("calm_flores") for name in names) == 8

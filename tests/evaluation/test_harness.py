@@ -44,13 +44,8 @@ def composition(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_scores_by_hand() -> None:
     for doc in rows("openai_humaneval.test.jsonl"):
         assert scoring.humaneval(doc, [doc["canonical_solution"]]) == {"pass@1": 1.0}
-        for wrong in (
-            "    return None\n",
-            "    return (",
-            "",
-            "    raise SystemExit(0)\n",
-            "    import os; os._exit(0)\n",
-        ):
+        hostile = "    import os; os._exit(0)\n"
+        for wrong in ("    return None\n", "    return (", "", "    raise SystemExit(0)\n", hostile):
             assert scoring.humaneval(doc, [wrong]) == {"pass@1": 0.0}
     doc = rows("mbpp.test.jsonl")[0]
     assert scoring.mbpp(doc, [doc["code"] + "\n[DONE] and more"]) == {"pass@1": 1.0}
@@ -76,7 +71,7 @@ def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPa
         for request in requests:
             asked[request.task_name] = request.args[0]
             target = request.doc.get("canonical_solution") or request.doc.get("code") or request.doc.get("target")
-            texts.append(request.doc["docstring"] if "docstring" in request.doc else target)
+            texts.append(request.doc.get("docstring", target))
         return texts
 
     monkeypatch.setattr(HFLM, "generate_until", answer)

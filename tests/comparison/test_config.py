@@ -25,6 +25,7 @@ def test_the_shipped_comparison_has_every_method() -> None:
     assert {(c.domain, c.seed) for c in cells if c.method == "composed"} == {
         *(("kv_arithmetic", seed) for seed in (0, 1, 2)),
         *((domain, seed) for domain in ("languages", "code") for seed in (0, 1)),
+        *(("visual", seed) for seed in (0, 1, 2)),
     }
     for domain in ("kv_arithmetic", "languages", "code"):
         assert {c.method for c in cells if c.domain == domain} >= set(METHODS)
@@ -40,6 +41,7 @@ def test_the_shipped_comparison_has_every_method() -> None:
         ("domains: {kv_arithmetic: {seeds: [0, 0]}}", ["each once"]),
         ("domains: {kv_arithmetic: {seeds: [0], methods: [lorra]}}", ["lorra", "lora"]),
         ("domains: {kv_arithmetic: {seeds: [0], ablations: [heads=3]}}", ["heads=3"]),
+        ("domains: {visual: {seeds: [0], methods: [lora]}}", ["lora", "composed_random"]),
         ("domains: {code: {seeds: [0], ablations: [heads=1]}}", ["kv_arithmetic only"]),
         ("domains: {karaoke: {seeds: [0]}}", ["karaoke"]),
         ("domains: {code: {seeds: [0]}}\npreset: vast", ["vast"]),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.domain import Answerer, Domain
+from calmlm.comparison.domain import Answerer, Domain, TextDomain
 from calmlm.comparison.domains import DOMAINS
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.experiments.flops import Meter
@@ -55,7 +55,11 @@ class Cell:
         report(f"{self.domain}, seed {self.seed}: {self.method} ...")
         start = time.perf_counter()
         meter = Meter()
-        fitted = {**METHODS, **ABLATIONS}[self.method].fit(domain, meter)
+        if self.method in domain.own:
+            fitted = domain.own[self.method](meter)
+        else:
+            assert isinstance(domain, TextDomain)
+            fitted = {**METHODS, **ABLATIONS}[self.method].fit(domain, meter)
         trained = time.perf_counter() - start
         scores = domain.score(fitted.complete, fitted.model)
         result = {
@@ -77,7 +81,7 @@ class Cell:
 
 def decode_time_x_anchor(complete: Answerer, domain: Domain) -> float:
     """The time of so many new tokens for a few prompts, by the time of the anchor alone: a median of paired rounds."""
-    anchor = domain.answerer(domain.anchor)
+    anchor = domain.alone()
     ratios = []
     for _ in range(_ROUNDS + 1):
         times = []

@@ -57,9 +57,10 @@ class CompareConfig:
         """All cells, in order."""
         found = []
         for name, part in self.parts.items():
-            preset = DOMAINS[name][1][self.preset]
+            kind, presets = DOMAINS[name]
+            preset, methods = presets[self.preset], part.methods or kind.methods or METHODS
             for seed in part.seeds:
-                found += [Cell(name, method, preset, seed) for method in (part.methods or METHODS)]
+                found += [Cell(name, method, preset, seed) for method in methods]
             found += [Cell(name, ablation, preset, part.seeds[0]) for ablation in part.ablations]
         return found
 
@@ -110,7 +111,8 @@ def _faults_of(name: str, part: Part, preset: str) -> list[str]:
         check_seeds(part.seeds)
     except ConfigError as error:
         faults.append(f"domains.{name}.seeds: {error}")
-    for key, known in (("methods", METHODS), ("ablations", ABLATIONS)):
+    possible = DOMAINS[name][0].methods or tuple(METHODS)
+    for key, known in (("methods", possible), ("ablations", tuple(ABLATIONS))):
         unknown = sorted(set(getattr(part, key) or []) - set(known))
         if unknown:
             choice, given = ", ".join(known), ", ".join(unknown)

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from calmlm.baselines import Bases, Budget, Data
 from calmlm.experiments.fitting import Row, Stage, answer, fit
+from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import Stages, device
 
-__all__ = ["Answerer", "Domain", "Settings", "Task", "model_answerer"]
+__all__ = ["Answerer", "Domain", "Fitted", "Task", "TextDomain", "model_answerer"]
 
 Skill = Literal["combined", "augmenting", "retained"]
 
@@ -46,11 +47,17 @@ class Task:
     skill: Skill
 
 
-class Settings(Protocol):
-    """What a domain's preset has to have; it is a frozen dataclass."""
+@dataclass(frozen=True)
+class Fitted:
+    """A system that is ready to answer.
 
-    name: str
-    composition: Stage
+    Attributes:
+        complete: answers prompts.
+        model: the model behind it, where there is one that gives probabilities.
+    """
+
+    complete: Answerer
+    model: PreTrainedModel | None = None
 
 
 def model_answerer(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Answerer:
@@ -76,7 +83,10 @@ class Domain(ABC):
     """
 
     name: ClassVar[str]
-    full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
+    folder: ClassVar[str]
+    """Where its base models lie, among those of all experiments."""
+    methods: ClassVar[tuple[str, ...] | None] = None
+    """Names of the methods that can be run here; None for all."""
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         self.preset, self.seed = preset, seed
@@ -87,8 +97,6 @@ class Domain(ABC):
         """Eight digits that stand for the settings."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(preset)).encode()).hexdigest()[:8]
 
-    # What each domain says of itself ---------------------------------------------------------------------------------
-
     @classmethod
     @abstractmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
@@ -98,6 +106,37 @@ class Domain(ABC):
     def groups_of(cls, preset: Any) -> dict[str, list[str]]:
         """Columns that take several tasks together."""
         return {}
+
+    @property
+    def own(self) -> Mapping[str, Callable[[Meter], Fitted]]:
+        """Methods that are done in this experiment's own way."""
+        return {}
+
+    @abstractmethod
+    def alone(self) -> Answerer:
+        """m_B alone, which decoding times are relative to."""
+
+    @abstractmethod
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        """The score of each item, by task; 0 to 1 where the metric is in per cent.
+
+        Args:
+            complete: what is scored.
+            model: the model behind it, if there is one, for tasks that ask for probabilities.
+        """
+
+    @property
+    @abstractmethod
+    def prompts(self) -> list[Any]:
+        """Prompts to time with."""
+
+
+class TextDomain(Domain):
+    """An experiment in which both models read text in one tokenizer, so that every method can be run."""
+
+    full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
+    augmenting_stage: Stage
+    """How m_A is trained; a twin of the anchor learns what m_A knows in as many steps."""
 
     @cached_property
     @abstractmethod
@@ -124,27 +163,10 @@ class Domain(ABC):
     def cascade(self) -> Answerer:
         """m_A's answer as text, then m_B."""
 
-    @abstractmethod
-    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
-        """The score of each item, by task; 0 to 1 where the metric is in per cent.
-
-        Args:
-            complete: what is scored.
-            model: the model behind it, if there is one, for tasks that ask for probabilities.
-        """
-
     @property
     @abstractmethod
     def max_new_tokens(self) -> int:
         """The longest answer."""
-
-    @property
-    @abstractmethod
-    def prompts(self) -> list[str]:
-        """Prompts to time with."""
-
-    augmenting_stage: Stage
-    """How m_A is trained; a twin of the anchor learns what m_A knows in as many steps."""
 
     # What follows ----------------------------------------------------------------------------------------------------
 
@@ -195,6 +217,9 @@ class Domain(ABC):
         """What a baseline may spend: what the composition spends."""
         added = self.compose(self.augmenting).get_nb_trainable_parameters()[0]
         return Budget(self.preset.composition, self.seed, added, self.full_rate)
+
+    def alone(self) -> Answerer:
+        return self.answerer(self.anchor)
 
     def answerer(self, model: Any) -> Answerer:
         """A model that completes this domain's prompts."""

@@ -10,24 +10,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
-from calmlm.comparison.domain import Answerer, Domain
+from calmlm.comparison.domain import Fitted, TextDomain
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
-__all__ = ["ABLATIONS", "METHODS", "REFERENCE", "TITLES", "Fitted", "Method", "compose"]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A system that is ready to answer.
-
-    Attributes:
-        complete: answers prompts.
-        model: the model behind it, where there is one that gives probabilities.
-    """
-
-    complete: Answerer
-    model: PreTrainedModel | None
+__all__ = ["ABLATIONS", "METHODS", "REFERENCE", "TITLES", "Method", "compose"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +27,20 @@ class Method:
     """
 
     title: str
-    fit: Callable[[Domain, Meter], Fitted]
+    fit: Callable[[TextDomain, Meter], Fitted]
 
 
-def _of(domain: Domain, model: Any) -> Fitted:
+def _of(domain: TextDomain, model: Any) -> Fitted:
     return Fitted(domain.answerer(model), model if isinstance(model, PreTrainedModel) else None)
 
 
-def base(name: str, domain: Domain, meter: Meter) -> Fitted:
+def base(name: str, domain: TextDomain, meter: Meter) -> Fitted:
     """One of the two models alone."""
     return _of(domain, getattr(domain, name))
 
 
 def compose(
-    domain: Domain,
+    domain: TextDomain,
     meter: Meter,
     augmenting: str = "augmenting",
     connector: str = "cross_attention",
@@ -77,7 +64,7 @@ def compose(
     return _of(domain, model)
 
 
-def baseline(name: str, domain: Domain, meter: Meter) -> Fitted:
+def baseline(name: str, domain: TextDomain, meter: Meter) -> Fitted:
     """One of the rival systems."""
     budget = domain.budget()
     model = BASELINES[name](domain.bases(twin=name in MERGING), domain.data(), budget)
@@ -85,7 +72,7 @@ def baseline(name: str, domain: Domain, meter: Meter) -> Fitted:
     return _of(domain, model)
 
 
-def cascade(domain: Domain, meter: Meter) -> Fitted:
+def cascade(domain: TextDomain, meter: Meter) -> Fitted:
     """m_A's answer as text, then m_B; nothing is trained."""
     return Fitted(domain.cascade(), None)
 

@@ -33,6 +33,7 @@ DOMAIN_TITLES = {
     "kv_arithmetic": "Key-value arithmetic",
     "languages": "Languages",
     "code": "Code",
+    "visual": "Visual arithmetic",
 }
 INTERVAL = (
     "95 % intervals by a two-level bootstrap (seeds drawn with replacement, then the items of each); with few seeds "

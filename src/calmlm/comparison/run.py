@@ -125,7 +125,7 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
     domain = None
     for cell in cells:
         if not cell.path(cache).is_file():
-            domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / cell.domain, say)
+            domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / kind.folder, say)
             cell.do(domain, cache, say)
 
 

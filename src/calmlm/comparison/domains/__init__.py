@@ -9,10 +9,12 @@ from calmlm.comparison.domain import Domain
 from calmlm.comparison.domains.code import Code
 from calmlm.comparison.domains.kv_arithmetic import KeyValues
 from calmlm.comparison.domains.languages import Languages
+from calmlm.comparison.domains.visual import Visual
 from calmlm.experiments.code.presets import PRESETS as CODE_PRESETS
 from calmlm.experiments.fitting import preset_of
 from calmlm.experiments.kv_arithmetic.presets import PRESETS as KV_PRESETS
 from calmlm.experiments.languages.presets import PRESETS as LANGUAGE_PRESETS
+from calmlm.experiments.visual_arithmetic.presets import PRESETS as VISUAL_PRESETS
 
 __all__ = ["DOMAINS"]
 
@@ -21,5 +23,6 @@ DOMAINS: dict[str, tuple[type[Domain], Mapping[str, Any]]] = {
     KeyValues.name: (KeyValues, {**KV_PRESETS, "tiny": preset_of(KV_PRESETS, "tiny", max_steps=30, items=16)}),
     Languages.name: (Languages, LANGUAGE_PRESETS),
     Code.name: (Code, CODE_PRESETS),
+    Visual.name: (Visual, {**VISUAL_PRESETS, "tiny": preset_of(VISUAL_PRESETS, "tiny", max_steps=30, items=16)}),
 }
 """Each experiment and its presets."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
 from calmlm.baselines.setting import losses_of
-from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.comparison.domain import Answerer, Task, TextDomain
 from calmlm.data.extras import require
 from calmlm.experiments.code.judging import is_right
 from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
@@ -24,10 +24,11 @@ from calmlm.experiments.kv_arithmetic.world import Example
 __all__ = ["Code"]
 
 
-class Code(Domain):
+class Code(TextDomain):
     """Functions of one line: completing them, writing them from English, saying what they do."""
 
     name = "code"
+    folder = "code"
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.comparison.domain import Answerer, Task, TextDomain
 from calmlm.experiments.fitting import Row
 from calmlm.experiments.kv_arithmetic.bases import BASES, augmenting_examples
 from calmlm.experiments.kv_arithmetic.composition import compose_bases, composition_examples
@@ -21,10 +21,11 @@ from calmlm.experiments.kv_arithmetic.world import World
 __all__ = ["KeyValues"]
 
 
-class KeyValues(Domain):
+class KeyValues(TextDomain):
     """Keys whose values m_A knows, and an m_B that calculates."""
 
     name = "kv_arithmetic"
+    folder = "kv_arithmetic"
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
 from calmlm.baselines.confidence_cascade import Confidence
-from calmlm.comparison.domain import Answerer, Domain, Task
+from calmlm.comparison.domain import Answerer, Task, TextDomain
 from calmlm.data.extras import require
 from calmlm.experiments.fitting import Row, Stage, fit
 from calmlm.experiments.kv_arithmetic.bases import new_model
@@ -31,10 +31,11 @@ _RUN = re.compile(rf"\b(?!(?:{_PHRASE})\b)[^\W\d_]+(?: (?!(?:{_PHRASE})\b)[^\W\d
 _SURE = 0.5  # how probable m_A's value of a word has to be for the cascade to paste it
 
 
-class Languages(Domain):
+class Languages(TextDomain):
     """Arithmetic and translation: m_A knows low-resource languages, m_B others and arithmetic."""
 
     name = "languages"
+    folder = "languages"
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

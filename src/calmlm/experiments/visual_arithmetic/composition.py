@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 import calmlm
 from calmlm.experiments.fitting import collator, fit
+from calmlm.experiments.flops import Meter
 from calmlm.experiments.visual_arithmetic.bases import encode
 from calmlm.experiments.visual_arithmetic.digits import SIZE, Digits
 from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, IMAGE, Example, World
@@ -102,13 +103,19 @@ def compose_bases(
 
 
 def train_composition(
-    world: World, tokenizer: PreTrainedTokenizerBase, anchor: LlamaForCausalLM, encoder: PreTrainedModel, variant: str
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    anchor: LlamaForCausalLM,
+    encoder: PreTrainedModel,
+    variant: str,
+    meter: Meter | None = None,
 ) -> tuple[calmlm.CalmForCausalLM, list[tuple[int, float]]]:
-    """Compose ``anchor`` with ``encoder`` and train the composition on D_C."""
+    """Compose ``anchor`` with ``encoder`` and train the composition on D_C; ``meter`` counts what it takes."""
     model = compose_bases(world, anchor, encoder, VARIANTS[variant].connector)
     rows = encode(composition_examples(world), tokenizer)
     collate = with_pictures(collator(tokenizer.pad_token_id), world.digits, tokenizer.convert_tokens_to_ids(IMAGE))
-    return model, fit(model, rows, tokenizer.pad_token_id, world.preset.composition, world.seed, collate)
+    stage = world.preset.composition
+    return model, fit(model, rows, tokenizer.pad_token_id, stage, world.seed, collate, meter=meter)
 
 
 def with_pictures(

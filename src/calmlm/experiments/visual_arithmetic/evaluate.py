@@ -61,21 +61,31 @@ def recognised(encoder: PreTrainedModel, world: World, pictures: list[int]) -> l
     return encoder(pixel_values=world.digits.pixels[pictures].to(where)).logits.argmax(-1).tolist()
 
 
-def text_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answerer:
-    """A model that reads the text and sees no pictures."""
-    return lambda examples: answer(model, tokenizer, [example.prompt for example in examples], MAX_NEW_TOKENS)
+def text_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None) -> Answerer:
+    """A model that reads the text and sees no pictures; with ``tokens``, it writes exactly so many."""
+    forced = {} if tokens is None else {"min_new_tokens": tokens}
+
+    def run(examples: list[Example]) -> list[str]:
+        prompts = [example.prompt for example in examples]
+        return answer(model, tokenizer, prompts, tokens or MAX_NEW_TOKENS, extra=lambda start, ids: dict(forced))
+
+    return run
 
 
-def composition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> Answerer:
-    """A composition with the pictures of each batch."""
+def composition(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, tokens: int | None = None
+) -> Answerer:
+    """A composition with the pictures of each batch; with ``tokens``, it writes exactly so many."""
     image_token = tokenizer.convert_tokens_to_ids(IMAGE)
+    forced = {} if tokens is None else {"min_new_tokens": tokens}
 
     def run(examples: list[Example]) -> list[str]:
         def extra(start: int, ids: Tensor) -> dict[str, object]:
             chosen = [example.pictures for example in examples[start : start + len(ids)]]
-            return {"augmenting_inputs": pictures_of(world.digits, chosen, ids, image_token)}
+            return {"augmenting_inputs": pictures_of(world.digits, chosen, ids, image_token), **forced}
 
-        return answer(model, tokenizer, [example.prompt for example in examples], MAX_NEW_TOKENS, extra=extra)
+        prompts = [example.prompt for example in examples]
+        return answer(model, tokenizer, prompts, tokens or MAX_NEW_TOKENS, extra=extra)
 
     return run
 

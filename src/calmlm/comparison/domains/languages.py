@@ -67,7 +67,9 @@ class Languages(TextDomain):
             "arithmetic_figures": None,
         }.items():
             rng = world.rng(f"evaluation-{task}")
-            items[task] = [world.item(rng, language) for _ in range(preset.items)]
+            # What is to be kept is measured to half a point.
+            count = preset.items if language in preset.low else 2 * preset.items
+            items[task] = [world.item(rng, language) for _ in range(count)]
         unseen, count = world.unseen_terms, len(world.terms[preset.high[0]])
         for task, languages, which in (
             ("translation_low", preset.low, unseen),

@@ -29,9 +29,9 @@ class Preset:
     composition: Stage
     connections: tuple[tuple[int, int], ...]
     heads: int = 4
-    word_share: float = 0.4
+    word_share: float = 0.5
     """Share of each low-resource language's number words that D_C uses."""
-    term_share: float = 0.2
+    term_share: float = 0.3
     """Share of the terms that D_C uses."""
     invented: int = 12
     """Invented languages whose number words m_B knows: letters as of all languages."""
@@ -56,15 +56,15 @@ _TINY = Preset(
 
 _SMALL = Preset(
     name="small",
-    low=("az", "cy", "eo", "is", "lt", "lv", "sl", "tg"),
+    low=("az", "be", "cy", "eo", "fi", "hu", "is", "lt", "lv", "sk", "sl", "tg"),
     high=("en", "de", "es"),
     highest=30,
     terms=80,
     augmenting_size=(96, 4, 4),
     anchor_size=(128, 4, 4),
-    augmenting=Stage(1600, 40, 4e-3, 0.2),
+    augmenting=Stage(2000, 40, 4e-3, 0.2),
     anchor=Stage(2400, 64, 2e-3),
-    composition=Stage(800, 64, 4e-3, 0.3),
+    composition=Stage(900, 64, 4e-3, 0.5),
     # Early ones for the value of a number word, a late one for terms that m_A spells out.
     connections=((3, 0), (3, 1), (3, 3)),
 )

@@ -60,6 +60,7 @@ class World:
             ]
         self.parts = parts = {part for words in self.words.values() for word in words for part in word.split()}
         self.pieces = sorted({part[i : i + 2] for part in parts for i in range(0, len(part) - 1, 2)})
+        rng = self.rng("invented")  # of its own, so that what m_B learns does not hang on what D_C uses
         self.invented = [[self._invent(rng) for _ in range(preset.highest)] for _ in range(preset.invented)]
 
     def rng(self, purpose: str) -> random.Random:
@@ -131,13 +132,13 @@ class World:
     def composed(self, rng: random.Random) -> Example:
         """D_C: part of the words and terms, and a share of what m_B can do."""
         draw = rng.random()
-        if draw < 0.06:
+        if draw < 0.08:
             language = rng.choice(self.preset.high[1:])
             return self.translation(rng, language, range(len(self.terms[language])))
-        if draw < 0.22:
+        if draw < 0.28:
             return self.high(rng, rng.choice([*self.preset.high, None]))
         language = rng.choice(self.preset.low)
-        if draw < 0.34:
+        if draw < 0.42:
             return self.translation(rng, language, self.composition_terms)
         expression = self.expression(rng, self.composition_words[language])
         words = self.words[language]

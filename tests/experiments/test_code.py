@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from calmlm.comparison.domains.code import Code
 from calmlm.experiments.code.judging import inputs_of, is_right, program
 from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
 from calmlm.experiments.code.presets import PRESETS
@@ -115,3 +120,42 @@ def test_the_tokenizer_gives_every_text_back() -> None:
             example = draw(rng)
             text = example.prompt + example.completion
             assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_scores_and_the_cascade(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """With an m_B that names rightly and an m_A that knows every body, the cascade is right on functions."""
+    domain = Code(PRESETS["tiny"], 0, tmp_path, lambda line: None)
+    items = [item for name in ("completion", "text_to_code") for item in domain.items[name]]
+    bodies = {f"def {function.name}(x): return": function.expression for _, function in items if function}
+    names = {
+        example.prompt.replace("Write this in Python: ", "Name this: "): function.name
+        for example, function in items
+        if function
+    }
+    domain.__dict__["anchor"], domain.__dict__["augmenting"] = names, bodies
+    monkeypatch.setattr(
+        domain, "answerer", lambda known: lambda prompts, tokens=None: [known.get(p, "no idea") for p in prompts]
+    )
+    scores = domain.score(domain.cascade(), None)
+    assert set(scores) == set(Code.tasks_of(PRESETS["tiny"])) - {"library"}
+    assert min(scores["completion"]) == min(scores["text_to_code"]) == 1.0
+    assert max(scores["naming"]) == max(scores["arithmetic"]) == 0.0
+    right = {example.prompt: example.completion.strip() for task in domain.items.values() for example, _ in task}
+    best = domain.score(lambda prompts, tokens=None: [right[prompt] for prompt in prompts], None)
+    assert all(min(values) > 0.99 for values in best.values())
+
+
+def test_bits_per_byte_by_hand(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A model that gives every token the same probability takes the logarithm of their number for each."""
+    domain = Code(PRESETS["tiny"], 0, tmp_path, lambda line: None)
+
+    class Even:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, len(domain.tokenizer)))
+
+    texts = domain.world.rng("evaluation-library").sample(passages(True), PRESETS["tiny"].passages)
+    tokens = [len(domain.tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in texts]
+    expected = [n * math.log2(len(domain.tokenizer)) / len(t.encode()) for n, t in zip(tokens, texts, strict=True)]
+    assert domain.bits_per_byte(Even()) == pytest.approx(expected, rel=1e-5)

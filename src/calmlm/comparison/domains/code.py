@@ -113,19 +113,24 @@ class Code(TextDomain):
         return calmlm.compose(self.fresh_anchor(), augmenting, connector=connector, **{**usual, **options})
 
     def cascade(self) -> Answerer:
-        """m_B names what is asked for, and m_A completes the function of that name; other prompts go to m_B."""
+        """m_B names what is asked for, and m_A completes the function of that name, or one that was begun; other
+        prompts go to m_B."""
         name, complete = self.answerer(self.anchor), self.answerer(self.augmenting)
-        asked = "Write this in Python: "
+        asked, begun = "Write this in Python: ", "(x): return"
 
         def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+            answers: dict[int, str] = {}
             where = [i for i, prompt in enumerate(prompts) if prompt.startswith(asked)]
             named = name([prompts[i].replace(asked, "Name this: ") for i in where]) if where else []
-            heads = [f"def {text.split()[0] if text.split() else 'f'}(x): return" for text in named]
-            bodies = complete(heads, tokens) if heads else []
-            written = {i: f"{head} {body}" for i, head, body in zip(where, heads, bodies, strict=True)}
-            rest = [prompt for i, prompt in enumerate(prompts) if i not in written]
-            others = iter(name(rest, tokens) if rest else [])
-            return [written[i] if i in written else next(others) for i in range(len(prompts))]
+            heads = {i: f"def {(text.split() or ['f'])[0]}{begun}" for i, text in zip(where, named, strict=True)}
+            tasks = heads | {i: prompt for i, prompt in enumerate(prompts) if prompt.endswith(begun)}
+            bodies = complete(list(tasks.values()), tokens) if tasks else []
+            for i, body in zip(tasks, bodies, strict=True):
+                answers[i] = f"{heads[i]} {body}" if i in heads else body
+            rest = [i for i in range(len(prompts)) if i not in tasks]
+            texts = name([prompts[i] for i in rest], tokens) if rest else []
+            answers |= dict(zip(rest, texts, strict=True))
+            return [answers[i] for i in range(len(prompts))]
 
         return run
 

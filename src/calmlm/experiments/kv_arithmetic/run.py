@@ -271,8 +271,10 @@ def _further(preset: Preset) -> str:
     """What the compositions beyond the paper's differ in."""
     return (
         f"The m_A of single characters begins with {preset.first_keys} keys, and their number doubles with each 6 % of "
-        f"its training; the m_B of byte pairs is trained as m_B, and their composition has a weight decay of "
-        f"{preset.apart.weight_decay} instead of {preset.composition.weight_decay}. Halves: each m_A learns its keys "
+        f"its training; the m_B of byte pairs is trained as m_B for {preset.pieces.steps} steps instead of "
+        f"{preset.anchor.steps}, and their composition for {preset.apart.steps} steps instead of "
+        f"{preset.composition.steps} with a weight decay of {preset.apart.weight_decay} instead of "
+        f"{preset.composition.weight_decay}. Halves: each m_A learns its keys "
         f"and that other words have no value; {100 * preset.unanswerable_share:.0f} % of its D_C are questions about "
         f"words that nobody knows, with m_B's own answers, and {100 * preset.foreign_share:.0f} % of other operands "
         f"are number words."

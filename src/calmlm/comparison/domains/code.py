@@ -8,23 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
-import calmlm
 from calmlm.baselines.setting import losses_of
-from calmlm.comparison.domain import Answerer, Task, TextDomain
+from calmlm.comparison.domain import Answerer, Task
+from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
 from calmlm.experiments.code.judging import is_right
 from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
 from calmlm.experiments.code.world import World, passages
-from calmlm.experiments.fitting import IGNORED, Row, fit
-from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.fitting import IGNORED, Row
 from calmlm.experiments.kv_arithmetic.world import Example
 
 __all__ = ["Code"]
 
 
-class Code(TextDomain):
+class Code(DrawnDomain):
     """Functions of one line: completing them, writing them from English, saying what they do."""
 
     name = "code"
@@ -32,7 +31,7 @@ class Code(TextDomain):
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
-        self.world = World(preset, seed)
+        self.world: World = World(preset, seed)
         self.augmenting_stage = preset.augmenting
         self.items = self._items()
 
@@ -67,7 +66,7 @@ class Code(TextDomain):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.world.tokenizer()
 
-    def _encode(self, examples: Sequence[Example]) -> list[Row]:
+    def encode(self, examples: Sequence[Example]) -> list[Row]:
         """The loss falls on the completion and the end of text."""
         prompts = self.tokenizer([example.prompt for example in examples]).input_ids
         completions = self.tokenizer([example.completion for example in examples], add_special_tokens=False).input_ids
@@ -76,41 +75,6 @@ class Code(TextDomain):
             target = [*completion, self.tokenizer.eos_token_id]
             rows.append({"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target})
         return rows
-
-    def _draw(self, draw: Callable[[Any], Example], purpose: str, count: int) -> list[Row]:
-        rng = self.world.rng(purpose)
-        return self._encode([draw(rng) for _ in range(count)])
-
-    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
-        preset, pad = self.preset, self.tokenizer.pad_token_id
-        if name == "random":
-            return new_model(self.tokenizer, preset.augmenting_size, 1000 + self.seed), []
-        stage = preset.anchor if name == "anchor" else preset.augmenting
-        size = preset.anchor_size if name == "anchor" else preset.augmenting_size
-        draw = self.world.specialist if name == "augmenting" else self.world.general
-        rows = self._draw(draw, name, stage.steps * stage.batch_size)
-        model = new_model(self.tokenizer, size, self.seed + (name == "anchor"))
-        return model, fit(model, rows, pad, stage, self.seed)
-
-    def corpus(self) -> list[Row]:
-        stage = self.preset.augmenting
-        return self._draw(self.world.specialist, "augmenting", stage.steps * stage.batch_size)
-
-    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
-        return self._draw(self.world.composed, purpose, count)
-
-    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
-        preset = self.preset
-        set_seed(self.seed + 2)
-        # Flamingo works on the input of a layer, so it cannot stand behind the last one.
-        usual: dict[str, Any] = {
-            "connections": preset.connections,
-            "num_heads": preset.heads,
-            "rotary": True,
-            "query_key_bias": 1.5,
-            "null_key": True,
-        }
-        return calmlm.compose(self.fresh_anchor(), augmenting, connector=connector, **{**usual, **options})
 
     def cascade(self) -> Answerer:
         """m_B names what is asked for, and m_A completes the function of that name, or one that was begun; other
@@ -161,7 +125,7 @@ class Code(TextDomain):
         """Bits for each byte of passages of the standard library that no training has seen, by passage."""
         rng = self.world.rng("evaluation-library")
         texts = rng.sample(passages(True), min(self.preset.passages, len(passages(True))))
-        rows = self._encode([Example("", text) for text in texts])
+        rows = self.encode([Example("", text) for text in texts])
         losses = losses_of(model, rows, self.tokenizer.pad_token_id)
         counts = [sum(label != IGNORED for label in row["labels"]) for row in rows]
         return [

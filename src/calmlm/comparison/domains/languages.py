@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
-import calmlm
 from calmlm.baselines.confidence_cascade import Confidence
-from calmlm.comparison.domain import Answerer, Task, TextDomain
+from calmlm.comparison.domain import Answerer, Task
+from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
-from calmlm.experiments.fitting import Row, Stage, fit
-from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.fitting import Row
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
 from calmlm.experiments.kv_arithmetic.world import Example, final_answer
@@ -31,7 +30,7 @@ _RUN = re.compile(rf"\b(?!(?:{_PHRASE})\b)[^\W\d_]+(?: (?!(?:{_PHRASE})\b)[^\W\d
 _SURE = 0.5  # how probable m_A's value of a word has to be for the cascade to paste it
 
 
-class Languages(TextDomain):
+class Languages(DrawnDomain):
     """Arithmetic and translation: m_A knows low-resource languages, m_B others and arithmetic."""
 
     name = "languages"
@@ -39,7 +38,7 @@ class Languages(TextDomain):
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
-        self.world = World(preset, seed)
+        self.world: World = World(preset, seed)
         self.augmenting_stage = preset.augmenting
         self.items = self._items()
 
@@ -85,42 +84,8 @@ class Languages(TextDomain):
         words = [word for known in (world.words, world.terms) for texts in known.values() for word in texts]
         return build_tokenizer([*words, *world.pieces, "translate"], 2 * self.preset.highest)
 
-    def _draw(self, draw: Callable[[Any], Example], purpose: str, count: int) -> list[Row]:
-        rng = self.world.rng(purpose)
-        return encode([draw(rng) for _ in range(count)], self.tokenizer)
-
-    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
-        preset, pad = self.preset, self.tokenizer.pad_token_id
-        if name == "random":
-            return new_model(self.tokenizer, preset.augmenting_size, 1000 + self.seed), []
-        stage: Stage = preset.anchor if name == "anchor" else preset.augmenting
-        size = preset.anchor_size if name == "anchor" else preset.augmenting_size
-        draw = self.world.specialist if name == "augmenting" else self.world.general
-        rows = self._draw(draw, name, stage.steps * stage.batch_size)
-        model = new_model(self.tokenizer, size, self.seed + (name == "anchor"))
-        return model, fit(model, rows, pad, stage, self.seed)
-
-    def corpus(self) -> list[Row]:
-        stage = self.preset.augmenting
-        return self._draw(self.world.specialist, "augmenting", stage.steps * stage.batch_size)
-
-    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
-        return self._draw(self.world.composed, purpose, count)
-
-    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
-        preset = self.preset
-        set_seed(self.seed + 2)
-        # Flamingo works on the input of a layer: the next layer's, for the same place, where there is a next one.
-        shift = 1 if connector == "flamingo" else 0
-        last = preset.anchor_size[1] - 1
-        usual: dict[str, Any] = {
-            "connections": sorted({(i, min(j + shift, last)) for i, j in preset.connections}),
-            "num_heads": preset.heads,
-            "rotary": True,
-            "query_key_bias": 1.5,
-            "null_key": True,
-        }
-        return calmlm.compose(self.fresh_anchor(), augmenting, connector=connector, **{**usual, **options})
+    def encode(self, examples: Sequence[Example]) -> list[Row]:
+        return encode(examples, self.tokenizer)
 
     def cascade(self) -> Answerer:
         """m_A gives the value of each run of words; where it is sure, the figure is pasted in place of them."""

@@ -30,6 +30,8 @@ _MODULES = (
     "typing", "uuid", "warnings", "wave", "weakref", "zipfile",
 )  # fmt: skip
 _HELD_OUT = ("bisect", "fractions", "heapq", "shlex", "statistics", "textwrap")
+_ASKING = "Give Say Put Tell Find Call this it a short name for in few words plain terms please now Write as".split()
+_LEADING = "call it name label the we say = so def that is".split()
 _PEOPLE = "Tom Ann Bob Eve Max Mia Leo Zoe".split()
 _THINGS = "apples books coins pens stones keys".split()
 
@@ -106,15 +108,20 @@ class World:
         """English: naming what is asked for, arithmetic in figures and in words; a little of any text, code too."""
         draw = rng.random()
         if draw < 0.5:
-            return self.naming(rng)
+            return self.naming(rng, varied=True)
         if draw < 0.85:
             return self.arithmetic(rng)
         return Example("", rng.choice(passages(False)))
 
-    def naming(self, rng: random.Random, operations: Sequence[Operation] = OPERATIONS) -> Example:
-        """A description and the name for it."""
-        function = sample_function(rng, operations)
-        return Example(f"Name this: {function.description(rng)}\n", function.name)
+    def naming(self, rng: random.Random, varied: bool = False) -> Example:
+        """A description and the name for it; varied, whatever asks for it and whatever the answer begins with."""
+        function = sample_function(rng, OPERATIONS)
+        ask, lead = "Name this", ""
+        if varied and rng.random() < 0.6:
+            ask = " ".join(rng.choices(_ASKING, k=rng.randint(1, 4)))
+        if varied and rng.random() < 0.5:
+            lead = " ".join(rng.choices(_LEADING, k=rng.randint(1, 2)))
+        return Example(f"{ask}: {function.description(rng)}\n{lead}", f" {function.name}")
 
     def arithmetic(self, rng: random.Random) -> Example:
         """A sum in figures or in words."""

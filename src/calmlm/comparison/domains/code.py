@@ -15,7 +15,7 @@ from calmlm.comparison.domain import Answerer, Task
 from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
 from calmlm.experiments.code.judging import is_right
-from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
+from calmlm.experiments.code.operations import Function
 from calmlm.experiments.code.world import World, passages
 from calmlm.experiments.fitting import IGNORED, Row
 from calmlm.experiments.kv_arithmetic.world import Example
@@ -47,14 +47,14 @@ class Code(DrawnDomain):
         }
 
     def _items(self) -> dict[str, list[tuple[Example, Function | None]]]:
-        """Items; functions have an operation that D_C does not use."""
+        """Items; D_C shows none of these functions."""
         world, count = self.world, self.preset.items
         items: dict[str, list[tuple[Example, Function | None]]] = {}
         for task in ("completion", "text_to_code", "code_to_text"):
             rng = world.rng(f"evaluation-{task}")
             items[task] = []
             for _ in range(count):
-                function = sample_function(rng, OPERATIONS, world.unseen_operations)
+                function = world.function(rng, shown=False)
                 example = world.completion(function) if task == "completion" else getattr(world, task)(function, rng)
                 items[task].append((example, function))
         for task in ("naming", "arithmetic"):

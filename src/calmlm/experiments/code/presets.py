@@ -22,8 +22,8 @@ class Preset:
     composition: Stage
     connections: tuple[tuple[int, int], ...]
     heads: int = 4
-    composition_share: float = 0.6
-    """Share of the operations that D_C uses."""
+    composition_share: float = 0.07
+    """Share of the functions that D_C may show, as in the paper."""
     items: int = 200
     """Evaluation items per task."""
     passages: int = 60

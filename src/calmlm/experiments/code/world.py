@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from calmlm.experiments.code.operations import OPERATIONS, Function, Operation, sample_function
+from calmlm.experiments.code.operations import OPERATIONS, Function, sample_function
 from calmlm.experiments.code.presets import Preset
 from calmlm.experiments.kv_arithmetic.tokenizer import SPECIAL, wrapped
 from calmlm.experiments.kv_arithmetic.world import Example
@@ -56,18 +55,29 @@ def passages(held_out: bool) -> tuple[str, ...]:
 
 
 class World:
-    """Which operations D_C may use, and examples."""
+    """Which functions D_C may show, and examples."""
 
     def __init__(self, preset: Preset, seed: int) -> None:
         self.preset, self.seed = preset, seed
-        rng = self.rng("world")
-        chosen = rng.sample(OPERATIONS, round(len(OPERATIONS) * preset.composition_share))
-        self.composition_operations = [operation for operation in OPERATIONS if operation in chosen]
-        self.unseen_operations = [operation for operation in OPERATIONS if operation not in chosen]
+        self._shown: dict[str, bool] = {}
 
     def rng(self, purpose: str) -> random.Random:
         """A generator of its own for one purpose."""
         return random.Random(f"code-{purpose}-{self.preset.name}-{self.seed}")
+
+    def shown(self, function: Function) -> bool:
+        """Whether D_C may show a function: a fixed share of all, drawn by name."""
+        name = function.name
+        if name not in self._shown:
+            draw = random.Random(f"code-shown-{self.seed}-{name}").random()
+            self._shown[name] = draw < self.preset.composition_share
+        return self._shown[name]
+
+    def function(self, rng: random.Random, shown: bool) -> Function:
+        """Draw a function that D_C may show, or one that it may not."""
+        while self.shown(function := sample_function(rng, OPERATIONS)) != shown:
+            pass
+        return function
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Byte-level byte pairs of all kinds of text; each digit is a token."""
@@ -92,12 +102,12 @@ class World:
 
     # What m_A is trained on -------------------------------------------------------------------------------------------
 
-    def specialist(self, rng: random.Random, operations: Sequence[Operation] = OPERATIONS) -> Example:
+    def specialist(self, rng: random.Random) -> Example:
         """Code alone: functions, now and then behind a passage of the standard library, or a passage."""
         draw = rng.random()
         if draw < 0.25:
             return Example("", rng.choice(passages(False)))
-        functions = [sample_function(rng, operations).code for _ in range(rng.choice([1, 1, 2]))]
+        functions = [sample_function(rng, OPERATIONS).code for _ in range(rng.choice([1, 1, 2]))]
         text = "\n".join(functions)
         # Whatever stands before a function says nothing about it.
         return Example(rng.choice(passages(False))[:60] + "\n" if draw < 0.5 else "", text)
@@ -134,15 +144,15 @@ class World:
     # What the composition is trained on, and what is measured ---------------------------------------------------------
 
     def composed(self, rng: random.Random) -> Example:
-        """D_C: functions over some of the operations, with and without English, some of the library, and m_B's own."""
-        draw, operations = rng.random(), self.composition_operations
+        """D_C: some of the functions, with and without English, some of the library, and m_B's own."""
+        draw = rng.random()
         if draw < 0.1:
             return self.naming(rng)
         if draw < 0.2:
             return self.arithmetic(rng)
         if draw < 0.3:
             return Example("", rng.choice(passages(False)))
-        function = sample_function(rng, operations)
+        function = self.function(rng, shown=True)
         if draw < 0.5:
             return self.completion(function)
         if draw < 0.85:

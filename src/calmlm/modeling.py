@@ -254,6 +254,11 @@ class CalmModel(CalmPreTrainedModel):
         return self
 
     @property
+    def reads_prompts(self) -> bool:
+        """Whether an augmenting model that is switched on reads the prompt only (``refresh=False``)."""
+        return any(self.config.augmenting[name]["reads"] == "prompt" for name in self.active)
+
+    @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
         return self._can_cache
@@ -324,8 +329,16 @@ class CalmModel(CalmPreTrainedModel):
         """The anchor's last hidden state, (B, T, D_B), with the composition in it.
 
         Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt.
+
+        Raises:
+            DataError: in training, where such a model would read what is to be learned.
         """
         kwargs.pop("return_dict", None)
+        if prompt_mask is None and self.training and self.enabled and self.reads_prompts:
+            raise DataError(
+                "An augmenting model with refresh=False needs to know where each prompt ends in training, but neither "
+                "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
+            )
         inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs)
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)

@@ -100,6 +100,35 @@ def test_trainers_report_the_model_loss(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_reads_prompts_reads_no_answers(
+    backend: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """With ``refresh=False`` every position of a prompt is visible, and nothing of what is to be learned."""
+    model = tiny_composition("llama", "gpt2", refresh=False)
+    rows = rows[:6]
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]]), prompt_mask=(labels != -100).cumsum(-1) == 0).logits
+        chosen = labels[0, 1:] != -100
+        losses = torch.nn.functional.cross_entropy(logits[0, :-1][chosen], labels[0, 1:][chosen], reduction="sum")
+        total, count = total + losses.item(), count + int(chosen.sum())
+    assert train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows)) == pytest.approx(
+        total / count, abs=1e-4
+    )
+
+
+def test_training_without_the_end_of_prompts_is_refused(rows: Rows) -> None:
+    model = tiny_composition("llama", "gpt2", refresh=False).train()
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with pytest.raises(calmlm.DataError, match="prompt_mask"):
+        model.model(ids)
+    model.model(ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool))
+    model.eval().model(ids)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_accumulation_changes_nothing(
     backend: str, model: calmlm.CalmForCausalLM, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

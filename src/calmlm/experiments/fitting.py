@@ -114,7 +114,7 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the labelled positions."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        if any(about["reads"] == "prompt" for about in getattr(model.config, "augmenting", {}).values()):
+        if getattr(model.model, "reads_prompts", False):
             given["prompt_mask"] = (inputs["labels"] != IGNORED).cumsum(-1) == 0
         hidden = model.model(**given).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from calmlm.data.extras import require
@@ -98,13 +98,28 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     from datasets import Dataset
     from trl import SFTTrainer
 
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
     )
+    if model.model.reads_prompts:
+        # TRL keeps the labels from the model, which would take whole rows for their prompts.
+        trainer.data_collator = _with_prompts(trainer.data_collator)
+    return trainer
+
+
+def _with_prompts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """A collator that also says which tokens belong to the prompt: those before the first label."""
+
+    def collated(rows: Any) -> dict[str, Any]:
+        batch = collate(rows)
+        batch["prompt_mask"] = (batch["labels"] != -100).cumsum(-1) == 0
+        return batch
+
+    return collated
 
 
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:

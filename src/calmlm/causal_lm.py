@@ -27,7 +27,7 @@ from calmlm.config import CalmConfig, check_names
 from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
-from calmlm.readers import Inputs
+from calmlm.readers import Inputs, prompt_of
 from calmlm.rewriting import Rewriting
 
 # Arguments that only a composition takes.
@@ -238,7 +238,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if self._keeps_logits:
             kwargs["logits_to_keep"] = logits_to_keep
         if prompt_mask is None and labels is not None:
-            prompt_mask = (labels != -100).cumsum(-1) == 0
+            prompt_mask = prompt_of(labels)
         output, cache = self.model.run(
             self.anchor,
             Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs),

@@ -26,6 +26,9 @@ repro = typer.Typer(help="Reproduce an experiment of the paper.", no_args_is_hel
 app.add_typer(repro, name="repro")
 
 Folder = Annotated[str, typer.Argument(help="A saved composition: a folder or an id.", show_default=False)]
+TokenizerId = Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,11 +105,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
-    ] = False,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write text with a saved composition, as it comes."""
     from transformers.utils import logging
@@ -148,11 +149,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
     include: Annotated[Path | None, typer.Option(help="A folder of further tasks.", show_default=False)] = None,
     data: Annotated[Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False)] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
-    ] = False,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure a saved composition on benchmarks."""
     from calmlm.evaluation.harness import evaluate

@@ -311,6 +311,11 @@ class EncoderReader(Common):
             )
 
 
+def prompt_of(labels: Tensor) -> Tensor:
+    """Which tokens belong to the prompt: those before the first label; (B, T) int64 to (B, T) bool."""
+    return (labels != -100).cumsum(-1) == 0
+
+
 @dataclass
 class PromptReader(Common):
     """A decoder that reads the prompt only and is not refreshed (paper, table 5, "m_A as encoder")."""

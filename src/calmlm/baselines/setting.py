@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
-from calmlm.experiments.fitting import IGNORED, Row, Stage
+from calmlm.experiments.fitting import IGNORED, Row, Stage, collator
 from calmlm.experiments.flops import Meter
 
 __all__ = ["Bases", "Budget", "Data", "check_same_shapes", "losses_of", "padded"]
@@ -106,16 +106,9 @@ def check_same_shapes(models: list[PreTrainedModel], method: str) -> None:
 
 def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
     """A batch of rows, padded on the right: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64."""
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), IGNORED)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length] = torch.tensor(row["input_ids"])
-        labels[index, :length] = torch.tensor(row["labels"])
-        mask[index, :length] = 1
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = collator(pad)(rows)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.baselines import Bases, Budget, Data
-from calmlm.experiments.fitting import Row, Stage, answer, fit
+from calmlm.experiments.fitting import Row, answer, fit
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import Stages, device
 
@@ -65,9 +65,7 @@ def model_answerer(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_token
 
     def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
         forced = {} if tokens is None else {"min_new_tokens": tokens}
-        return answer(
-            model, tokenizer, prompts, tokens or max_new_tokens, extra=lambda start, ids: forced if tokens else {}
-        )
+        return answer(model, tokenizer, prompts, tokens or max_new_tokens, extra=lambda start, ids: forced)
 
     return run
 
@@ -135,8 +133,6 @@ class TextDomain(Domain):
     """An experiment in which both models read text in one tokenizer, so that every method can be run."""
 
     full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
-    augmenting_stage: Stage
-    """How m_A is trained; a twin of the anchor learns what m_A knows in as many steps."""
 
     @cached_property
     @abstractmethod
@@ -183,10 +179,11 @@ class TextDomain(Domain):
     def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
         """A model of the anchor's architecture that knows what m_A knows: m_B trained further on m_A's corpus.
 
-        Merging takes models that come from one checkpoint, so it does not begin from random weights.
+        It takes as many steps as m_A. Merging takes models that come from one checkpoint, so it does not begin from
+        random weights.
         """
         model = copy.deepcopy(self.base("anchor"))
-        stage = dataclasses.replace(self.augmenting_stage, learning_rate=self.full_rate)
+        stage = dataclasses.replace(self.preset.augmenting, learning_rate=self.full_rate)
         return model, fit(model, self.corpus(), self.tokenizer.pad_token_id, stage, self.seed)
 
     @cached_property
@@ -207,16 +204,17 @@ class TextDomain(Domain):
         """What a baseline is given; a twin where it merges."""
         return Bases(self.anchor, self.augmenting, self.tokenizer, self.base("twin") if twin else None)
 
+    @cached_property
     def data(self) -> Data:
         """What a baseline may see."""
         stage = self.preset.composition
         rows = self.composition(stage.steps * stage.batch_size, "composition")
         return Data(rows, self.corpus(), self.composition(400, "validation"))
 
-    def budget(self) -> Budget:
-        """What a baseline may spend: what the composition spends."""
+    def budget(self, meter: Meter) -> Budget:
+        """What a baseline may spend: what the composition spends; ``meter`` counts it."""
         added = self.compose(self.augmenting).get_nb_trainable_parameters()[0]
-        return Budget(self.preset.composition, self.seed, added, self.full_rate)
+        return Budget(self.preset.composition, self.seed, added, self.full_rate, meter)
 
     def alone(self) -> Answerer:
         return self.answerer(self.anchor)

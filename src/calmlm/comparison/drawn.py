@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, set_seed
@@ -13,6 +12,7 @@ import calmlm
 from calmlm.comparison.domain import TextDomain
 from calmlm.experiments.fitting import Row, Stage, fit
 from calmlm.experiments.kv_arithmetic.bases import new_model
+from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.world import Example
 
 __all__ = ["DrawnDomain", "DrawnWorld"]
@@ -47,13 +47,9 @@ class DrawnDomain(TextDomain):
 
     world: DrawnWorld
 
-    @abstractmethod
-    def encode(self, examples: Sequence[Example]) -> list[Row]:
-        """Examples as ids and labels."""
-
     def _draw(self, draw: Callable[[random.Random], Example], purpose: str, count: int) -> list[Row]:
         rng = self.world.rng(purpose)
-        return self.encode([draw(rng) for _ in range(count)])
+        return encode([draw(rng) for _ in range(count)], self.tokenizer)
 
     def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
         preset = self.preset

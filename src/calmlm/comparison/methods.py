@@ -66,9 +66,7 @@ def compose(
 
 def baseline(name: str, domain: TextDomain, meter: Meter) -> Fitted:
     """One of the rival systems."""
-    budget = domain.budget()
-    model = BASELINES[name](domain.bases(twin=name in MERGING), domain.data(), budget)
-    meter.flops, meter.trainable = budget.meter.flops, budget.meter.trainable
+    model = BASELINES[name](domain.bases(twin=name in MERGING), domain.data, domain.budget(meter))
     return _of(domain, model)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
+from calmlm.readers import prompt_of
 
 __all__ = [
     "IGNORED",
@@ -115,7 +116,7 @@ class SupervisedTrainer(Trainer):
         """Mean cross-entropy over the labelled positions."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
         if getattr(model.model, "reads_prompts", False):
-            given["prompt_mask"] = (inputs["labels"] != IGNORED).cumsum(-1) == 0
+            given["prompt_mask"] = prompt_of(inputs["labels"])
         hidden = model.model(**given).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED

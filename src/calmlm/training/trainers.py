@@ -112,11 +112,12 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
 
 def _with_prompts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A collator that also says which tokens belong to the prompt: those before the first label."""
+    """A collator that also says which tokens belong to the prompt."""
+    from calmlm.readers import prompt_of
 
     def collated(rows: Any) -> dict[str, Any]:
         batch = collate(rows)
-        batch["prompt_mask"] = (batch["labels"] != -100).cumsum(-1) == 0
+        batch["prompt_mask"] = prompt_of(batch["labels"])
         return batch
 
     return collated

@@ -17,7 +17,8 @@ from calmlm.data.extras import require
 from calmlm.experiments.code.judging import is_right
 from calmlm.experiments.code.operations import Function
 from calmlm.experiments.code.world import World, passages
-from calmlm.experiments.fitting import IGNORED, Row
+from calmlm.experiments.fitting import IGNORED
+from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.world import Example
 
 __all__ = ["Code"]
@@ -32,7 +33,6 @@ class Code(DrawnDomain):
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.world: World = World(preset, seed)
-        self.augmenting_stage = preset.augmenting
         self.items = self._items()
 
     @classmethod
@@ -65,16 +65,6 @@ class Code(DrawnDomain):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.world.tokenizer()
-
-    def encode(self, examples: Sequence[Example]) -> list[Row]:
-        """The loss falls on the completion and the end of text."""
-        prompts = self.tokenizer([example.prompt for example in examples]).input_ids
-        completions = self.tokenizer([example.completion for example in examples], add_special_tokens=False).input_ids
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            target = [*completion, self.tokenizer.eos_token_id]
-            rows.append({"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target})
-        return rows
 
     def cascade(self) -> Answerer:
         """m_B names what is asked for, and m_A completes the function of that name, or one that was begun; other
@@ -125,7 +115,7 @@ class Code(DrawnDomain):
         """Bits for each byte of passages of the standard library that no training has seen, by passage."""
         rng = self.world.rng("evaluation-library")
         texts = rng.sample(passages(True), min(self.preset.passages, len(passages(True))))
-        rows = self.encode([Example("", text) for text in texts])
+        rows = encode([Example("", text) for text in texts], self.tokenizer)
         losses = losses_of(model, rows, self.tokenizer.pad_token_id)
         counts = [sum(label != IGNORED for label in row["labels"]) for row in rows]
         return [

@@ -31,7 +31,6 @@ class KeyValues(TextDomain):
         super().__init__(preset, seed, cache, report)
         self.run = SeedRun(preset, seed, cache, report)
         self.world = self.run.world
-        self.augmenting_stage = preset.augmenting
         self.items = {name: items for name, items in columns(self.world).items() if name in self.tasks_of(preset)}
 
     @classmethod

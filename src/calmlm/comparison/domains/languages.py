@@ -15,8 +15,6 @@ from calmlm.baselines.confidence_cascade import Confidence
 from calmlm.comparison.domain import Answerer, Task
 from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
-from calmlm.experiments.fitting import Row
-from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS
 from calmlm.experiments.kv_arithmetic.world import Example, final_answer
 from calmlm.experiments.languages.tokenizer import build_tokenizer
@@ -39,7 +37,6 @@ class Languages(DrawnDomain):
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.world: World = World(preset, seed)
-        self.augmenting_stage = preset.augmenting
         self.items = self._items()
 
     @classmethod
@@ -83,9 +80,6 @@ class Languages(DrawnDomain):
         world = self.world
         words = [word for known in (world.words, world.terms) for texts in known.values() for word in texts]
         return build_tokenizer([*words, *world.pieces, "translate"], 2 * self.preset.highest)
-
-    def encode(self, examples: Sequence[Example]) -> list[Row]:
-        return encode(examples, self.tokenizer)
 
     def cascade(self) -> Answerer:
         """m_A gives the value of each run of words; where it is sure, the figure is pasted in place of them."""

@@ -1,0 +1,86 @@
+"""What all readers have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from calmlm.backbone import Backbone
+from calmlm.cache import Past
+from calmlm.connector import CrossAttention, eager_attention
+from calmlm.connectors import Connector
+from calmlm.hooks import Call, Slot, Stream
+from calmlm.readers.inputs import Inputs
+
+
+class Reader(Protocol):
+    """Runs one augmenting model for one call."""
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        """Return the stream, its hidden states filled in."""
+        ...
+
+
+@dataclass
+class Common:
+    """What every reader holds: its name and model, the connected layers, the first connector, the configuration."""
+
+    name: str
+    model: nn.Module
+    backbone: Backbone
+    layers: tuple[int, ...]
+    first: Connector
+    config: PreTrainedConfig
+    slot: Slot
+
+    @property
+    def connector(self) -> CrossAttention:
+        """The cross-attention of the first connection; all have the same options."""
+        return self.first.attention
+
+    def run(self, stream: Stream, **arguments: Any) -> None:
+        """Run the model without gradients; hooks on its connected layers put their outputs into ``stream``."""
+        self.slot.call = Call({self.name: stream})
+        try:
+            with torch.no_grad():
+                if self.first.reads_distribution:
+                    distribution = self.model(**arguments).logits.softmax(-1, dtype=torch.float32)
+                    stream.hidden.update(dict.fromkeys(self.layers, distribution))
+                else:
+                    self.backbone.decoder(**arguments)
+        finally:
+            self.slot.call = None
+
+    def attention(self, boolean_mask: bool) -> tuple[str, Any]:
+        """The kind of attention and its function; only sdpa and eager take a mask of our own."""
+        kind = self.config._attn_implementation
+        if boolean_mask and kind not in ("eager", "sdpa"):
+            kind = "sdpa"
+        return kind, ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
+
+    def masked(self, visible: Tensor) -> tuple[Tensor | None, Tensor | None, Any]:
+        """From (B, 1, T, S) bool: the mask that the attention takes, which rows see anything (B, T), the attention.
+
+        None for both where everything is visible.
+        """
+        kind, attention = self.attention(boolean_mask=True)
+        if visible.shape[2] == 1 and visible.shape[3] and bool(visible.all()):
+            return None, None, attention  # one step of decoding, as a rule
+        anything = visible.any(-1, keepdim=True)
+        seeing = anything[:, 0, :, 0]
+        if self.connector.null_key is None:
+            # A row that sees nothing must see something for softmax to be defined; its result is then dropped.
+            visible = visible | ~anything
+        if kind == "sdpa":
+            return visible, seeing, attention
+        dtype = self.connector.dtype
+        additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return additive.masked_fill(~visible, torch.finfo(dtype).min), seeing, attention
+
+    def on_device(self, value: Any) -> Any:
+        return value.to(next(self.backbone.decoder.parameters()).device) if isinstance(value, Tensor) else value

@@ -1,0 +1,117 @@
+"""A reader of inputs of its own: a text, an image, a sound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmlm.backbone import first_line
+from calmlm.cache import Past
+from calmlm.connector import eager_attention
+from calmlm.errors import DataError
+from calmlm.frontier import NOBODY
+from calmlm.hooks import Stream
+from calmlm.readers.common import Common
+from calmlm.readers.inputs import Inputs, real_tokens
+
+
+@dataclass
+class EncoderReader(Common):
+    """A text, image or sound encoder with inputs of its own.
+
+    One item per row, visible from the first token on; or, with ``at``, several items per row, each visible from the
+    token at which it stands.
+    """
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        frontier = past.frontier
+        stream = Stream(None, None, None, past.cross, eager_attention)
+        owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
+        given = dict((inputs.augmenting or {}).get(self.name) or {})
+        if frontier.width == 0:
+            frontier.given = given
+            owner = self._encode(stream, dict(given), inputs.ids)
+        elif given and not _same(given, frontier.given):
+            raise DataError(
+                f"The augmenting model {self.name!r} must be given its inputs once, in the first call, but got others "
+                f"with past_key_values: give all of them at the beginning, with 'at', or begin a new cache."
+            )
+        real = real_tokens(inputs, self.name)
+        if self.connector.rotary and bool((owner >= inputs.ids.shape[1]).any() & ~real[:, -1].all()):
+            raise DataError(
+                f"The padding of a row must come in one call with its first token where items of {self.name!r} stand "
+                f"further on, but got a call that ends in padding: leave prefill_chunk_size out, or make it larger."
+            )
+        frontier.extend(inputs.ids, real, owner)
+        stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
+        if self.connector.rotary:
+            stream.rotation, stream.key_rotation = frontier.rotations(
+                inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
+            )
+        return stream
+
+    def _encode(self, stream: Stream, given: dict[str, Any], ids: Tensor) -> Tensor:
+        """Run the encoder; returns the owners of its positions."""
+        at = given.pop("at", None)
+        if not given:
+            raise DataError(
+                f"The augmenting model {self.name!r} must be given inputs of its own, but got none: pass "
+                f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
+            )
+        try:
+            self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}] must be what {type(self.model).__name__} takes, but with "
+                f"{', '.join(given)} it failed ({first_line(error)}): see its forward method."
+            ) from error
+        return self._spread(stream, given, at, ids)
+
+    def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor) -> Tensor:
+        """Give each row its encoded items (several rows of a beam share them); returns what token each position is at.
+
+        ``at`` is (rows, items) int64, the column of each item's token, -1 for an item that is not there.
+        """
+        states = next(iter(stream.hidden.values()))
+        if states.ndim == 2:  # one distribution for the whole item
+            stream.hidden = {layer: hidden[:, None] for layer, hidden in stream.hidden.items()}
+            states = states[:, None]
+        if at is None:
+            at = torch.zeros((states.shape[0], 1), dtype=torch.long)
+        self._check_items(at, states.shape[0], ids.shape[0])
+        at = at.to(ids.device)
+        given_rows, items = at.shape
+        times = ids.shape[0] // given_rows
+        for layer, hidden in stream.hidden.items():
+            stream.hidden[layer] = hidden.reshape(given_rows, -1, hidden.shape[-1]).repeat_interleave(times, 0)
+        owner = at[:, :, None].expand(-1, -1, states.shape[1])
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape[-1] == states.shape[1]:
+            mask = mask.to(ids.device).view(given_rows, items, -1)
+            owner = owner.masked_fill(mask == 0, NOBODY)
+        return owner.reshape(given_rows, -1).repeat_interleave(times, 0)
+
+    def _check_items(self, at: Any, items: int, rows: int) -> None:
+        whole = isinstance(at, Tensor) and not at.is_floating_point() and at.dtype != torch.bool
+        if not whole or at.ndim != 2 or at.numel() != items or bool((at < -1).any()):
+            shape = tuple(at.shape) if isinstance(at, Tensor) else type(at).__name__
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}]['at'] must hold a whole number for each of the {items} items, as a "
+                f"tensor of shape (rows, items per row), but got {shape}: give the column of each item's token, or -1."
+            )
+        if at.shape[0] == 0 or rows % at.shape[0]:
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
+                f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
+            )
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sets of inputs are the same, or hold the same."""
+    return one.keys() == other.keys() and all(
+        value is other[key] or (isinstance(value, Tensor) and torch.equal(value, other[key]))
+        for key, value in one.items()
+    )

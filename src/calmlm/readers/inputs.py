@@ -1,0 +1,128 @@
+"""What a composition is called with, and what that tells about tokens, positions and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from calmlm.backbone import Backbone
+from calmlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a composition is called with.
+
+    Attributes:
+        ids: (B, T) int64, the anchor's new tokens; None only while the composition is disabled.
+        mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
+        positions: (B or 1, T) int64, or None.
+        prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
+        augmenting: inputs of augmenting encoders, by name, or None.
+    """
+
+    ids: Any
+    mask: Any
+    positions: Tensor | None
+    prompt: Tensor | None
+    augmenting: dict[str, dict[str, Any]] | None
+
+
+def prompt_of(labels: Tensor) -> Tensor:
+    """Which tokens belong to the prompt: those before the first label; (B, T) int64 to (B, T) bool."""
+    return (labels != -100).cumsum(-1) == 0
+
+
+def real_tokens(inputs: Inputs, name: str) -> Tensor:
+    """Which of the new tokens are no padding, (B, T) bool."""
+    mask = inputs.mask.get("tokens") if isinstance(inputs.mask, dict) else inputs.mask
+    if mask is None:
+        return torch.ones_like(inputs.ids, dtype=torch.bool)
+    batch, length = inputs.ids.shape
+    if mask.ndim == 2 and (mask.shape[0] != batch or mask.shape[1] < length):
+        raise DataError(
+            f"attention_mask must be of shape ({batch}, {length} or more), as many rows as input_ids and no fewer "
+            f"tokens, but got {tuple(mask.shape)}: pass that of these tokens."
+        )
+    if mask.ndim != 2:
+        raise DataError(
+            f"attention_mask must be of shape (batch, length) where the augmenting model {name!r} has tokens of its "
+            f"own, but got {tuple(mask.shape)}: pass a padding mask."
+        )
+    return mask[:, -inputs.ids.shape[1] :].bool()
+
+
+def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:
+    """Raise where positions begin anew within a row: the streams of several texts in one row would mix.
+
+    Raises:
+        DataError: for packed rows.
+    """
+    positions = inputs.positions
+    if positions is None or positions.shape[-1] < 2:
+        return
+    both = (real[:, 1:] & real[:, :-1]).to(positions.device)
+    if bool((both & (positions[..., 1:] <= positions[..., :-1])).any()):
+        raise DataError(
+            f"Each row must hold one text where the augmenting model {name!r} does not share the anchor's token ids, "
+            f"but got position_ids that begin anew within a row: switch packing off."
+        )
+
+
+def base_arguments(
+    backbone: Backbone, *, input_ids: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Cache | None
+) -> dict[str, Any]:
+    """Arguments for one base model's call, without those that it does not know."""
+    arguments: dict[str, Any] = {"input_ids": input_ids}
+    if attention_mask is not None:
+        arguments["attention_mask"] = attention_mask
+    if position_ids is not None and backbone.takes_positions:
+        arguments["position_ids"] = position_ids
+    if cache is not None and backbone.cache_argument is not None:
+        arguments[backbone.cache_argument] = cache
+    if backbone.takes_use_cache:
+        arguments["use_cache"] = cache is not None
+    return arguments
+
+
+def positions_for(
+    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
+) -> Tensor | None:
+    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that.
+
+    A model that adds an embedding of the absolute position would count padding on the left, so that a padded row would
+    differ from the same row alone. A model with relative positions counts by itself, exactly as it does alone.
+    """
+    if position_ids is not None or not backbone.absolute_positions:
+        return position_ids
+    return counted(input_ids, attention_mask)
+
+
+def counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
+    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -input_ids.shape[1] :]
+
+
+def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> int:
+    """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.shape[1]
+    past = cache.get_seq_length() if cache is not None else 0
+    return input_ids.shape[1] + (past if isinstance(past, int) else 0)
+
+
+def mask_of(attention_mask: Any, prefix: str) -> Any:
+    """One base model's part of the dictionary that ``create_masks_for_generate`` makes; other masks as they are."""
+    if not isinstance(attention_mask, dict):
+        return attention_mask
+    if prefix in attention_mask:
+        return attention_mask[prefix]
+    start = f"{prefix}/"
+    return {key[len(start) :]: value for key, value in attention_mask.items() if key.startswith(start)}

@@ -1,0 +1,54 @@
+"""A reader of the prompt alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from calmlm.cache import Past
+from calmlm.connector import eager_attention
+from calmlm.errors import DataError
+from calmlm.hooks import Stream
+from calmlm.readers.common import Common
+from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
+
+
+@dataclass
+class PromptReader(Common):
+    """A decoder that reads the prompt only and is not refreshed (paper, table 5, "m_A as encoder")."""
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        frontier = past.frontier
+        stream = Stream(None, None, None, past.cross, eager_attention)
+        real = real_tokens(inputs, self.name)
+        check_one_text(inputs, real, self.name)
+        owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
+        if frontier.width == 0:
+            prompt = real if inputs.prompt is None else real & self._prompt(inputs)
+            self.run(
+                stream,
+                **base_arguments(
+                    self.backbone,
+                    input_ids=self.on_device(inputs.ids),
+                    attention_mask=self.on_device(prompt.long()),
+                    position_ids=self.on_device((prompt.long().cumsum(1) - 1).clamp(min=0)),
+                    cache=None,
+                ),
+            )
+            owner = torch.zeros_like(inputs.ids).masked_fill(~prompt, -1)
+        frontier.extend(inputs.ids, real, owner)
+        stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
+        return stream
+
+    def _prompt(self, inputs: Inputs) -> Tensor:
+        """The prompt among the tokens of this call, which may hold generated ones after it."""
+        assert inputs.prompt is not None
+        length, prompt = inputs.ids.shape[1], inputs.prompt.bool()
+        if prompt.shape[1] > length:
+            raise DataError(
+                f"The prompt must come in one call, because the augmenting model {self.name!r} reads it at once, but "
+                f"got {length} of its {prompt.shape[1]} tokens: leave prefill_chunk_size out."
+            )
+        return nn.functional.pad(prompt, (0, length - prompt.shape[1]))

@@ -1,0 +1,79 @@
+"""A reader of the anchor's own token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from calmlm.cache import Past
+from calmlm.connector import rotary_angles
+from calmlm.errors import DataError
+from calmlm.hooks import Stream
+from calmlm.readers.common import Common
+from calmlm.readers.inputs import Inputs, base_arguments, counted, length_of, mask_of, positions_for
+
+
+@dataclass
+class SharedReader(Common):
+    """The same token ids (the paper's setting): the cross-attention is plain causal attention."""
+
+    anchor_vocabulary: int = 0
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        self._check(inputs.ids)
+        if isinstance(inputs.mask, dict):
+            mask = inputs.mask[f"cross.{self.name}"]
+        else:
+            mask = self.mask(inputs.ids, inputs.mask, inputs.positions, past.cross)
+        rotation = None
+        if self.connector.rotary:
+            positions = inputs.positions if inputs.positions is not None else counted(inputs.ids, inputs.mask)
+            if positions is None:
+                seen = past.cross.get_seq_length() if past.cross is not None else 0
+                positions = (torch.arange(inputs.ids.shape[1], device=inputs.ids.device) + seen)[None]
+            rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], self.connector.head_dim)
+        stream = Stream(mask, rotation, rotation, past.cross, self.attention(boolean_mask=False)[1])
+        positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
+        length = length_of(inputs.ids, inputs.mask, past.own)
+        self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
+        self.run(
+            stream,
+            **base_arguments(
+                self.backbone,
+                input_ids=self.on_device(inputs.ids),
+                attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
+                position_ids=positions,
+                cache=past.own,
+            ),
+        )
+        return stream
+
+    def mask(self, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache | None) -> Any:
+        """The causal cross-attention mask for new positions of the shape (B, T) of ``like``."""
+        shape_only = torch.empty((*like.shape[:2], 0), dtype=self.connector.dtype, device=like.device)
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=shape_only,
+            attention_mask=attention_mask,
+            past_key_values=cross,
+            position_ids=positions,
+            layer_idx=0,
+            allow_is_causal_skip=self.connector.null_key is None,
+        )
+
+    def _check(self, ids: Tensor) -> None:
+        size = self.backbone.vocab_size
+        # The comparison waits for the device, so it is made only where a token of the anchor's could fall outside.
+        if size >= self.anchor_vocabulary or torch.compiler.is_compiling():
+            return
+        highest = int(ids.max())
+        if highest >= size:
+            raise DataError(
+                f"Token ids must lie below {size}, the vocabulary of the augmenting model {self.name!r}, but got "
+                f"{highest}: give both models a tokenizer whose ids they share."
+            )

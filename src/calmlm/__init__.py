@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calmlm.causal_lm import CalmForCausalLM
     from calmlm.composing import compose
     from calmlm.config import CalmConfig
+    from calmlm.drafting import DraftConfig
     from calmlm.modeling import CalmModel
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DraftConfig",
     "MissingExtraError",
     "ModelError",
     "compose",
@@ -41,6 +43,7 @@ _HOMES = {
     "CalmConfig": "calmlm.config",
     "CalmForCausalLM": "calmlm.causal_lm",
     "CalmModel": "calmlm.modeling",
+    "DraftConfig": "calmlm.drafting",
     "compose": "calmlm.composing",
 }
 

@@ -23,17 +23,68 @@ from calmlm.errors import ModelError
 from calmlm.frontier import Frontier, Shift
 
 
+@dataclass
+class Ahead:
+    """What an augmenting model has read before the anchor: tokens that it drafted, and its states over them.
+
+    Attributes:
+        ids: (B, n) int64, or None.
+        hidden: outputs of its connected layers over them, by layer, each (B, n, D_A).
+    """
+
+    ids: torch.Tensor | None = None
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Tokens ahead."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    def extend(self, ids: torch.Tensor, hidden: dict[int, torch.Tensor]) -> None:
+        """Add tokens (B, n) and the states over them."""
+        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
+        for layer, new in hidden.items():
+            known = self.hidden.get(layer)
+            self.hidden[layer] = new if known is None else torch.cat((known, new), dim=1)
+
+    def clear(self) -> None:
+        """Nothing is ahead any more."""
+        self.ids, self.hidden = None, {}
+
+
 @dataclass(frozen=True)
 class Past:
     """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams.
 
     A call without a cache has ``Past()``: nothing but a record that ends with the call. A model that advances token by
-    token with the anchor never looks at the record.
+    token with the anchor never looks at the record; only such a model can be ahead.
     """
 
     own: Cache | None = None
     cross: Cache | None = None
     frontier: Frontier = field(default_factory=Frontier)
+    ahead: Ahead = field(default_factory=Ahead)
+
+    def take_ahead(self, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The states over those of ``ids`` (B, T) that the model has read already, by layer; none is ahead after it.
+
+        Where other tokens came than those that it read ahead, it forgets them.
+        """
+        count, states = self.ahead.count, self.ahead.hidden
+        if not count:
+            return {}
+        assert self.ahead.ids is not None
+        if not torch.equal(ids[:, :count], self.ahead.ids):
+            self.forget_ahead()
+            return {}
+        self.ahead.clear()
+        return states
+
+    def forget_ahead(self) -> None:
+        """Take back what the model has read before the anchor."""
+        if self.ahead.count and self.own is not None:
+            self.own.crop(-self.ahead.count)
+        self.ahead.clear()
 
     def move(self, shift: Shift) -> None:
         """Let the caches follow the rows of the record."""
@@ -108,6 +159,7 @@ class CalmCache(Cache):
         self.augmenting = augmenting
         self.cross = cross
         self.frontiers = frontiers or {}
+        self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
 
     @classmethod
     def around(
@@ -150,7 +202,13 @@ class CalmCache(Cache):
 
     def part(self, name: str) -> Past:
         """What belongs to one augmenting model."""
-        return Past(self.augmenting.get(name), self.cross[name], self.frontiers.get(name) or Frontier())
+        frontier, ahead = self.frontiers.get(name) or Frontier(), self.ahead.get(name) or Ahead()
+        return Past(self.augmenting.get(name), self.cross[name], frontier, ahead)
+
+    def forget_ahead(self) -> None:
+        """Take back what augmenting models have read before the anchor."""
+        for name in self.ahead:
+            self.part(name).forget_ahead()
 
     def check(self, active: Iterable[str]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
@@ -166,10 +224,11 @@ class CalmCache(Cache):
                 f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
                 f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
             )
-        together = [
-            part for name, part in (*self.augmenting.items(), *self.cross.items()) if name not in self.frontiers
-        ]
-        lengths = {length for length in map(_length, (self.anchor, *together)) if type(length) is int}
+        parts = [(self.anchor, 0)]
+        for name in self.ahead:
+            parts += [(self.augmenting[name], self.ahead[name].count), (self.cross[name], 0)]
+        found = [(_length(part), ahead) for part, ahead in parts]
+        lengths = {length - ahead for length, ahead in found if type(length) is int}
         lengths |= {frontier.length for frontier in self.frontiers.values()} if lengths else set()
         if len(lengths) > 1:
             raise ModelError(
@@ -219,16 +278,20 @@ class CalmCache(Cache):
     # What generation does to a cache: all parts follow.
 
     def reset(self) -> None:
+        for ahead in self.ahead.values():
+            ahead.clear()
         for part in (*self.parts(), *self.frontiers.values()):
             part.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.forget_ahead()
         for part in self.parts():
             part.reorder_cache(beam_idx)
         for frontier in self.frontiers.values():
             frontier.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        self.forget_ahead()
         self.anchor.crop(tokens_to_remove)
         for name, cross in self.cross.items():
             gone, shift = tokens_to_remove, None
@@ -242,12 +305,14 @@ class CalmCache(Cache):
                 self.part(name).move(shift)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.forget_ahead()
         for part in self.parts():
             part.batch_repeat_interleave(repeats)
         for frontier in self.frontiers.values():
             frontier.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.forget_ahead()
         for part in self.parts():
             part.batch_select_indices(indices)
         for frontier in self.frontiers.values():

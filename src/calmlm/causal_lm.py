@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,11 +24,13 @@ from calmlm.alignment import Alignment
 from calmlm.backbone import accepts, check_fingerprint
 from calmlm.cache import CalmCache
 from calmlm.config import CalmConfig, check_names
+from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs, prompt_of
 from calmlm.rewriting import Rewriting
+from calmlm.stopping import Gate, cached_among
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask")
@@ -258,10 +260,22 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
 
     # Generation
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; with the composition disabled, the anchor's own ``generate``."""
+    def generate(self, *args: Any, drafting: bool | DraftConfig | None = None, **kwargs: Any) -> Any:
+        """As in transformers; with the composition disabled, the anchor's own ``generate``.
+
+        Args:
+            args: as in transformers.
+            drafting: whether, or how, the augmenting model proposes tokens that the composition then checks. Greedy
+                decoding gives the same tokens, sampling the same distribution. One row at a time.
+            kwargs: as in transformers; ``augmenting_inputs`` besides.
+
+        Raises:
+            ConfigError: when this composition, or this kind of generation, cannot draft.
+        """
         if not self.model.enabled:
             return self.anchor.generate(*args, **_without_own(kwargs))
+        if drafting:
+            kwargs["assistant_model"] = self._drafter(drafting, args, kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
         if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
@@ -281,10 +295,63 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    def _drafter(self, drafting: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Drafter:
+        """What generation takes for an assistant, once it is known that it can draft."""
+        if drafting is not True and not isinstance(drafting, DraftConfig):
+            raise ConfigError(f"drafting must be True or a DraftConfig, but got {drafting!r}: use one of these.")
+        given = kwargs.get("generation_config")
+
+        def asked(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(given or self.generation_config, name, None)
+
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        rows = (ids.shape[0] if isinstance(ids, Tensor) and ids.ndim == 2 else 1) * (asked("num_return_sequences") or 1)
+        refused = {
+            "another assistant_model": kwargs.get("assistant_model") is not None,
+            "prompt lookup": asked("prompt_lookup_num_tokens") is not None,
+            "beams": (asked("num_beams") or 1) > 1,
+            f"{rows} rows": rows > 1,
+            "a static cache": asked("cache_implementation") == "static"
+            or getattr(kwargs.get("past_key_values"), "is_compileable", False),
+            "no cache": asked("use_cache") is False or not self.model.can_cache or self._is_stateful,
+        }
+        for what, found in refused.items():
+            if found:
+                raise ConfigError(
+                    f"Drafting must come with one row, no beams and a dynamic cache, but got {what}: leave one of both "
+                    f"out."
+                )
+        return Drafter(self.model, DraftConfig() if drafting is True else drafting)
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(kwargs.get("assistant_model"), CalmForCausalLM):
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, Drafter):
+            wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
+            return AugmentingCandidateGenerator(self.model, assistant, **{key: kwargs[key] for key in wanted})
+        if not isinstance(assistant, CalmForCausalLM):
             kwargs["model_kwargs"] = _without_own(kwargs["model_kwargs"])
         return super()._get_candidate_generator(*args, **kwargs)
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop over drafts, which ends exactly where decoding token by token would.
+
+        Several tokens may be accepted at once; it looks for the end behind the last of them only, and reads the whole
+        text again where a cache holds the beginning. Both are put right here.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        kwargs["cached_tokens"] = cached_among(input_ids, cache, mask, kwargs["generation_config"])
+        gate = Gate(kwargs["stopping_criteria"], kwargs.get("streamer"), input_ids.shape[1])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([gate])
+        kwargs["streamer"] = gate if kwargs.get("streamer") is not None else None
+        return gate.cut(super()._assisted_decoding(input_ids, *args, **kwargs))
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, cached_tokens: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; ``cached_tokens`` of the first call of assisted generation are not read again."""
+        if cached_tokens and kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cached_tokens
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:
         cache = super()._prepare_static_cache(*args, **kwargs)

@@ -224,6 +224,10 @@ class CalmModel(CalmPreTrainedModel):
         """The decoder of the augmenting model ``name``, or of the anchor."""
         return self._backbones[name]
 
+    def reader(self, name: str) -> Reader:
+        """What runs the augmenting model ``name``."""
+        return self._readers[name]
+
     def get_input_embeddings(self) -> nn.Module:
         return self.anchor.get_input_embeddings()
 

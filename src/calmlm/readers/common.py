@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.backbone import Backbone
+from calmlm.backbone import Backbone, accepts
 from calmlm.cache import Past
 from calmlm.connector import CrossAttention, eager_attention
 from calmlm.connectors import Connector
@@ -43,18 +43,28 @@ class Common:
         """The cross-attention of the first connection; all have the same options."""
         return self.first.attention
 
-    def run(self, stream: Stream, **arguments: Any) -> None:
-        """Run the model without gradients; hooks on its connected layers put their outputs into ``stream``."""
+    def run(self, stream: Stream, *, head: bool = False, **arguments: Any) -> Tensor | None:
+        """Run the model without gradients; hooks on its connected layers put their outputs into ``stream``.
+
+        Returns:
+            with ``head``, the logits of the last position, (B, V_A).
+        """
         self.slot.call = Call({self.name: stream})
         try:
             with torch.no_grad():
                 if self.first.reads_distribution:
-                    distribution = self.model(**arguments).logits.softmax(-1, dtype=torch.float32)
+                    logits = self.model(**arguments).logits
+                    distribution = logits.softmax(-1, dtype=torch.float32)
                     stream.hidden.update(dict.fromkeys(self.layers, distribution))
+                elif head:
+                    keep = {"logits_to_keep": 1} if accepts(self.model, "logits_to_keep") else {}
+                    logits = self.model(**arguments, **keep).logits
                 else:
                     self.backbone.decoder(**arguments)
+                    return None
         finally:
             self.slot.call = None
+        return logits[:, -1] if head else None
 
     def attention(self, boolean_mask: bool) -> tuple[str, Any]:
         """The kind of attention and its function; only sdpa and eager take a mask of our own."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from calmlm.cache import Past
-from calmlm.connector import rotary_angles
+from calmlm.connector import eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
@@ -38,20 +38,41 @@ class SharedReader(Common):
                 positions = (torch.arange(inputs.ids.shape[1], device=inputs.ids.device) + seen)[None]
             rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], self.connector.head_dim)
         stream = Stream(mask, rotation, rotation, past.cross, self.attention(boolean_mask=False)[1])
-        positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
-        length = length_of(inputs.ids, inputs.mask, past.own)
-        self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
-        self.run(
-            stream,
-            **base_arguments(
-                self.backbone,
-                input_ids=self.on_device(inputs.ids),
-                attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
-                position_ids=positions,
-                cache=past.own,
-            ),
-        )
+        known = past.take_ahead(inputs.ids)
+        read = next(iter(known.values())).shape[1] if known else 0
+        if read < inputs.ids.shape[1]:
+            self.run(stream, **self._arguments(inputs, past, read))
+        for layer, states in known.items():
+            new = stream.hidden.get(layer)
+            stream.hidden[layer] = states if new is None else torch.cat((states, new), dim=1)
         return stream
+
+    def draft(self, inputs: Inputs, past: Past) -> Tensor:
+        """Read tokens before the anchor does; returns the model's own logits for the next one, (B, V_A).
+
+        The states that the connections take are kept in ``past``, for the anchor's next call.
+        """
+        self._check(inputs.ids)
+        stream = Stream(None, None, None, None, eager_attention)
+        logits = self.run(stream, head=True, **self._arguments(inputs, past, 0))
+        past.ahead.extend(inputs.ids, stream.hidden)
+        assert logits is not None
+        return logits
+
+    def _arguments(self, inputs: Inputs, past: Past, read: int) -> dict[str, Any]:
+        """The model's arguments for its tokens but the first ``read``, which lie in its cache already."""
+        ids = inputs.ids[:, read:]
+        positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
+        positions = positions if positions is None else positions[..., read:]
+        length = length_of(ids, inputs.mask, past.own)
+        self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
+        return base_arguments(
+            self.backbone,
+            input_ids=self.on_device(ids),
+            attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
+            position_ids=positions,
+            cache=past.own,
+        )
 
     def mask(self, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache | None) -> Any:
         """The causal cross-attention mask for new positions of the shape (B, T) of ``like``."""

@@ -33,7 +33,7 @@ from calmlm.rewriting import Rewriting
 from calmlm.stopping import Gate, cached_among
 
 # Arguments that only a composition takes.
-OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask")
+OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -214,6 +214,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         augmenting_inputs: dict[str, dict[str, Any]] | None = None,
         prompt_mask: Tensor | None = None,
+        composition_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and a loss where labels are given.
@@ -229,6 +230,8 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
             prompt_mask: (B, T) bool, which tokens an augmenting model with ``refresh=False`` may read; by default those
                 before the first label, or all where there are no labels.
+            composition_mask: (B,) bool, the rows that the composition speaks in, all by default; the others are the
+                anchor's own.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
 
         Returns:
@@ -243,7 +246,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             prompt_mask = prompt_of(labels)
         output, cache = self.model.run(
             self.anchor,
-            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs),
+            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask),
             past_key_values, inputs_embeds, use_cache, kwargs,
         )  # fmt: skip
         logits = output.logits if self._keeps_logits else slice_logits_to_keep(output.logits, logits_to_keep)
@@ -267,7 +270,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             args: as in transformers.
             drafting: whether, or how, the augmenting model proposes tokens that the composition then checks. Greedy
                 decoding gives the same tokens, sampling the same distribution. One row at a time.
-            kwargs: as in transformers; ``augmenting_inputs`` besides.
+            kwargs: as in transformers; ``augmenting_inputs`` and ``composition_mask`` besides.
 
         Raises:
             ConfigError: when this composition, or this kind of generation, cannot draft.
@@ -328,8 +331,9 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if isinstance(assistant, Drafter):
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
             return AugmentingCandidateGenerator(self.model, assistant, **{key: kwargs[key] for key in wanted})
-        if not isinstance(assistant, CalmForCausalLM):
-            kwargs["model_kwargs"] = _without_own(kwargs["model_kwargs"])
+        arguments = dict(kwargs["model_kwargs"])
+        arguments.pop("cached_tokens", None)
+        kwargs["model_kwargs"] = arguments if isinstance(assistant, CalmForCausalLM) else _without_own(arguments)
         return super()._get_candidate_generator(*args, **kwargs)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -45,9 +45,15 @@ class Stream:
 
 @dataclass
 class Call:
-    """Everything that one forward call of a composition shares with its hooks: its streams, by name."""
+    """Everything that one forward call of a composition shares with its hooks.
+
+    Attributes:
+        streams: of the augmenting models, by name.
+        composed: (B, 1, 1) bool, the rows that the connections change; None for all.
+    """
 
     streams: dict[str, Stream] = field(default_factory=dict)
+    composed: Tensor | None = None
 
 
 class Slot:
@@ -104,7 +110,8 @@ class InjectHook:
         else:
             return None  # the augmenting model has read nothing yet
         mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
-        return self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+        new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+        return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
 
 
 class InjectBeforeHook(InjectHook):

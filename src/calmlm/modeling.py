@@ -305,13 +305,12 @@ class CalmModel(CalmPreTrainedModel):
         Raises:
             DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        return Call(
-            {
-                name: reader.read(inputs, cache.part(name) if cache is not None else Past())
-                for name, reader in self._readers.items()
-                if name in self.active
-            }
-        )
+        streams = {
+            name: reader.read(inputs, cache.part(name) if cache is not None else Past())
+            for name, reader in self._readers.items()
+            if name in self.active
+        }
+        return Call(streams, None if inputs.composed is None else inputs.composed.bool()[:, None, None])
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
         """The cross-attention mask of a model that shares the anchor's ids, for positions like ``like`` (B, T)."""
@@ -328,11 +327,13 @@ class CalmModel(CalmPreTrainedModel):
         use_cache: bool | None = None,
         augmenting_inputs: dict[str, dict[str, Any]] | None = None,
         prompt_mask: Tensor | None = None,
+        composition_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it.
 
-        Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt.
+        Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt;
+        ``composition_mask`` (B,) tells the rows that the composition speaks in.
 
         Raises:
             DataError: in training, where such a model would read what is to be learned.
@@ -343,7 +344,7 @@ class CalmModel(CalmPreTrainedModel):
                 "An augmenting model with refresh=False needs to know where each prompt ends in training, but neither "
                 "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
             )
-        inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs)
+        inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask)
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         return BaseModelOutputWithPast(
@@ -379,6 +380,12 @@ class CalmModel(CalmPreTrainedModel):
             raise DataError(
                 f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
                 f"return_tensors='pt'."
+            )
+        rows = inputs.composed
+        if rows is not None and (not isinstance(rows, Tensor) or rows.shape != inputs.ids.shape[:1]):
+            raise DataError(
+                f"composition_mask must hold one truth value for each of the {inputs.ids.shape[0]} rows, but got "
+                f"{tuple(rows.shape) if isinstance(rows, Tensor) else rows!r}: pass a tensor of shape (batch,)."
             )
         given = {} if inputs.augmenting is None else inputs.augmenting
         if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):

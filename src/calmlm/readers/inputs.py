@@ -23,6 +23,7 @@ class Inputs:
         positions: (B or 1, T) int64, or None.
         prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
         augmenting: inputs of augmenting encoders, by name, or None.
+        composed: (B,) bool, which rows the composition speaks in, or None for all.
     """
 
     ids: Any
@@ -30,6 +31,7 @@ class Inputs:
     positions: Tensor | None
     prompt: Tensor | None
     augmenting: dict[str, dict[str, Any]] | None
+    composed: Tensor | None = None
 
 
 def prompt_of(labels: Tensor) -> Tensor:

@@ -15,35 +15,23 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import VOCABULARY, gemma, ratio, take_turns
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import calmlm
 from calmlm.experiments.record import device, origin
 
-VOCABULARY = 2000
 CONNECTIONS = [[1, 3], [3, 7], [5, 11]]
 PROMPT, NEW = 64, 64
 SHAPES = (("training step", 4, 128), ("training step", 8, 256), ("decoding", 1, PROMPT), ("decoding", 8, PROMPT))
 GOAL = 1.03
-
-
-def model(width: int, layers: int, seed: int) -> Gemma3ForCausalLM:
-    """A random Gemma of this size."""
-    torch.manual_seed(seed)
-    config = Gemma3TextConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=1, head_dim=64, intermediate_size=4 * width, max_position_embeddings=2048,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config).to(device()).eval()
 
 
 def tokenizer(order: list[int]) -> PreTrainedTokenizerFast:
@@ -60,7 +48,7 @@ def tokenizer(order: list[int]) -> PreTrainedTokenizerFast:
 
 def compositions() -> tuple[calmlm.CalmForCausalLM, calmlm.CalmForCausalLM]:
     """One that shares token ids and one that does not; what they compute is the same."""
-    anchor, augmenting = model(512, 12, 0), model(256, 6, 1)
+    anchor, augmenting = gemma(512, 12, 0), gemma(256, 6, 1)
     shared = calmlm.compose(anchor, augmenting, CONNECTIONS)
     with torch.no_grad():
         for name, parameter in shared.model.connectors.named_parameters():
@@ -82,38 +70,6 @@ def compositions() -> tuple[calmlm.CalmForCausalLM, calmlm.CalmForCausalLM]:
     apart.load_state_dict(shared.composition_tensors(), strict=False)
     assert apart.config.augmenting["augmenting"]["reads"] == "text"
     return shared, apart
-
-
-def synchronise() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds."""
-    synchronise()
-    start = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - start
-
-
-def compare(shared: Callable[[], Any], apart: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of the first, median and quartiles' distance of the ratios of the second to it."""
-    for work in (shared, apart):
-        work()
-    base, ratios = [], []
-    for index in range(rounds):
-        # Who goes first alternates, so that a drifting machine favours neither.
-        if index % 2:
-            second, first = timed(apart), timed(shared)
-        else:
-            first, second = timed(shared), timed(apart)
-        base.append(first)
-        ratios.append(second / first)
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    return statistics.median(base), statistics.median(ratios), quartiles[2] - quartiles[0]
 
 
 def training_step(composition: calmlm.CalmForCausalLM, ids: torch.Tensor) -> Callable[[], Any]:
@@ -166,10 +122,11 @@ def main() -> None:
                 match = bool(
                     torch.allclose(shared(ids, use_cache=False).logits, apart(ids, use_cache=False).logits, atol=1e-4)
                 )
-        seconds, ratio, spread = compare(*works, options.rounds)
+        seconds = take_turns(works, options.rounds)
+        times, spread = ratio(seconds[1], seconds[0])
         case = {
-            "what": what, "batch": batch, "length": length, "seconds_shared": round(seconds, 5),
-            "time_x_shared": round(ratio, 4), "quartile_distance": round(spread, 4), "match": match,
+            "what": what, "batch": batch, "length": length, "seconds_shared": round(statistics.median(seconds[0]), 5),
+            "time_x_shared": round(times, 4), "quartile_distance": round(spread, 4), "match": match,
         }  # fmt: skip
         print(case, flush=True)
         cases.append(case)

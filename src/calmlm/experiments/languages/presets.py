@@ -63,8 +63,8 @@ _SMALL = Preset(
     augmenting_size=(96, 4, 4),
     anchor_size=(128, 4, 4),
     augmenting=Stage(2000, 40, 4e-3, 0.2),
-    anchor=Stage(2400, 64, 2e-3),
-    composition=Stage(900, 64, 4e-3, 0.5),
+    anchor=Stage(3600, 64, 2e-3),
+    composition=Stage(1200, 64, 4e-3, 0.5),
     # Early ones for the value of a number word, a late one for terms that m_A spells out.
     connections=((3, 0), (3, 1), (3, 3)),
 )

@@ -135,10 +135,10 @@ class World:
         if draw < 0.08:
             language = rng.choice(self.preset.high[1:])
             return self.translation(rng, language, range(len(self.terms[language])))
-        if draw < 0.28:
+        if draw < 0.36:
             return self.high(rng, rng.choice([*self.preset.high, None]))
         language = rng.choice(self.preset.low)
-        if draw < 0.42:
+        if draw < 0.48:
             return self.translation(rng, language, self.composition_terms)
         expression = self.expression(rng, self.composition_words[language])
         words = self.words[language]

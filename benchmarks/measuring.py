@@ -1,0 +1,65 @@
+"""What the benchmarks have in common: models of a known size, and times taken in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from calmlm.experiments.record import device
+
+__all__ = ["VOCABULARY", "gemma", "synchronise", "take_turns", "timed"]
+
+VOCABULARY = 2000
+
+
+def gemma(width: int, layers: int, seed: int) -> Gemma3ForCausalLM:
+    """A random Gemma of this size."""
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=1, head_dim=64, intermediate_size=4 * width, max_position_embeddings=2048,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).to(device()).eval()
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds."""
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def take_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each in each round, after a warm-up; the order is reversed in every other round.
+
+    So a drifting machine favours none of them, and ratios are taken within a round.
+    """
+    for work in works:
+        work()
+    seconds: list[list[float]] = [[] for _ in works]
+    for index in range(rounds):
+        order = range(len(works)) if index % 2 == 0 else reversed(range(len(works)))
+        for which in order:
+            seconds[which].append(timed(works[which]))
+    return seconds
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Median and distance of the quartiles of the ratios, round by round."""
+    ratios = [one / other for one, other in zip(seconds, base, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return statistics.median(ratios), quartiles[2] - quartiles[0]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from calmlm.experiments.record import device
 
-__all__ = ["VOCABULARY", "gemma", "synchronise", "take_turns", "timed"]
+__all__ = ["VOCABULARY", "gemma", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
 
 VOCABULARY = 2000
 
@@ -63,3 +66,48 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[float, float
     ratios = [one / other for one, other in zip(seconds, base, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return statistics.median(ratios), quartiles[2] - quartiles[0]
+
+
+class _Live(TorchDispatchMode):
+    """Follows how many bytes the tensors made inside it take at a time; weights are known beforehand."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.now, self.peak = known, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return made
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(work: Callable[[], Any], *models: Any) -> int:
+    """The most memory that tensors take at a time while it runs, the models' weights included."""
+    storages = [t.untyped_storage() for model in models for t in (*model.parameters(), *model.buffers())]
+    weights = {storage._cdata: storage.nbytes() for storage in storages}
+    if torch.cuda.is_available():
+        synchronise()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        synchronise()
+        return sum(weights.values()) + torch.cuda.max_memory_allocated() - before
+    with _Live(set(weights)) as live:
+        kept = work()
+    del kept
+    return sum(weights.values()) + live.peak

@@ -43,6 +43,10 @@ class DraftStatistics:
     passes: int = 0
     tokens: int = 0
 
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.drafted = self.accepted = self.passes = self.tokens = 0
+
     @property
     def acceptance(self) -> float:
         """Share of the drafted tokens that the composition kept."""

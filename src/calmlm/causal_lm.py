@@ -27,7 +27,7 @@ from calmlm.config import CalmConfig, check_names
 from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
 from calmlm.loading import load_composition
-from calmlm.modeling import CalmModel, CalmPreTrainedModel
+from calmlm.modeling import CalmModel, CalmPreTrainedModel, needs_tokens
 from calmlm.readers import Inputs, prompt_of
 from calmlm.rewriting import Rewriting
 from calmlm.stopping import Gate, cached_among
@@ -277,6 +277,13 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         """
         if not self.model.enabled:
             return self.anchor.generate(*args, **_without_own(kwargs))
+        if kwargs.get("inputs_embeds") is not None:
+            raise needs_tokens()
+        if self._asked("assistant_early_exit", kwargs) is not None:
+            raise ConfigError(
+                "Early exit must leave out layers of one model, but assistant_early_exit was given to a composition, "
+                "whose connections may stand in them: use drafting=True."
+            )
         if drafting:
             kwargs["assistant_model"] = self._drafter(drafting, args, kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -298,14 +305,18 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    def _asked(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A generation setting: of this call, of its generation_config, or of the model's."""
+        given = kwargs.get("generation_config") or self.generation_config
+        return kwargs[name] if name in kwargs else getattr(given, name, None)
+
     def _drafter(self, drafting: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Drafter:
         """What generation takes for an assistant, once it is known that it can draft."""
         if drafting is not True and not isinstance(drafting, DraftConfig):
             raise ConfigError(f"drafting must be True or a DraftConfig, but got {drafting!r}: use one of these.")
-        given = kwargs.get("generation_config")
 
         def asked(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(given or self.generation_config, name, None)
+            return self._asked(name, kwargs)
 
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         rows = (ids.shape[0] if isinstance(ids, Tensor) and ids.ndim == 2 else 1) * (asked("num_return_sequences") or 1)

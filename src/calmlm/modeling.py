@@ -371,10 +371,7 @@ class CalmModel(CalmPreTrainedModel):
         if not self.enabled:
             return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         if inputs.ids is None or inputs_embeds is not None:
-            raise DataError(
-                "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but "
-                "got inputs_embeds: pass input_ids, or disable the composition."
-            )
+            raise needs_tokens()
         if not isinstance(inputs.ids, Tensor) or inputs.ids.ndim != 2 or inputs.ids.is_floating_point():
             got = tuple(inputs.ids.shape) if isinstance(inputs.ids, Tensor) else type(inputs.ids).__name__
             raise DataError(
@@ -448,6 +445,14 @@ class CalmModel(CalmPreTrainedModel):
         }
         output = target(**{key: value for key, value in given.items() if value is not None})
         return output, getattr(output, argument, None)
+
+
+def needs_tokens() -> DataError:
+    """What is raised where embeddings come instead of tokens."""
+    return DataError(
+        "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but got "
+        "inputs_embeds: pass input_ids, or disable the composition."
+    )
 
 
 def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:

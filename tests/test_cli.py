@@ -240,6 +240,9 @@ class TestGenerate:
         with_composition = self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9")
         without = self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9", "--anchor-only")
         assert with_composition == self.expected(composed, tokenizer, "12 + 3", 9)
+        assert (
+            self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9", "--draft") == with_composition
+        )
         assert without == self.expected(anchor, tokenizer, "12 + 3", 9)
         assert with_composition != without
 

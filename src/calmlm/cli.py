@@ -105,6 +105,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts: the same text, sooner.")] = False,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -123,6 +124,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         anchor_only=anchor_only,
+        drafting=draft,
     )
     print()
 

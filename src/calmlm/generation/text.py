@@ -54,6 +54,7 @@ class TextModel:
         temperature: float = 0,
         seed: int | None = None,
         anchor_only: bool = False,
+        drafting: bool = False,
     ) -> None:
         """Continue `prompt`; `emit` takes each piece of text as soon as it is settled.
 
@@ -64,9 +65,11 @@ class TextModel:
             temperature: 0 takes the likeliest token each time.
             seed: makes sampling repeatable.
             anchor_only: switch the composition off.
+            drafting: let the augmenting model draft.
 
         Raises:
             DataError: the prompt is empty or leaves no room in the context.
+            ConfigError: no augmenting model of this composition can draft.
         """
         ids = encode_prompt(prompt, self.tokenizer)
         if not ids:
@@ -90,6 +93,7 @@ class TextModel:
                 max_new_tokens=room,
                 pad_token_id=self._padding(),
                 streamer=_Streamer(self.tokenizer, emit),
+                drafting=drafting,
                 **(sampling if temperature > 0 else greedy),
             )
 

@@ -1,6 +1,6 @@
 """Trained models for `decode.py`: a deep anchor, and an augmenting model of a quarter of its layers that knows keys.
 
-    python benchmarks/deep.py runs/decode        # trains what is not there yet: about half an hour on one core
+    python benchmarks/deep.py runs/decode        # trains what is not there yet: about 25 minutes on one core
 
 They know what the models of `calmlm repro kv-arithmetic` know, with longer expressions: the augmenting model restates
 expressions over keys in figures, the anchor calculates, and the composition learns both from a fifth of the keys.
@@ -32,18 +32,18 @@ PRESET = dataclasses.replace(
     PRESETS["small"],
     name="deep",
     keys=1000,
-    operands=(8, 8),
+    operands=(5, 5),
     anchor_operands=(1, 3),
     augmenting_size=(96, 4, 4),
     anchor_size=(96, 16, 4),
-    augmenting=Stage(1600, 32, 4e-3, 0.2),
-    anchor=Stage(700, 48, 2e-3),
-    composition=Stage(700, 48, 4e-3, 0.1),
+    augmenting=Stage(4000, 40, 4e-3, 0.2),
+    anchor=Stage(1300, 48, 2e-3),
+    composition=Stage(1000, 48, 4e-3, 0.1),
     connections=((3, 1), (3, 15)),
 )
-LENGTHS = (2, 9)
-TASKS = {"known": 15, "combined": 12}
-"""Tokens that are written: an expression over eight keys restated; one over three keys restated and calculated."""
+LENGTHS = (2, 5)
+TASKS = {"known": 9, "combined": 12}
+"""Tokens that are written: an expression over five keys restated; one over three keys restated and calculated."""
 PROMPTS = 8
 SEED = 0
 
@@ -101,7 +101,7 @@ def deep_models(folder: Path, task: str) -> tuple[calmlm.CalmForCausalLM, Any, A
     rng = world.rng(f"prompts-{task}")
 
     drawn = [
-        world.substitution(rng, world.unseen_keys, (8, 8))
+        world.substitution(rng, world.unseen_keys, (5, 5))
         if task == "known"
         else world.arithmetic(rng, world.unseen_keys, DC_PHRASINGS, (3, 3))
         for _ in range(PROMPTS)

@@ -49,6 +49,62 @@ def overheads(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SETTINGS = {
+    "random": "random weights",
+    "known": "trained, what m_A knows",
+    "combined": "trained, what takes both",
+}
+
+
+def decoding(result: dict[str, Any]) -> str:
+    """What generation costs, as the benchmark measured it."""
+    lines = [
+        "| models | batch | prompt | mode | drafts | time, relative to both models alone | speed, relative to the "
+        "anchor alone | drafts accepted | tokens per pass of the anchor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        drafted = case["drafting"]
+        lines.append(
+            f"| {SETTINGS[case['models']]} | {case['batch']} | {case['prompt']} | {case['mode']} | "
+            f"{'yes' if drafted else 'no'} | {case['time_x_floor']:.2f} | {case['speed_x_anchor']:.2f} | "
+            + (f"{case['acceptance']:.0%} | {case['tokens_per_anchor_pass']:.1f} |" if drafted else "| |")
+        )
+    for case in result["other_systems"]:
+        lines.append(
+            f"| {case['system']}, random weights | {case['batch']} | {case['prompt']} | eager | no | "
+            f"{case['time_x_floor']:.2f} | {case['speed_x_anchor']:.2f} | | |"
+        )
+    plain = next(case for case in result["cases"] if not case["drafting"])
+    prefill = ", ".join(
+        f"{case['time_x_floor']:.2f} ({case['batch']} x {case['prompt']} tokens; peak memory "
+        f"{case['peak_x_floor']:.2f})"
+        for case in result["prefill"]
+    )
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Reading a prompt, relative to both models alone: {prefill}.",
+        "",
+        f"Operations per token: {plain['flops_x_floor']:.3f} times those of both models, "
+        f"{plain['flops_x_floor_without_connections']:.3f} without what the connections themselves compute (less than "
+        f"one: the augmenting model's output embeddings are not run). Bytes per token in the cache: "
+        f"{plain['cache_bytes_per_token']:,} against {plain['cache_bytes_per_token_of_both_models']:,} of both models "
+        f"alone; the connections keep keys and values of the anchor's width.",
+        "",
+        f"Random weights: a Gemma-style anchor (512 wide, 12 layers) with an augmenting model (256, 6) and three "
+        f"connections. Trained: an anchor of 16 layers that calculates and an augmenting model of 4 that knows keys. "
+        f"Medians of {result['rounds']} rounds in one process, all in turn, {result['threads']} threads, on "
+        f"{machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`. "
+        + (
+            "All tokens were those of decoding without a cache."
+            if all(case["tokens_match"] for case in result["cases"])
+            else "**Not all tokens were those of decoding without a cache.**"
+        ),
+    ]
+    return "\n".join(lines)
+
+
 def comparison(result: dict[str, Any]) -> str:
     """The whole report of the comparison."""
     return markdown(result, plots="../experiments/compare/results/")
@@ -57,6 +113,7 @@ def comparison(result: dict[str, Any]) -> str:
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
+    ("docs/generation.md", "decoding", "benchmarks/results/decode_cpu.json", decoding),
     ("docs/results.md", "report", "experiments/compare/results/small.json", comparison),
 ]
 """Page, name of its markers, results, and what writes them."""

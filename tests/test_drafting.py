@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 import calmlm
 from calmlm.drafting import DraftLength, DraftStatistics
 from calmlm.readers import Inputs
 from compositions import greedy_without_cache, logits_of, pad, tiny_composition
 from test_cache_generation import COMPOSITIONS, GREEDY
-from tiny import tiny_tokenizer, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
 
 def eager(**options: Any) -> calmlm.DraftConfig:
@@ -21,9 +21,9 @@ def eager(**options: Any) -> calmlm.DraftConfig:
     return calmlm.DraftConfig(**{"adaptive": False, "confidence": 0.0, "num_tokens": 4, **options})
 
 
-def agreeing(**options: Any) -> calmlm.CalmForCausalLM:
+def agreeing(family: str = "llama", **options: Any) -> calmlm.CalmForCausalLM:
     """A composition that writes what its augmenting model writes, as a rule: both are the same model."""
-    model = tiny_composition("llama", "llama", **options)
+    model = tiny_composition(family, family, **options)
     model.augmenting["augmenting"].load_state_dict(model.anchor.state_dict())
     with torch.no_grad():
         for connector in model.model.connectors["augmenting"]:
@@ -260,6 +260,163 @@ def test_a_draft_that_was_not_checked_is_forgotten() -> None:
     torch.testing.assert_close(found, logits_of(model, ids)[:, 4:], atol=1e-4, rtol=1e-4)
 
 
+class Until(StoppingCriteria):
+    """Ends at a length; remembers how many scores it saw at which."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.saw = length, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.saw.append((input_ids.shape[1], len(scores) if scores else 0))
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+ASSISTED: list[dict[str, Any]] = [{"drafting": eager(num_tokens=6)}, {"prompt_lookup_num_tokens": 6}]
+
+
+@pytest.mark.parametrize("assisted", ASSISTED, ids=["drafting", "lookup"])
+@pytest.mark.parametrize("windowed", [False, True], ids=["full", "windows"])
+def test_the_callers_cache_ends_where_the_text_ends(windowed: bool, assisted: dict[str, Any]) -> None:
+    """Whatever `generate` returns, and with windows, which forget what they are cropped by twice."""
+    sizes = {"sliding_window": 4} if windowed else {}
+    model = agreeing(anchor_options=sizes, augmenting_options=sizes, family="mistral" if windowed else "llama")
+    ids = tiny_tokens(1, 4).repeat(1, 2)
+    for length in range(10, 20):
+        cache = model.model.new_cache()
+        written = model.generate(
+            ids, max_new_tokens=30, past_key_values=cache, stopping_criteria=[Until(length)], **assisted, **GREEDY
+        )
+        assert torch.equal(written, greedy_without_cache(model, ids, length - 8))
+        assert cache.get_seq_length() == length - 1
+        assert not cache.recording()
+        text = torch.cat((written, tiny_tokens(1, 2, seed=9)), dim=1)
+        everything = torch.ones_like(text)  # generate takes a written padding token for padding otherwise
+        found = model.generate(text, attention_mask=everything, past_key_values=cache, max_new_tokens=4, **GREEDY)
+        assert torch.equal(found, greedy_without_cache(model, text, 4))
+
+
+@pytest.mark.parametrize("assisted", ASSISTED, ids=["drafting", "lookup"])
+@pytest.mark.parametrize("families", [("llama", "llama"), ("gpt2", "llama"), ("bloom", "falcon")], ids="+".join)
+def test_a_padded_conversation_goes_on_with_its_new_tokens(families: tuple[str, str], assisted: dict[str, Any]) -> None:
+    model = tiny_composition(*families)
+    ids, mask = pad([tiny_tokens(1, 4)[0], tiny_tokens(1, 7)[0]], "left")
+    ids, mask = ids[:1], mask[:1]
+    options = {**GREEDY, "max_new_tokens": 8, "return_dict_in_generate": True}
+    first = model.generate(ids, attention_mask=mask, **options)
+    text = torch.cat((first.sequences, tiny_tokens(1, 3, seed=9)), dim=1)
+    mask = torch.nn.functional.pad(mask, (0, 11), value=1)
+    start = first.past_key_values.get_seq_length()
+    found = model.generate(
+        text[:, start:], attention_mask=mask, past_key_values=first.past_key_values, **options, **assisted
+    )
+    assert torch.equal(found.sequences, greedy_without_cache(model, text, 8, mask)[:, start:])
+
+
+def test_criteria_see_the_scores_of_their_own_token() -> None:
+    model, ids = agreeing(), tiny_tokens(1, 5)
+    options = {**GREEDY, "max_new_tokens": 9, "output_scores": True, "return_dict_in_generate": True}
+    plain, drafted = Until(12), Until(12)
+    model.generate(ids, stopping_criteria=[plain], **options)
+    model.generate(ids, stopping_criteria=[drafted], drafting=eager(), **options)
+    assert plain.saw == drafted.saw
+
+
+@pytest.mark.parametrize("limited", ["anchor", "augmenting"])
+@pytest.mark.parametrize("assisted", ASSISTED, ids=["drafting", "lookup"])
+def test_drafts_end_with_the_context(assisted: dict[str, Any], limited: str) -> None:
+    sizes = {f"{limited}_options": {"n_positions": 24, "max_position_embeddings": 24}}
+    families = ("gpt2", "llama") if limited == "anchor" else ("llama", "gpt2")
+    model, ids = tiny_composition(*families, **sizes), tiny_tokens(1, 5)
+    for length in range(18, 26):
+        options = {**GREEDY, "max_new_tokens": 60, "stopping_criteria": [Until(length)]}
+        plain = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, **options, **assisted), plain)
+        assert plain.shape[1] == length
+
+
+def test_what_a_draft_cannot_take_back_is_refused() -> None:
+    pytest.importorskip("optimum.quanto")
+    model, ids = tiny_composition(), tiny_tokens(1, 9)
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 128}
+    for assisted in ASSISTED:
+        with pytest.raises(calmlm.ConfigError, match="quantised or recurrent"):
+            model.generate(ids, max_new_tokens=4, cache_implementation="quantized", cache_config=config, **assisted)
+        with pytest.raises(calmlm.ConfigError, match="guidance_scale"):
+            model.generate(ids, max_new_tokens=4, guidance_scale=1.5, **assisted)
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2", "qwen3_next"])
+def test_recurrent_models_do_not_draft(family: str) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 97, "intermediate_size": 48}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    linear["linear_value_head_dim"] = 8
+    further = {
+        "mamba": {"state_size": 4},
+        "lfm2": {**attention, "layer_types": ["conv", "full_attention"] * 2},
+        "qwen3_next": {**attention, **linear, "num_experts": 0, "mlp_only_layers": [0, 1, 2, 3]},
+    }[family]
+    config = AutoConfig.for_model(family, **sizes, **further)
+    for position in ("augmenting", "anchor"):
+        recurrent, other = AutoModelForCausalLM.from_config(config).eval(), tiny_model("llama")
+        pair = (other, recurrent) if position == "augmenting" else (recurrent, other)
+        model = calmlm.compose(*pair, 1)
+        ids = tiny_tokens(1, 6)
+        plain = model.generate(ids, max_new_tokens=4, **GREEDY)
+        assert torch.equal(plain, greedy_without_cache(model, ids, 4))
+        with pytest.raises((calmlm.ConfigError, ValueError), match="recurrent|stateful|form of its own"):
+            model.generate(ids, max_new_tokens=4, drafting=True, **GREEDY)
+        with pytest.raises((calmlm.ConfigError, ValueError), match="recurrent|stateful"):
+            model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+def test_tokens_that_only_the_anchor_has_are_not_drafted() -> None:
+    model = tiny_composition(
+        "llama",
+        "llama",
+        anchor_options={"vocab_size": 104},
+        augmenting_options={"vocab_size": 97},
+        tokenizer=tiny_tokenizer(),
+        augmenting_tokenizer=tiny_tokenizer(),
+    )
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        return [5, 6, 7] if ids.shape[0] != 7 else [99]
+
+    options = {**GREEDY, "eos_token_id": 99, "max_new_tokens": 9, "prefix_allowed_tokens_fn": allowed}
+    ids = tiny_tokens(1, 5)
+    assert torch.equal(model.generate(ids, drafting=eager(), **options), model.generate(ids, **options))
+
+
+def test_a_cache_of_other_models_is_refused() -> None:
+    model = agreeing()
+    other = tiny_composition("llama", "gpt2")
+    other.anchor.load_state_dict(model.anchor.state_dict())
+    model.add_augmenting("other", other)
+    model.disable_augmenting("other")
+    output = model.generate(tiny_tokens(1, 5), max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+    model.enable_augmenting("other")
+    text = torch.cat((output.sequences, tiny_tokens(1, 2)), dim=1)
+    with pytest.raises(calmlm.ModelError, match="the same augmenting models"):
+        model.generate(
+            text,
+            past_key_values=output.past_key_values,
+            max_new_tokens=2,
+            drafting=eager(augmenting="other"),
+            **GREEDY,
+        )
+
+
+def test_a_cache_that_holds_all_of_the_text_is_refused() -> None:
+    model, ids = tiny_composition(), tiny_tokens(1, 6)
+    for assisted in ({}, *ASSISTED):
+        with torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+        for text in (ids, ids[:, :2]):
+            with pytest.raises(calmlm.DataError, match="fewer tokens than the text"):
+                model.generate(text, past_key_values=cache, max_new_tokens=2, **assisted, **GREEDY)
+
+
 def test_lengths_follow_what_is_accepted() -> None:
     def settle(accepted: int | None, cost: float) -> list[int]:
         length, found = DraftLength(calmlm.DraftConfig(num_tokens=8), cost), []
@@ -286,12 +443,21 @@ def test_bad_requests_are_refused() -> None:
         ({"num_beams": 2}, "beams"),
         ({"num_return_sequences": 2, "do_sample": True}, "2 rows"),
         ({"cache_implementation": "static"}, "static cache"),
-        ({"use_cache": False}, "no cache"),
+        ({"use_cache": False}, "use_cache=False"),
         ({"prompt_lookup_num_tokens": 3}, "prompt lookup"),
         ({"assistant_model": model.anchor}, "another assistant_model"),
+        ({"cache_implementation": "offloaded_static"}, "static cache"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "beams"),
     ):
         with pytest.raises(calmlm.ConfigError, match=what):
             model.generate(ids, max_new_tokens=2, drafting=True, **options)
+    with pytest.raises(calmlm.ConfigError, match="beams"):
+        model.generate(ids, GenerationConfig(num_beams=2, max_new_tokens=2), drafting=True)
+    model.generation_config.num_beams = 2
+    with pytest.raises(calmlm.ConfigError, match="beams"):
+        model.generate(ids, generation_config=GenerationConfig(max_new_tokens=2), drafting=True)
+    model.generation_config.num_beams = 1
     with pytest.raises(calmlm.ConfigError, match="2 rows"):
         model.generate(ids.repeat(2, 1), max_new_tokens=2, drafting=True)
     with pytest.raises(calmlm.ConfigError, match="DraftConfig"):

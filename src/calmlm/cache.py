@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
+    BaseQuantizedLayer,
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     QuantizedCache,
     StaticCache,
     StaticLayer,
@@ -160,6 +162,7 @@ class CalmCache(Cache):
         self.cross = cross
         self.frontiers = frontiers or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
+        self.held: int | None = None
 
     @classmethod
     def around(
@@ -183,7 +186,7 @@ class CalmCache(Cache):
         Raises:
             ModelError: when ``anchor`` already holds tokens, which the augmenting model has not seen.
         """
-        if int(_length(anchor) or 0) > 0:
+        if int(length_in(anchor) or 0) > 0:
             raise ModelError(
                 "past_key_values must come from this composition or be empty, but it holds tokens that the augmenting "
                 "model has not seen: pass the past_key_values that the composition returned."
@@ -227,7 +230,7 @@ class CalmCache(Cache):
         parts = [(self.anchor, 0)]
         for name in self.ahead:
             parts += [(self.augmenting[name], self.ahead[name].count), (self.cross[name], 0)]
-        found = [(_length(part), ahead) for part, ahead in parts]
+        found = [(length_in(part), ahead) for part, ahead in parts]
         lengths = {length - ahead for length, ahead in found if type(length) is int}
         lengths |= {frontier.length for frontier in self.frontiers.values()} if lengths else set()
         if len(lengths) > 1:
@@ -262,10 +265,14 @@ class CalmCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return all(part.is_croppable for part in self.parts())
+        # A layer that quantises says that it can, but keeps what it has quantised; and one of linear attention only
+        # knows after its first call.
+        layers = [layer for part in self.parts() for layer in part.layers]
+        fixed = (BaseQuantizedLayer, LinearAttentionCacheLayerMixin)
+        return not any(isinstance(layer, fixed) for layer in layers) and all(part.is_croppable for part in self.parts())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        length = _length(self.anchor, layer_idx)
+        length = length_in(self.anchor, layer_idx)
         # An anchor without attention layers does not count its tokens; the cross-attentions do.
         return next(iter(self.cross.values())).get_seq_length() if length is None else length
 
@@ -290,17 +297,33 @@ class CalmCache(Cache):
         for frontier in self.frontiers.values():
             frontier.select(beam_idx)
 
+    def hold(self) -> None:
+        """From now on, ``crop`` only takes note, until ``release``.
+
+        A layer with a window drops what left it when it is cropped, so that a round of drafts may crop once, not twice.
+        """
+        self.held = 0
+
+    def release(self, further: int = 0) -> None:
+        """Do what ``crop`` was asked for since ``hold``, and ``further`` (0 or negative)."""
+        held, self.held = self.held or 0, None
+        self.crop(held + further)
+
     def crop(self, tokens_to_remove: int) -> None:
-        self.forget_ahead()
+        if self.held is not None:
+            self.held += tokens_to_remove
+            return
         self.anchor.crop(tokens_to_remove)
         for name, cross in self.cross.items():
             gone, shift = tokens_to_remove, None
             if name in self.frontiers:
                 columns, shift = self.frontiers[name].crop(-tokens_to_remove)
                 gone = -columns
-            for part in (cross, self.augmenting.get(name)):
-                if part is not None:
-                    part.crop(gone)
+            cross.crop(gone)
+            if name in self.augmenting:
+                ahead = self.ahead.get(name, Ahead())
+                self.augmenting[name].crop(gone - ahead.count)
+                ahead.clear()
             if shift is not None:
                 self.part(name).move(shift)
 
@@ -322,8 +345,13 @@ class CalmCache(Cache):
         for part in self.parts():
             part.activate_past_recording()
 
+    def recording(self) -> list[Any]:
+        """The layers that keep what leaves their window until they are cropped."""
+        return [layer for part in self.parts() for layer in part.layers if getattr(layer, "record_past", False)]
 
-def _length(cache: Cache, layer_idx: int = 0) -> Any:
+
+def length_in(cache: Cache, layer_idx: int = 0) -> Any:
+    """The tokens that a cache holds, a tensor where only the device knows; None where no layer counts them."""
     try:
         return cache.get_seq_length(layer_idx)
     except ValueError:

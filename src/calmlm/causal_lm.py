@@ -30,10 +30,12 @@ from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel, needs_tokens
 from calmlm.readers import Inputs, prompt_of
 from calmlm.rewriting import Rewriting
-from calmlm.stopping import Gate, cached_among
+from calmlm.stopping import Bounded, Gate, check_new_tokens
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
+# Arguments that assisted generation hands on to itself.
+LOOP_ARGUMENTS = ("cached_tokens", "earlier_tokens", "whole_mask")
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -54,7 +56,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         super().__init__(config, anchor)
         self.model = CalmModel(config, anchor, augmenting, alignments)
         self._keeps_logits = accepts(anchor, "logits_to_keep")
-        self._is_stateful = bool(getattr(anchor, "_is_stateful", False))
+        self._is_stateful = any(getattr(base, "_is_stateful", False) for base in self.model.bases())
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
         self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
@@ -279,7 +281,7 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             return self.anchor.generate(*args, **_without_own(kwargs))
         if kwargs.get("inputs_embeds") is not None:
             raise needs_tokens()
-        if self._asked("assistant_early_exit", kwargs) is not None:
+        if self._asked("assistant_early_exit", args, kwargs) is not None:
             raise ConfigError(
                 "Early exit must leave out layers of one model, but assistant_early_exit was given to a composition, "
                 "whose connections may stand in them: use drafting=True."
@@ -305,10 +307,11 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
-    def _asked(self, name: str, kwargs: dict[str, Any]) -> Any:
+    def _asked(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A generation setting: of this call, of its generation_config, or of the model's."""
-        given = kwargs.get("generation_config") or self.generation_config
-        return kwargs[name] if name in kwargs else getattr(given, name, None)
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        found = kwargs[name] if name in kwargs else getattr(given, name, None)
+        return getattr(self.generation_config, name, None) if found is None else found
 
     def _drafter(self, drafting: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Drafter:
         """What generation takes for an assistant, once it is known that it can draft."""
@@ -316,56 +319,112 @@ class CalmForCausalLM(CalmPreTrainedModel, GenerationMixin):
             raise ConfigError(f"drafting must be True or a DraftConfig, but got {drafting!r}: use one of these.")
 
         def asked(name: str) -> Any:
-            return self._asked(name, kwargs)
+            return self._asked(name, args, kwargs)
 
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         rows = (ids.shape[0] if isinstance(ids, Tensor) and ids.ndim == 2 else 1) * (asked("num_return_sequences") or 1)
+        static = str(asked("cache_implementation")).endswith("static")
+        recurrent = self._is_stateful or not self.model.can_cache
         refused = {
             "another assistant_model": kwargs.get("assistant_model") is not None,
             "prompt lookup": asked("prompt_lookup_num_tokens") is not None,
             "beams": (asked("num_beams") or 1) > 1,
             f"{rows} rows": rows > 1,
-            "a static cache": asked("cache_implementation") == "static"
-            or getattr(kwargs.get("past_key_values"), "is_compileable", False),
-            "no cache": asked("use_cache") is False or not self.model.can_cache or self._is_stateful,
+            "a static cache": static or getattr(kwargs.get("past_key_values"), "is_compileable", False),
+            "use_cache=False": asked("use_cache") is False,
+            "a model that carries its past in a form of its own": recurrent,
+            "output_hidden_states": bool(asked("output_hidden_states")),
+            "output_attentions": bool(asked("output_attentions")),
         }
         for what, found in refused.items():
             if found:
                 raise ConfigError(
-                    f"Drafting must come with one row, no beams and a dynamic cache, but got {what}: leave one of both "
-                    f"out."
+                    f"Drafting must come with one row, no beams, a dynamic cache and no states asked for, but got "
+                    f"{what}: leave one of both out."
                 )
         return Drafter(self.model, DraftConfig() if drafting is True else drafting)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        assistant = kwargs.get("assistant_model")
+        assistant, config = kwargs.get("assistant_model"), kwargs["generation_config"]
+        # A draft must not reach beyond the positions that the models have learned.
+        room = self.model.max_positions
+        if room is not None:
+            config = copy.copy(config)
+            config.max_length = min(config.max_length, room + 1 - kwargs["model_kwargs"].get("earlier_tokens", 0))
+            kwargs["generation_config"] = config
         if isinstance(assistant, Drafter):
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
             return AugmentingCandidateGenerator(self.model, assistant, **{key: kwargs[key] for key in wanted})
-        arguments = dict(kwargs["model_kwargs"])
-        arguments.pop("cached_tokens", None)
+        arguments = {key: value for key, value in kwargs["model_kwargs"].items() if key not in LOOP_ARGUMENTS}
         kwargs["model_kwargs"] = arguments if isinstance(assistant, CalmForCausalLM) else _without_own(arguments)
-        return super()._get_candidate_generator(*args, **kwargs)
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        # Prompt lookup takes max_length for a place in the text that it copies from.
+        return generator if room is None else Bounded(generator, config.max_length)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop over drafts, which ends exactly where decoding token by token would.
 
-        Several tokens may be accepted at once; it looks for the end behind the last of them only, and reads the whole
-        text again where a cache holds the beginning. Both are put right here.
+        Several tokens may be accepted at once; it looks for the end behind the last of them only, reads the whole text
+        again where a cache holds the beginning, and shortens a mask that is longer than the text. All of that is put
+        right here.
+
+        Raises:
+            ConfigError: for what draws on a past that cannot be taken back when a draft is refused.
         """
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        kwargs["cached_tokens"] = cached_among(input_ids, cache, mask, kwargs["generation_config"])
-        gate = Gate(kwargs["stopping_criteria"], kwargs.get("streamer"), input_ids.shape[1])
+        cache, config = kwargs["past_key_values"], kwargs["generation_config"]
+        if not isinstance(cache, CalmCache) or not cache.is_croppable:
+            raise ConfigError(
+                "Assisted generation must be able to take tokens back, but this composition's cache is quantised or "
+                "recurrent: leave drafts and prompt lookup out."
+            )
+        if config.guidance_scale not in (None, 1):
+            raise ConfigError(
+                "Assisted generation must come with processors that keep nothing from call to call, but got "
+                f"guidance_scale={config.guidance_scale}: leave it out, or drafts and prompt lookup."
+            )
+        mask = kwargs.get("attention_mask")
+        total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
+        # Fewer tokens than the mask has columns: only those that are not in the cache were given.
+        kwargs["earlier_tokens"] = earlier = total - input_ids.shape[1]
+        kwargs["cached_tokens"] = cache.get_seq_length() - earlier
+        check_new_tokens(input_ids.shape[1] - kwargs["cached_tokens"], input_ids)
+        kwargs["whole_mask"] = mask
+        recorded = cache.recording()
+        gate = Gate(kwargs["stopping_criteria"], kwargs.get("streamer"), input_ids.shape[1], cache)
         kwargs["stopping_criteria"] = StoppingCriteriaList([gate])
         kwargs["streamer"] = gate if kwargs.get("streamer") is not None else None
-        return gate.cut(super()._assisted_decoding(input_ids, *args, **kwargs))
+        try:
+            output = gate.cut(super()._assisted_decoding(input_ids, *args, **kwargs))
+        finally:
+            gate.close()
+            for layer in cache.recording():
+                layer.record_past = layer in recorded
+        if isinstance(kwargs.get("assistant_model"), Drafter):
+            kwargs["assistant_model"].settings.statistics.tokens -= gate.beyond
+        return output
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, cached_tokens: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        cached_tokens: int | None = None,
+        earlier_tokens: int = 0,
+        whole_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; ``cached_tokens`` of the first call of assisted generation are not read again."""
+        """As in transformers; what assisted generation has to know of a cache from before comes in three arguments.
+
+        Raises:
+            DataError: when the cache holds all of the text, or more.
+        """
         if cached_tokens and kwargs.get("is_first_iteration"):
             kwargs["next_sequence_length"] = input_ids.shape[1] - cached_tokens
+        if whole_mask is not None:
+            columns = earlier_tokens + input_ids.shape[1] - whole_mask.shape[1]
+            kwargs["attention_mask"] = nn.functional.pad(whole_mask, (0, columns), value=1)
+        new = kwargs.get("next_sequence_length")
+        if new is not None:
+            check_new_tokens(new, input_ids)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:

@@ -193,11 +193,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
     ) -> None:
         cache = model_kwargs["past_key_values"]
         assert isinstance(cache, CalmCache)
-        if not cache.is_croppable:
-            raise ConfigError(
-                "Drafting must be able to take tokens back from the cache, but that of this composition holds states "
-                "that cannot be taken back: leave drafting out."
-            )
+        cache.check(model.active)
         self.cache, self.name, self.settings = cache, drafter.name, drafter.settings
         reader = model.reader(drafter.name)
         assert isinstance(reader, SharedReader)
@@ -206,13 +202,11 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self.processor, self.sample = logits_processor, bool(generation_config.do_sample)
         self.end, self.max_length = generation_config._eos_token_tensor, generation_config.max_length
         self.vocabulary = model.backbone().vocab_size
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        self.mask = mask
-        length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None)
-        self.total: int = input_ids.shape[1] if length is None else length
+        self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         # The cache may hold tokens that stand before input_ids.
-        self.before = self.total - input_ids.shape[1]
-        self.positions = positions
+        self.before: int = model_kwargs["earlier_tokens"]
+        self.total = self.before + input_ids.shape[1]
+        self.known = model.backbone(drafter.name).vocab_size
         self.drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +229,9 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         for _ in range(limit):
             logits = self._read(input_ids[:, seen:], self.before + seen, past)
             seen = input_ids.shape[1]
-            processed = self.processor(input_ids, self._of_anchor(logits))
+            processed = self._drawable(self.processor(input_ids, self._of_anchor(logits)))
+            if not bool(processed.isfinite().any()):
+                break
             scores.append(processed)
             probabilities = processed.softmax(-1)
             token = torch.multinomial(probabilities, 1) if self.sample else processed.argmax(-1, keepdim=True)
@@ -244,7 +240,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
             ended = self.end is not None and bool(torch.isin(token, self.end.to(token.device)).any())
             if ended or float(probabilities.gather(-1, token).min()) < self.settings.confidence:
                 break
-        return input_ids, torch.stack(scores, dim=1)
+        return input_ids, torch.stack(scores, dim=1) if scores else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Take note of how many of the draft's tokens were kept."""
@@ -273,9 +269,16 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         return torch.cat((known, given[..., -1:] + new), dim=-1)
 
     def _of_anchor(self, logits: Tensor) -> Tensor:
-        """Scores over the anchor's vocabulary, in float32: what the augmenting model does not know it never drafts."""
+        """Scores over the anchor's vocabulary, in float32."""
         logits = logits.float()[..., : self.vocabulary]
         return torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
+
+    def _drawable(self, scores: Tensor) -> Tensor:
+        """Processed scores, without tokens that the augmenting model does not know and could not read on from."""
+        scores = scores.masked_fill(scores.isnan(), float("-inf"))
+        if self.known < self.vocabulary:
+            scores[..., self.known :] = float("-inf")
+        return scores
 
 
 def _cost(model: CalmModel, name: str) -> float:

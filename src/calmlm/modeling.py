@@ -263,6 +263,13 @@ class CalmModel(CalmPreTrainedModel):
         return any(self.config.augmenting[name]["reads"] == "prompt" for name in self.active)
 
     @property
+    def max_positions(self) -> int | None:
+        """How many positions all models that read the text have learned; None where positions do not end."""
+        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
+        found = [self._backbones[name].max_positions for name in ("", *reading)]
+        return min((most for most in found if most is not None), default=None)
+
+    @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
         return self._can_cache

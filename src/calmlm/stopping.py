@@ -7,33 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.streamers import BaseStreamer
+
+from calmlm.cache import CalmCache
+from calmlm.errors import DataError
 
 
 class Gate(StoppingCriteria, BaseStreamer):
     """Between the loop of assisted generation and what its caller gave to end and to follow it.
 
     The loop accepts several tokens at once and asks for the end behind the last of them. The gate asks the caller's
-    criteria about each, hands the tokens up to the end to the caller's streamer, and cuts off what was written after.
+    criteria about each, hands the tokens up to the end to the caller's streamer, and cuts off what was written after,
+    from the output and from the cache.
 
     Args:
         criteria: the caller's.
         streamer: the caller's, or None.
         start: length of the prompt.
+        cache: the composition's; what the loop crops it by is put off until the gate knows the end.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, start: int) -> None:
-        self.criteria, self.streamer, self.length = criteria, streamer, start
+    def __init__(
+        self, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, start: int, cache: CalmCache
+    ) -> None:
+        self.criteria, self.streamer, self.length, self.cache = criteria, streamer, start, cache
         self.ended = False
+        self.beyond = 0
+        cache.hold()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether the row has ended, (1,) bool."""
         first = self.length
         while self.length < input_ids.shape[1] and not self.ended:
             self.length += 1
-            done = self.criteria(input_ids[:, : self.length], scores, **kwargs)
-            self.ended = bool(done.all())
+            later = input_ids.shape[1] - self.length
+            known = scores[: len(scores) - later] if scores else scores
+            self.ended = bool(self.criteria(input_ids[:, : self.length], known, **kwargs).all())
+        self.beyond = input_ids.shape[1] - self.length
+        self.cache.release(-self.beyond)
+        if not self.ended:
+            self.cache.hold()
         if self.streamer is not None and self.length > first:
             self.streamer.put(input_ids[0, first : self.length].cpu())
         return torch.full((input_ids.shape[0],), self.ended, dtype=torch.bool, device=input_ids.device)
@@ -45,25 +59,57 @@ class Gate(StoppingCriteria, BaseStreamer):
         if self.streamer is not None:
             self.streamer.end()
 
+    def close(self) -> None:
+        """Let the cache follow the loop again, whatever ended it."""
+        if self.cache.held is not None:
+            self.cache.release()
+
     def cut(self, output: Any) -> Any:
         """The output of generation without what was written after the end."""
         if isinstance(output, Tensor):
             return output[:, : self.length]
-        beyond = output.sequences.shape[1] - self.length
-        if beyond > 0:
-            output.sequences = output.sequences[:, : self.length]
-            for name in ("scores", "logits", "hidden_states", "attentions"):
-                steps = getattr(output, name, None)
-                if steps is not None:
-                    setattr(output, name, steps[: len(steps) - beyond])
-            if output.past_key_values is not None:
-                output.past_key_values.crop(-beyond)
+        output.sequences = output.sequences[:, : self.length]
+        for name in ("scores", "logits", "hidden_states", "attentions"):
+            steps = getattr(output, name, None)
+            if steps is not None:
+                setattr(output, name, steps[: len(steps) - self.beyond])
         return output
 
 
-def cached_among(input_ids: Tensor, cache: Cache | None, mask: Tensor | None, generation_config: Any) -> int:
-    """How many of the tokens ``input_ids`` (B, T) lie in the cache already."""
-    total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None)
-    past = cache.get_seq_length() if cache is not None else 0
-    # Fewer tokens than the mask has columns: only the new ones were given.
-    return past if total is None or total == input_ids.shape[1] else 0
+class Bounded(CandidateGenerator):
+    """Another generator's drafts, cut off so that reading them ends before a length.
+
+    Args:
+        generator: the other one.
+        max_length: of the text with the draft and the token behind it.
+    """
+
+    def __init__(self, generator: CandidateGenerator, max_length: int) -> None:
+        self.generator, self.max_length = generator, max_length
+        self.requires_model_outputs = generator.requires_model_outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        ids, scores = self.generator.get_candidates(input_ids, **kwargs)
+        length = input_ids.shape[1]
+        count = max(0, min(ids.shape[1], self.max_length - 1) - length)
+        return ids[:, : length + count], scores[:, :count] if scores is not None and count else None
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def check_new_tokens(new: int, input_ids: Tensor) -> None:
+    """Raise unless some tokens of a text (B, T) are not in its cache yet.
+
+    Raises:
+        DataError: otherwise.
+    """
+    if new <= 0:
+        raise DataError(
+            f"past_key_values must hold fewer tokens than the text, but they hold {input_ids.shape[1] - new} and the "
+            f"text has {input_ids.shape[1]}: pass the whole text, or the new tokens with the attention_mask of all of "
+            f"it."
+        )

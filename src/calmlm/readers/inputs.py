@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from calmlm.backbone import Backbone
+from calmlm.cache import length_in
 from calmlm.errors import DataError
 
 
@@ -116,7 +117,7 @@ def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> in
     """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask.shape[1]
-    past = cache.get_seq_length() if cache is not None else 0
+    past = length_in(cache) if cache is not None else 0
     return input_ids.shape[1] + (past if isinstance(past, int) else 0)
 
 

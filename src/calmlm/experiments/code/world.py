@@ -146,16 +146,16 @@ class World:
     def composed(self, rng: random.Random) -> Example:
         """D_C: some of the functions, with and without English, some of the library, and m_B's own."""
         draw = rng.random()
-        if draw < 0.1:
+        if draw < 0.08:
             return self.naming(rng)
-        if draw < 0.2:
+        if draw < 0.16:
             return self.arithmetic(rng)
-        if draw < 0.3:
+        if draw < 0.45:
             return Example("", rng.choice(passages(False)))
         function = self.function(rng, shown=True)
-        if draw < 0.5:
+        if draw < 0.63:
             return self.completion(function)
-        if draw < 0.85:
+        if draw < 0.9:
             return self.text_to_code(function, rng)
         return self.code_to_text(function, rng)
 

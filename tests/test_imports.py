@@ -23,6 +23,7 @@ LAYERS = [
     {"loading", "readers"},
     {"modeling", "stopping"},
     {"drafting"},
+    {"generating"},
     {"causal_lm"},
     {"composing"},
     {"data", "training", "generation", "inspection"},

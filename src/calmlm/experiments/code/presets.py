@@ -22,8 +22,8 @@ class Preset:
     composition: Stage
     connections: tuple[tuple[int, int], ...]
     heads: int = 4
-    composition_share: float = 0.07
-    """Share of the functions that D_C may show, as in the paper."""
+    composition_share: float = 0.3
+    """Share of the functions that D_C may show."""
     items: int = 200
     """Evaluation items per task."""
     passages: int = 60
@@ -50,7 +50,7 @@ _SMALL = Preset(
     anchor_size=(128, 4, 4),
     augmenting=Stage(2000, 40, 3e-3),
     anchor=Stage(2000, 48, 2e-3),
-    composition=Stage(800, 48, 4e-3),
+    composition=Stage(2400, 48, 4e-3),
     # Where m_B writes what m_A would write next; an earlier one as well disturbs that (see the log).
     connections=((3, 3),),
 )

@@ -429,7 +429,8 @@ def test_lengths_follow_what_is_accepted() -> None:
     poor = settle(0, 0.2)
     assert poor[-1] == 0
     assert 1 in poor[30:], "after a while it has to try again"
-    assert settle(None, 3.0) == [0] * 16 + settle(None, 3.0)[16:], "a slow model does not pay"
+    assert settle(None, 3.0)[-1] >= 4, "even a slow model has to read every token anyway"
+    assert settle(0, 3.0)[-1] == 0
     assert 1 <= settle(2, 0.2)[-1] <= 5
 
 

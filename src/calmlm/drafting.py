@@ -26,10 +26,11 @@ from calmlm.readers import Inputs, SharedReader
 
 __all__ = ["AugmentingCandidateGenerator", "DraftConfig", "DraftStatistics", "Drafter"]
 
-_PRIOR, _WEIGHT, _MEMORY = 0.7, 4.0, 0.95
+_PRIOR, _WEIGHT, _MEMORY = 0.9, 4.0, 0.95
 """What share of drafts is accepted before any were made, how many such drafts that counts for, what a round forgets."""
-_MORE = 0.08
-"""What each further token of one call costs the anchor, relative to the first."""
+_CHECK, _MORE = 0.3, 0.03
+"""What a call over several tokens costs more than one over a single token, and what each further token adds, relative
+to that single one; measured on a CPU, where both depend on the model little (512 wide with 12 layers, 96 with 16)."""
 _PAUSE = 16
 """Rounds without a draft after which one is tried again."""
 
@@ -42,9 +43,12 @@ class DraftStatistics:
     accepted: int = 0
     passes: int = 0
     tokens: int = 0
+    recent_accepted: float = _PRIOR * _WEIGHT
+    recent_tried: float = _WEIGHT
+    paused: int = 0
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Begin to count anew; what is expected of drafts stays."""
         self.drafted = self.accepted = self.passes = self.tokens = 0
 
     @property
@@ -67,7 +71,8 @@ class DraftConfig:
         num_tokens: tokens that are drafted at most before the composition checks them.
         adaptive: whether the draft gets shorter while few of its tokens are accepted, down to none at all.
         confidence: a draft ends with the first token to which the augmenting model gives less probability.
-        statistics: what was done, counted over all calls with this object.
+        statistics: what was done, counted over all calls with this object. With ``adaptive``, later calls begin with
+            what earlier ones have shown, so that sampling is repeatable with a new object only.
 
     Raises:
         ConfigError: for values outside their ranges.
@@ -137,37 +142,35 @@ class DraftLength:
     """How many tokens to draft: as many as promise the most tokens for the time, given how many were accepted so far.
 
     With ``a`` the share of drafts accepted, a draft of ``k`` tokens yields ``1 + a + ... + a^k`` tokens. In units of an
-    anchor's call it costs ``1 + 0.08 k`` for the anchor and ``(k + 1) c`` for the augmenting model, where ``c`` is the
-    larger of the two models' ratios of layers and of parameters. Nothing is timed, so that a seed gives the same tokens
-    again.
+    anchor's call over one token it costs ``1.3 + 0.03 k`` for the anchor and ``(k + 1) c`` for the augmenting model,
+    where ``c`` is the larger of the two models' ratios of layers and of parameters. Nothing is timed, so that a seed
+    gives the same tokens again. What was accepted is remembered in the statistics of the ``DraftConfig``.
     """
 
     def __init__(self, settings: DraftConfig, cost: float) -> None:
-        self.settings, self.cost = settings, cost
-        self.accepted, self.tried = _PRIOR * _WEIGHT, _WEIGHT
-        self.paused = 0
+        self.settings, self.cost, self.known = settings, cost, settings.statistics
 
     def next(self) -> int:
         """Tokens of the next draft at most."""
         if not self.settings.adaptive:
             return self.settings.num_tokens
-        share = min(self.accepted / self.tried, 0.98)
+        share = min(self.known.recent_accepted / self.known.recent_tried, 0.98)
         best, best_rate, expected = 0, 1 / (1 + self.cost), 1.0
         for count in range(1, self.settings.num_tokens + 1):
             expected += share**count
-            rate = expected / (1 + _MORE * count + (count + 1) * self.cost)
+            rate = expected / (1 + _CHECK + _MORE * count + (count + 1) * self.cost)
             if rate > best_rate:
                 best, best_rate = count, rate
-        self.paused = 0 if best else self.paused + 1
-        if self.paused > _PAUSE:
-            self.paused, best = 0, 1
+        self.known.paused = 0 if best else self.known.paused + 1
+        if self.known.paused > _PAUSE:
+            self.known.paused, best = 0, 1
         return best
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Take note of a draft and of how much of it was accepted."""
         if drafted:
-            self.accepted = _MEMORY * self.accepted + accepted
-            self.tried = _MEMORY * self.tried + min(accepted + 1, drafted)
+            self.known.recent_accepted = _MEMORY * self.known.recent_accepted + accepted
+            self.known.recent_tried = _MEMORY * self.known.recent_tried + min(accepted + 1, drafted)
 
 
 class AugmentingCandidateGenerator(CandidateGenerator):

@@ -227,6 +227,8 @@ class CalmCache(Cache):
                 f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
                 f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
             )
+        if torch.compiler.is_compiling():
+            return  # static layers with windows count on the host: a compiled step would be compiled for each length
         parts = [(self.anchor, 0)]
         for name in self.ahead:
             parts += [(self.augmenting[name], self.ahead[name].count), (self.cross[name], 0)]

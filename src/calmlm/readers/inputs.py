@@ -117,7 +117,8 @@ def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> in
     """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask.shape[1]
-    past = length_in(cache) if cache is not None else 0
+    # What a compiled step reads of a length on the host, it would be compiled for.
+    past = length_in(cache) if cache is not None and not torch.compiler.is_compiling() else 0
     return input_ids.shape[1] + (past if isinstance(past, int) else 0)
 
 

@@ -1,0 +1,54 @@
+"""The benchmarks run, and what does not hang on the clock holds; the committed figures reach what they are meant to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--rounds", "1", "--output", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(output.read_text(encoding="utf-8"))
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_decode(tmp_path: Path) -> None:
+    found = run("decode.py", tmp_path, *"--models random --batches 1 --prompts 16 --modes eager --threads 1".split())
+    plain, drafted = found["cases"]
+    assert plain["tokens_match"] and drafted["tokens_match"]
+    assert (plain["drafting"], drafted["drafting"]) == (False, True)
+    assert plain["flops_x_floor_without_connections"] <= 1.03
+    assert 1 < plain["flops_x_floor"] < 1.2
+    assert 0 <= drafted["acceptance"] <= 1
+    assert found["prefill"][0]["peak_x_floor"] <= 1.2
+
+
+@pytest.mark.slow
+def test_alignment(tmp_path: Path) -> None:
+    assert all(case["match"] for case in run("alignment.py", tmp_path)["cases"])
+
+
+def test_committed_results_of_decoding() -> None:
+    path = BENCHMARKS / "results" / "decode_cpu.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    cases, goals = found["cases"], found["goals"]
+    assert all(case["tokens_match"] for case in cases)
+    first = next(c for c in cases if (c["batch"], c["prompt"], c["mode"], c["drafting"]) == (1, 64, "eager", False))
+    assert first["time_x_floor"] <= goals["time_x_floor"]
+    assert first["flops_x_floor_without_connections"] <= goals["flops_x_floor_without_connections"]
+    long = next(case for case in found["prefill"] if (case["batch"], case["prompt"]) == (1, 512))
+    assert long["time_x_floor"] <= goals["prefill_time_x_floor"]
+    assert long["peak_x_floor"] <= goals["prefill_peak_x_floor"]
+    known = next(case for case in cases if case["models"] == "known" and case["drafting"])
+    assert known["speed_x_anchor"] >= goals["drafting_speed_x_anchor"]

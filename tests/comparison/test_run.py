@@ -100,7 +100,7 @@ def cell(method: str, seed: int, right: float, numeric: float = 1.0) -> dict[str
         "scores": {task: [float(i < share * 100) for i in range(100)] for task, share in tasks.items()},
         "trainable_parameters": 10,
         "train_flops": 1e9,
-        "train_seconds": 3.0,
+        "train_cpu_seconds": 3.0,
         "decode_time_x_anchor": 1.5,
         "commit": "c",
     }

@@ -75,7 +75,8 @@ def decoding(result: dict[str, Any]) -> str:
             f"| {case['system']}, random weights | {case['batch']} | {case['prompt']} | eager | no | "
             f"{case['time_x_floor']:.2f} | {case['speed_x_anchor']:.2f} | | |"
         )
-    plain = next(case for case in result["cases"] if not case["drafting"])
+    plain = next(case for case in result["cases"] if case["models"] == "random" and not case["drafting"])
+    threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
     prefill = ", ".join(
         f"{case['time_x_floor']:.2f} ({case['batch']} x {case['prompt']} tokens; peak memory "
         f"{case['peak_x_floor']:.2f})"
@@ -94,7 +95,7 @@ def decoding(result: dict[str, Any]) -> str:
         "",
         f"Random weights: a Gemma-style anchor (512 wide, 12 layers) with an augmenting model (256, 6) and three "
         f"connections. Trained: an anchor of 16 layers that calculates and an augmenting model of 4 that knows keys. "
-        f"Medians of {result['rounds']} rounds in one process, all in turn, {result['threads']} threads, on "
+        f"Medians of {result['rounds']} rounds in one process, all in turn, {threads}, on "
         f"{machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`. "
         + (
             "All tokens were those of decoding without a cache."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; every deliberate error is one line on stderr."""
+    # transformers imports torchao where it is installed, which reports each kernel that this machine cannot load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -94,7 +94,7 @@ def test_d_c_shows_some_functions_only() -> None:
     share = sum(world.shown(function) for function in {f.name: f for f in functions}.values()) / len(
         {f.name for f in functions}
     )
-    assert 0.05 < share < 0.09
+    assert abs(share - world.preset.composition_share) < 0.02
     assert any(world.shown(f) != other.shown(f) for f in functions)
     hidden = {world.function(rng, shown=False).name for _ in range(2000)}
     for _ in range(2000):

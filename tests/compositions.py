@@ -109,3 +109,16 @@ def assert_helpful(error: BaseException, *mentions: str) -> None:
     assert not re.search(r"(?<!\.)\. [A-Z]", message), f"more than one sentence: {message}"
     for mention in mentions:
         assert mention in message, f"{mention!r} is not in: {message}"
+
+
+class Streamer:
+    """Keeps the tokens that it is given, and -1 for the end."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)

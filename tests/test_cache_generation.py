@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import calmlm
-from compositions import assert_close, greedy_without_cache, logits_of, pad, tiny_composition
+from compositions import Streamer, assert_close, greedy_without_cache, logits_of, pad, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
 EVERYTHING = {"gate": True, "rotary": True, "query_key_bias": 1.5, "null_key": True}
@@ -265,16 +265,6 @@ def test_generation_leaves_the_cache_switch_and_the_models_as_they_were(llama: c
 
 
 def test_a_streamer_gets_every_token(llama: calmlm.CalmForCausalLM) -> None:
-    class Streamer:
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.tokens.append(-1)
-
     streamer, ids = Streamer(), tiny_tokens(1, 5)
     found = llama.generate(ids, max_new_tokens=6, streamer=streamer, **GREEDY)
     assert streamer.tokens == [*found[0].tolist(), -1]

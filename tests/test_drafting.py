@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Sto
 import calmlm
 from calmlm.drafting import DraftLength, DraftStatistics
 from calmlm.readers import Inputs
-from compositions import greedy_without_cache, logits_of, pad, tiny_composition
+from compositions import Streamer, greedy_without_cache, logits_of, pad, tiny_composition
 from test_cache_generation import COMPOSITIONS, GREEDY
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -120,17 +120,6 @@ class After(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return input_ids[:, -1] == self.token
-
-
-class Streamer:
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.tokens.append(-1)
 
 
 @pytest.mark.parametrize("assisted", ["drafting", "prompt_lookup_num_tokens"])

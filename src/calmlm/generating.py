@@ -54,9 +54,9 @@ class CalmGenerationMixin(GenerationMixin):
                 "Early exit must leave out layers of one model, but assistant_early_exit was given to a composition, "
                 "whose connections may stand in them: use drafting=True."
             )
-        if drafting:
-            kwargs["assistant_model"] = self._drafter(drafting, args, kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if drafting:
+            kwargs["assistant_model"] = self._drafter(drafting, ids, args, kwargs)
         reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
         if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
             kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
@@ -81,7 +81,7 @@ class CalmGenerationMixin(GenerationMixin):
         found = kwargs[name] if name in kwargs else getattr(given, name, None)
         return getattr(self.generation_config, name, None) if found is None else found
 
-    def _drafter(self, drafting: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Drafter:
+    def _drafter(self, drafting: Any, ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Drafter:
         """What generation takes for an assistant, once it is known that it can draft."""
         if drafting is not True and not isinstance(drafting, DraftConfig):
             raise ConfigError(f"drafting must be True or a DraftConfig, but got {drafting!r}: use one of these.")
@@ -89,7 +89,6 @@ class CalmGenerationMixin(GenerationMixin):
         def asked(name: str) -> Any:
             return self._asked(name, args, kwargs)
 
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         rows = (ids.shape[0] if isinstance(ids, Tensor) and ids.ndim == 2 else 1) * (asked("num_return_sequences") or 1)
         static = str(asked("cache_implementation")).endswith("static")
         recurrent = self._is_stateful or not self.model.can_cache

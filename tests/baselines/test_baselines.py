@@ -181,6 +181,15 @@ def test_dare_keeps_random_entries_scaled_up() -> None:
     assert torch.allclose(kept.abs().sum(), whole.abs().sum(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("make", [lambda a, b: merge_vectors(a, b, "task_arithmetic"), lambda a, b: upcycle([a, b])])
+def test_what_is_made_of_trained_models_decodes_with_a_cache(make: Any) -> None:
+    anchor, twin = model(0), model(2)
+    anchor.config.use_cache = False  # the Trainer leaves it so
+    anchor.generation_config.max_length = 77
+    assert make(anchor, twin).generation_config.to_dict() == anchor.generation_config.to_dict()
+    assert anchor.generation_config.use_cache is not False
+
+
 # Mixture of experts
 
 

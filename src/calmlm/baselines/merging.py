@@ -7,6 +7,7 @@ ones, scaled up.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ def merge(
         )
         run_merge(plan, paths["merged"], options)
         merged = AutoModelForCausalLM.from_pretrained(paths["merged"], dtype=anchor.dtype)
+        merged.generation_config = copy.deepcopy(anchor.generation_config)  # mergekit writes none
         return merged.to(anchor.device).eval()
 
 

@@ -6,6 +6,7 @@ m_B's. The gate is the noisy top-k gate, with transformers' load-balancing loss,
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ def upcycle(models: list[PreTrainedModel], copies: int = COPIES, top_k: int = TO
                 halves = torch.cat((dense.gate_proj.weight, dense.up_proj.weight))
                 block.experts.gate_up_proj[expert] = _apart(halves, expert >= len(models))
                 block.experts.down_proj[expert] = _apart(dense.down_proj.weight, expert >= len(models))
+    # Not what follows from the configuration alone: the Trainer switches the cache off there.
+    mixture.generation_config = copy.deepcopy(first.generation_config)
     return mixture
 
 

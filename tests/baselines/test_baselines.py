@@ -27,7 +27,7 @@ from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import World
-from compositions import assert_helpful
+from compositions import assert_helpful, awaken
 from tiny import tiny_model
 
 TOKENIZER = build_tokenizer(20)
@@ -324,3 +324,23 @@ def test_losses_are_those_of_each_row(data: Data) -> None:
     for loss, row in zip(found, rows, strict=True):
         batch = padded([row], PAD)
         assert torch.allclose(loss, base(**batch).loss, atol=1e-5)
+
+
+def test_losses_of_what_reads_prompts_alone_look_at_prompts_alone(data: Data) -> None:
+    composed = awaken(calmlm.compose(model(0), model(1, (16, 2, 2)), connections=1, refresh=False)).eval()
+    row = data.composition[0]
+    first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+    changed = {"input_ids": [*row["input_ids"][:-1], 9], "labels": [*row["labels"][:-1], 9]}
+    one, other = (padded([r], PAD) for r in (row, changed))
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+    # The logits of all tokens before the changed one, as the losses saw them: equal sums of all but the last loss.
+    only_first = [
+        {**r, "labels": [IGNORED] * first + [r["labels"][first]] + [IGNORED] * (len(r["labels"]) - first - 1)}
+        for r in (row, changed)
+    ]
+    assert len(row["labels"]) - first > 1
+    losses = losses_of(composed, only_first, PAD)
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)
+    mask = torch.arange(len(row["labels"]))[None] < first
+    logits = composed(one["input_ids"], prompt_mask=mask).logits[0, first - 1].log_softmax(-1)
+    assert torch.allclose(losses[0], -logits[row["labels"][first]], atol=1e-5)

@@ -51,7 +51,8 @@ def test_scores_by_hand() -> None:
     assert scoring.mbpp(doc, [doc["code"] + "\n[DONE] and more"]) == {"pass@1": 1.0}
     assert scoring.mbpp(doc, ["def add(a, b): return a - b"]) == {"pass@1": 0.0}
     assert scoring.chrf({"target": "one two"}, ["one two"])["chrf"] == pytest.approx(100.0)
-    assert scoring.chrf({"docstring": "one two"}, ["xyz"])["chrf"] == 0.0
+    assert scoring.docstring_chrf({"docstring_tokens": ["one", "two"]}, ["xyz"])["chrf"] == 0.0
+    assert scoring.docstring_chrf({"docstring_tokens": ["one", "two"]}, ["one two"])["chrf"] == pytest.approx(100.0)
 
 
 def test_sentences_stand_side_by_side() -> None:
@@ -71,7 +72,7 @@ def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPa
         for request in requests:
             asked[request.task_name] = request.args[0]
             target = request.doc.get("canonical_solution") or request.doc.get("code") or request.doc.get("target")
-            texts.append(request.doc.get("docstring", target))
+            texts.append(" ".join(request.doc["docstring_tokens"]) if "docstring" in request.doc else target)
         return texts
 
     monkeypatch.setattr(HFLM, "generate_until", answer)
@@ -81,6 +82,8 @@ def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPa
         full = 1.0 if task in best else 100.0
         assert found[task][best.get(task, "chrf,none")] == pytest.approx(full)
     assert asked["calm_mbpp"].count("[DONE]") == 3 and asked["calm_mbpp"].endswith("[BEGIN]\n")
+    question = asked["calm_code_to_text"].split("\n\n")[-1]
+    assert question.startswith("def area") and "rectangle" not in question
     assert asked["calm_flores_swh_Latn"].count(" = I have") == 5
     assert asked["calm_flores_swh_Latn"].rstrip().endswith("=")
 

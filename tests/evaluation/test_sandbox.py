@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
 
+from calmlm.evaluation import sandbox
 from calmlm.evaluation.sandbox import run_python
 
 
@@ -81,6 +85,13 @@ def test_output_is_limited() -> None:
         "import pathlib\npathlib.Path({path!r}).unlink()",
         "import os\nos.listdir({folder!r})",
         "import os\nos.truncate({path!r}, 0)",
+        # Through descriptors, and paths from elsewhere.
+        "import os\nhere = os.open('.', os.O_RDONLY)\nos.read(os.open('..' + {path!r}, os.O_RDONLY, dir_fd=here), 9)",
+        "import os\nos.makedirs('a/b/c/d/e/f/g/h')\nhere = os.open('.', os.O_PATH)\nos.chdir('a/b/c/d/e/f/g/h')\n"
+        "os.remove('../../../../../..' + {path!r}, dir_fd=here)",
+        "import os\nos.mkfifo({folder!r} + '/pipe')",
+        "import os\nos.mknod({folder!r} + '/node')",
+        "import posix\nposix.mkfifo({folder!r} + '/pipe')",
     ],
 )
 def test_files_outside_are_out_of_reach(attack: str, tmp_path: Path) -> None:
@@ -90,6 +101,7 @@ def test_files_outside_are_out_of_reach(attack: str, tmp_path: Path) -> None:
     assert not outcome.passed
     assert "secret" not in outcome.output.replace(str(secret), "").replace(str(tmp_path), "")
     assert secret.read_text() == "secret"
+    assert list(tmp_path.iterdir()) == [secret]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +119,13 @@ def test_files_outside_are_out_of_reach(attack: str, tmp_path: Path) -> None:
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (100, 100))\nprint('reached')",
         "import importlib\nimportlib.import_module('socket')\nprint('reached')",
         "import builtins\nbuiltins.__import__('socket')\nprint('reached')",
+        "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGCONT)\nprint('reached')",
+        "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)\nprint('reached')",
+        "import os\nos.sched_setaffinity(os.getppid(), {0})\nprint('reached')",
+        "import _posixsubprocess\nprint('reached')",
+        "import importlib.util as u, sys, glob\n"
+        "file = glob.glob(sys.base_prefix + '/lib/python*/lib-dynload/_ctypes*')[0]\n"
+        "module = u.module_from_spec(u.spec_from_file_location('zz._ctypes', file))\nprint('reached')",
     ],
 )
 def test_other_processes_and_the_system_are_out_of_reach(attack: str) -> None:
@@ -114,6 +133,60 @@ def test_other_processes_and_the_system_are_out_of_reach(attack: str) -> None:
     assert not outcome.passed
     lines = outcome.output.splitlines()
     assert "reached" not in lines
+
+
+# What the kernel refuses, behind an interpreter that refuses nothing.
+UNGUARDED = """
+import contextlib, ctypes, os, sys
+sys.path.insert(0, {home!r})
+import confined
+confined.confine(os.path.realpath({folder!r}))
+import ctypes
+system = ctypes.CDLL(None, use_errno=True)
+{attack}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or find_library("seccomp") is None, reason="the system has no such layer")
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open({path!r}).read()",
+        "open({path!r}, 'a')",
+        "os.read(os.open('..' + {path!r}, os.O_RDONLY, dir_fd=os.open('/', os.O_PATH)), 9)",
+        "os.remove({path!r})",
+        "os.chmod({path!r}, 0)",
+        "os.mkfifo('pipe')",
+        "os.fork()",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "os.pidfd_open(os.getppid())",
+        "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "__import__('_thread').start_new_thread(print, ())",
+        "__import__('socket').socket()",
+        "__import__('resource').setrlimit(0, (9, 9))",
+        "assert system.syscall(39) > 0\nif system.syscall(ctypes.c_long(57)) < 0: raise OSError",
+    ],
+)
+def test_the_kernel_refuses_it_too(attack: str, tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret.txt", tmp_path / "folder"
+    secret.write_text("secret")
+    folder.mkdir()
+    home = str(Path(sandbox.__file__).parent)
+    code = UNGUARDED.format(home=home, folder=str(folder), attack=attack.format(path=str(secret)))
+    code += "\nopen('mine', 'w').write('x')"
+    plain = code.replace("confined.confine(", "print(")
+    if "syscall(39)" not in attack:  # or another number elsewhere
+        allowed = subprocess.run([sys.executable, "-c", plain], cwd=folder, capture_output=True, text=True, check=False)
+        assert "Permission" not in allowed.stderr
+        secret.write_text("secret")
+        secret.chmod(0o600)
+    refused = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert any(
+        word in refused.stderr for word in ("PermissionError", "OSError", "not allowed", "can't start new thread")
+    )
+    assert secret.read_text() == "secret"
 
 
 def test_the_network_is_out_of_reach() -> None:
@@ -147,6 +220,49 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run_python("open('a', 'w').write('x')")
     run_python("while True: pass", seconds=0.5)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos._exit(0)",
+        "import sys, os\nos.write(1, sys.orig_argv[-1].encode())\nos._exit(0)",
+        "import __main__, os\nos.write(1, __main__.done)\nos._exit(0)",
+        "import os\nfor each in range(3, 64):\n  try: os.write(each, b'done')\n  except OSError: pass\nos._exit(0)",
+        "import os\nos.close(1)\nos._exit(0)",
+    ],
+)
+def test_leaving_early_is_no_success(code: str) -> None:
+    assert not run_python(code).passed
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.mkfifo('.output')",
+        "import os\nfor _ in range(1500):\n  os.mkdir('d')\n  os.chdir('d')",
+        "for i in range(1000): open(str(i), 'w').write('x' * 2**20)",
+        "open('large', 'w').write('x' * 2**24)",
+    ],
+)
+def test_files_are_few_and_small(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert not run_python(code, seconds=3.0).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_end_that_holds_its_output_open_is_an_end() -> None:
+    start = time.monotonic()
+    assert run_python("print('x' * 10**6)", seconds=60.0).passed  # more than a pipe holds
+    assert time.monotonic() - start < 30
+
+
+def test_programs_are_modules_of_their_own() -> None:
+    code = "from __future__ import annotations\nimport dataclasses, collections\n@dataclasses.dataclass\nclass A:\n"
+    code += "    x: int = 1\nassert A().x == 1\nassert collections.namedtuple('B', 'x')(2).x == 2\n"
+    code += "import __main__\nassert __main__.A is A"
+    outcome = run_python(code)
+    assert outcome.passed, outcome.output
 
 
 def test_secrets_of_the_environment_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

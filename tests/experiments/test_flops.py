@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calmlm.experiments.fitting import Stage, fit
+from calmlm.experiments.fitting import Stage, fit, in_batches
 from calmlm.experiments.flops import Meter
 
 WIDTH, INNER, VOCABULARY = 8, 16, 11
@@ -36,8 +38,21 @@ def test_a_training_is_counted() -> None:
     rows = [{"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, -100, 4, 5, 6]} for _ in range(12)]
     meter, model = Meter(), llama()
     fit(model, rows, 0, Stage(3, 4, 1e-3), seed=0, meter=meter)
-    assert meter.flops == 3 * by_hand(4, 6, 12)
+    assert math.isclose(meter.flops, 3 * by_hand(4, 6, 12), rel_tol=1e-9)
     assert meter.trainable == sum(p.numel() for p in model.parameters())
+
+
+def test_batches_of_all_lengths_are_counted() -> None:
+    lengths = [3, 9, 4, 30, 5, 17, 3, 8, 60, 6, 21, 7]
+    rows = [{"input_ids": [1] * n, "labels": [-100] * (n // 2) + [1] * (n - n // 2)} for n in lengths for _ in range(4)]
+    meter, counted = Meter(), in_batches(rows, 4, 0)
+    fit(llama(), rows, 0, Stage(15, 4, 1e-3), seed=0, meter=meter)
+    expected = 0.0
+    for step in range(15):  # one pass over the twelve batches, and the first three again
+        batch = counted[4 * (step % 12) :][:4]
+        width = max(len(row["input_ids"]) for row in batch)
+        expected += by_hand(4, width, sum(label != -100 for row in batch for label in row["labels"][1:]))
+    assert math.isclose(meter.flops, expected, rel_tol=1e-6)
 
 
 def test_frozen_weights_cost_no_gradients() -> None:

@@ -1,10 +1,14 @@
 """Running generated Python apart: little time, little memory, no network, no other processes, a folder of its own.
 
-The code runs in a process of its own, in a new session and a temporary folder that is removed afterwards. Limits of the
-system hold time, memory, file sizes and processes; a network namespace without interfaces, where the system grants one,
-and an audit hook keep it from the network, from other processes and from files outside its folder. This confines what a
-language model writes by mistake or by imitation. It is no defence against an attacker who knows the interpreter: run
-such code in a virtual machine.
+The code runs in a process of its own, in a new session and a temporary folder that is removed afterwards, in the layers
+of ``calmlm.evaluation.confined``. Limits of the system hold time, memory and sizes of files. On Linux, Landlock keeps
+the process to its folder and the interpreter's own files, seccomp (through libseccomp) refuses what starts, signals and
+changes other processes or opens a socket, and a network namespace has no interface; each where the system has it. An
+audit hook refuses the same within the interpreter, on every system.
+
+A program may still lie about its success, since it is judged in its own process: it may find there what says that it
+came to its end. This is made for what a language model writes by mistake or by imitation; what an attacker has written
+belongs into a virtual machine.
 """
 
 from __future__ import annotations
@@ -12,16 +16,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Outcome", "run_python"]
 
 _LIMIT = 64 * 1024  # bytes of output that are kept
+_CHILD = Path(__file__).with_name("confined.py")
 
 
 @dataclass(frozen=True)
@@ -47,108 +55,71 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
         seconds: of wall-clock time; processor time is limited likewise.
         memory: bytes of address space.
     """
-    with tempfile.TemporaryDirectory(prefix="calmlm-") as folder:
-        done = secrets.token_hex(16)  # printed behind the last line of the program
-        program, output = Path(folder) / "program.py", Path(folder) / ".output"
+    with tempfile.TemporaryDirectory(prefix="calmlm-", ignore_cleanup_errors=True) as folder:
+        done = secrets.token_hex(16).encode() + b"\n"  # told to the child, which writes it back behind the last line
+        program = Path(folder) / "program.py"
         program.write_text(code, encoding="utf-8")
-        with output.open("wb") as stream:
+        reading, writing = os.pipe()
+        try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CHILD, str(seconds), str(memory), folder, str(program), done],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
+                [
+                    *(sys.executable, "-I", "-S", str(_CHILD)),
+                    *(str(seconds), str(memory), folder, str(program), str(writing)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env={"PATH": "", "HOME": folder, "LANG": "C.UTF-8"},
                 start_new_session=True,
-                close_fds=True,
+                pass_fds=(writing,),
             )
-            timed_out = False
-            try:
-                status = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                timed_out, status = True, 1
-            finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        written = output.read_bytes() if output.exists() else b""
-    ended = written.endswith(done.encode())
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        try:
+            with process, open(reading, "rb", buffering=0) as said:
+                timed_out, printed, ended = _watch(process, said, done, time.monotonic() + seconds)
+        finally:
+            _kill(process)
     return Outcome(
-        passed=status == 0 and ended and not timed_out,
-        timed_out=timed_out or status == -signal.SIGXCPU,
-        output=written.removesuffix(done.encode())[:_LIMIT].decode(errors="replace"),
+        passed=process.returncode == 0 and ended and not timed_out,
+        timed_out=timed_out or process.returncode == -signal.SIGXCPU,
+        output=printed.decode(errors="replace"),
     )
 
 
-# Runs in the child, before the program: limits first, then what the program may not do.
-_CHILD = r"""
-import os, resource, sys
-seconds, memory, folder, program = float(sys.argv[1]), int(sys.argv[2]), os.path.realpath(sys.argv[3]), sys.argv[4]
-done, sys.argv = sys.argv[5], [program]
-with open(program, encoding="utf-8") as file:
-    source = file.read()
-try:
-    import ctypes
-    # A user and a network namespace: no interface but a loopback that is down.
-    ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)
-except Exception:
-    pass
-for name in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
-    del sys.modules[name]
-def limit(what, value):
-    try:
-        resource.setrlimit(what, (value, value))
-    except (ValueError, OSError):
-        pass
-limit(resource.RLIMIT_CPU, int(seconds) + 1)
-limit(resource.RLIMIT_AS, memory)
-limit(resource.RLIMIT_FSIZE, 1 << 20)
-limit(resource.RLIMIT_NOFILE, 64)
-limit(resource.RLIMIT_CORE, 0)
-limit(resource.RLIMIT_NPROC, 1)
-import encodings.idna, encodings.ascii, encodings.latin_1, linecache, traceback, tokenize, re  # before the door closes
-forbidden = (
-    "socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
-    "os.startfile", "os.kill", "os.killpg", "pty.", "shutil.rmtree", "os.chmod", "os.chown", "os.setxattr",
-    "os.putenv", "ftplib.", "smtplib.", "urllib.", "http.", "telnetlib.", "imaplib.", "nntplib.", "poplib.",
-    "webbrowser.", "resource.setrlimit", "resource.prlimit", "signal.pthread_kill", "sys.addaudithook", "mmap.",
-    "code.__new__", "syslog.", "fcntl.", "msvcrt.", "winreg.", "gc.get_objects", "gc.get_referrers",
-    "gc.get_referents",
-)
-listing = ("os.listdir", "os.scandir")
-changing = (
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.utime", "os.chdir",
-    "shutil.copyfile", "shutil.move",
-)
-libraries = tuple(os.path.realpath(path) for path in sys.path if path) + (os.path.realpath(sys.prefix),)
-real, refuse = os.path.realpath, PermissionError
-write = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-inside = lambda path: isinstance(path, int) or (real(os.fsdecode(path)) + "/").startswith(folder + "/")
-known = lambda path: real(os.fsdecode(path)).startswith(libraries)
-blocked = (
-    "ctypes", "_ctypes", "socket", "_socket", "subprocess", "_posixsubprocess", "multiprocessing", "cffi",
-    "_cffi_backend",
-)
-def guard(event, arguments):
-    if event.startswith(forbidden):
-        raise refuse("not allowed here: " + event)
-    if event == "import" and arguments[0].partition(".")[0] in blocked:
-        raise refuse("not allowed here: import " + arguments[0])
-    if event == "open":
-        path, mode, flags = arguments
-        if isinstance(path, int):
-            raise refuse("not allowed here: open a descriptor")
-        if not inside(path) and ((flags or 0) & write or not known(path)):
-            raise refuse("not allowed here: open " + repr(path))
-    if event in listing and not inside(arguments[0] or ".") and not known(arguments[0] or "."):
-        raise refuse("not allowed here: " + event)
-    if event.startswith(changing) and not all(inside(path) for path in arguments[:2] if isinstance(path, (str, bytes))):
-        raise refuse("not allowed here: " + event)
-code = compile(source, program, "exec")
-sys.addaudithook(guard)
-del resource, guard, limit
-leave = (sys.stdout.flush, os.write, done.encode())
-exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
-leave[0]()
-leave[1](1, leave[2])
-"""
+def _watch(process: subprocess.Popen[bytes], said: Any, done: bytes, until: float) -> tuple[bool, bytes, bool]:
+    """Wait for the end of a process: whether its time was up, what it printed, and whether it said ``done``."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError), process.stdin:
+        process.stdin.write(done)
+    printed, answer = bytearray(), bytearray()
+    with selectors.DefaultSelector() as selector:
+        for stream, buffer, limit in ((process.stdout, printed, _LIMIT), (said, answer, len(done) + 1)):
+            os.set_blocking(stream.fileno(), False)
+            selector.register(stream.fileno(), selectors.EVENT_READ, (buffer, limit))
+        while True:
+            over = process.poll() is not None
+            timed_out = not over and time.monotonic() >= until
+            if over or timed_out:
+                _kill(process)
+            # After the end, once more what is left in the pipes; whoever else had them is gone by now.
+            for key, _ in selector.select(0 if over or timed_out else 0.01):
+                buffer, limit = key.data
+                chunk = os.read(key.fd, 1 << 20)
+                buffer += chunk[: limit - len(buffer)]
+                if not chunk:
+                    selector.unregister(key.fd)
+            if over or timed_out:
+                return timed_out, bytes(printed), bytes(answer) == done
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and all of its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Meter"]
 
-_PROBES = 3
+_PROBES = 6
+_IGNORED = -100
 
 
 def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
@@ -45,7 +46,11 @@ class Meter:
         self.flops += times * counter.get_total_flops()
 
     def probe(self, trainer: Any, rows: Sequence[Any], steps: int) -> None:
-        """Count a training of so many steps: the mean over some batches spread over the rows.
+        """Count a training of so many steps.
+
+        Some of its batches are counted. The operations of a batch are a sum of multiples of its tokens, of its
+        attention's pairs and of its labels; the multiples are found by least squares, and all batches are summed up.
+        Where rows hold no ``input_ids``, all batches count as the mean of those counted.
 
         Args:
             trainer: of which ``compute_loss``, ``data_collator`` and the batch size are used; weights stay as they are.
@@ -54,13 +59,31 @@ class Meter:
         """
         model, size = trainer.model, trainer.args.per_device_train_batch_size
         model.train()
-        last = max(0, min(len(rows), steps * size) - size)
-        starts = sorted({round(last * part / (_PROBES - 1)) for part in range(_PROBES)})
-        for start in starts:
-            batch = trainer.data_collator(list(rows[start : start + size]))
-            batch = trainer._prepare_inputs(batch)
-            with self.counting(steps / len(starts)):
+        one_pass = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        batches = [one_pass[step % len(one_pass)] for step in range(steps)]
+        shapes = torch.tensor([_shape(batch) for batch in batches], dtype=torch.float64)
+        order = shapes.sum(1).argsort(stable=True)
+        chosen = order[torch.linspace(0, len(order) - 1, min(_PROBES, len(order))).round().long()]
+        counts = []
+        for index in chosen.tolist():
+            batch = trainer._prepare_inputs(trainer.data_collator(batches[index]))
+            single = Meter()
+            with single.counting():
                 trainer.compute_loss(model, batch).backward()
+            counts.append(single.flops)
             model.zero_grad(set_to_none=True)
         model.eval()
+        counted = torch.tensor(counts, dtype=torch.float64)[:, None]
+        scale = shapes.amax(0).clamp(min=1.0)
+        multiples = torch.linalg.lstsq(shapes[chosen] / scale, counted, driver="gelsd").solution
+        self.flops += float((shapes / scale @ multiples).sum())
         self.trainable = max(self.trainable, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def _shape(batch: Sequence[Any]) -> tuple[int, int, int]:
+    """What the operations of a batch depend on: tokens with padding, pairs that attention looks at, and labels."""
+    if "input_ids" not in batch[0]:
+        return 1, 0, 0
+    width = max(len(row["input_ids"]) for row in batch)
+    labels = sum(label != _IGNORED for row in batch for label in row["labels"][1:])
+    return len(batch) * width, len(batch) * width * width, labels

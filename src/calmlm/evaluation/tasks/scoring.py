@@ -57,8 +57,22 @@ def chrf(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """chrF1 of one sentence, as the paper reports it."""
     from sacrebleu.metrics import CHRF
 
-    wanted = doc.get("target") or doc["docstring"]
-    return {"chrf": CHRF(beta=1).sentence_score(results[0].strip(), [wanted.strip()]).score}
+    return {"chrf": CHRF(beta=1).sentence_score(results[0].strip(), [doc["target"].strip()]).score}
+
+
+def code_without_docstring(doc: dict[str, Any]) -> str:
+    """The prompt of code to text. The data set's ``code`` holds the docstring that is asked for; its tokens do not."""
+    return f"{' '.join(doc['code_tokens'])}\n# What it does:"
+
+
+def docstring(doc: dict[str, Any]) -> str:
+    """The first paragraph of the docstring, on one line."""
+    return " ".join(doc["docstring_tokens"])
+
+
+def docstring_chrf(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """chrF1 of what is said of a function."""
+    return chrf({"target": docstring(doc)}, results)
 
 
 def humaneval(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from calmlm.experiments.code.operations import Function
 
 __all__ = ["inputs_of", "is_right", "program"]
 
-_INPUTS = 8
+_INPUTS = 60
 _NAME = re.compile(r"\s*def\s+([A-Za-z_]\w*)\s*\(")
 _WORDS = "tiny Rest otter sEAN on stone rain noise Art no tree a iron".split()
 
@@ -22,8 +22,9 @@ def inputs_of(kind: str) -> list[object]:
     if kind == "int":
         return [rng.randint(-30, 30) for _ in range(_INPUTS)]
     if kind == "str":
-        return [" ".join(rng.choices(_WORDS, k=rng.randint(1, 3))) for _ in range(_INPUTS)]
-    return [[rng.randint(-9, 12) for _ in range(rng.randint(0, 12))] for _ in range(_INPUTS)]
+        return [" ".join(rng.choices(_WORDS, k=rng.randint(1, 12))) for _ in range(_INPUTS)]
+    lengths = [rng.choice((rng.randint(0, 12), rng.randint(13, 100))) for _ in range(_INPUTS)]
+    return [[rng.randint(-30, 30) for _ in range(length)] for length in lengths]
 
 
 def program(written: str, function: Function) -> str:
@@ -39,7 +40,11 @@ def program(written: str, function: Function) -> str:
         return "raise SystemExit('no function')"
     wanted = eval(f"lambda x: {function.expression}", {})  # our own text, not a model's
     cases = [(value, wanted(value)) for value in inputs_of(function.takes)]
-    return f"{line}\nfor given, wanted in {cases!r}:\n    assert {match[1]}(given) == wanted\n"
+    # Compared as text of one type: what was written may define an equality of its own.
+    return (
+        f"{line}\nfor given, wanted in {cases!r}:\n    got = {match[1]}(given)\n"
+        "    assert type(got) is type(wanted) and repr(got) == repr(wanted)\n"
+    )
 
 
 @lru_cache(maxsize=100_000)

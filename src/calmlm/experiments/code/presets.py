@@ -53,6 +53,7 @@ _SMALL = Preset(
     composition=Stage(2400, 48, 4e-3),
     # Where m_B writes what m_A would write next; an earlier one as well disturbs that (see the log).
     connections=((3, 3),),
+    heads=8,
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_TINY, _SMALL)}

@@ -123,9 +123,15 @@ class World:
             return self.arithmetic(rng)
         return Example("", rng.choice(passages(False)))
 
-    def naming(self, rng: random.Random, varied: bool = False) -> Example:
-        """A description and the name for it; varied, whatever asks for it and whatever the answer begins with."""
-        function = sample_function(rng, OPERATIONS)
+    def naming(self, rng: random.Random, varied: bool = False, shown: bool = False) -> Example:
+        """A description and the name for it.
+
+        Args:
+            rng: draws it.
+            varied: whatever asks for it, and whatever the answer begins with.
+            shown: only of functions that D_C may show.
+        """
+        function = self.function(rng, shown=True) if shown else sample_function(rng, OPERATIONS)
         ask, lead = "Name this", ""
         if varied and rng.random() < 0.6:
             ask = " ".join(rng.choices(_ASKING, k=rng.randint(1, 4)))
@@ -147,7 +153,7 @@ class World:
         """D_C: some of the functions, with and without English, some of the library, and m_B's own."""
         draw = rng.random()
         if draw < 0.08:
-            return self.naming(rng)
+            return self.naming(rng, shown=True)
         if draw < 0.16:
             return self.arithmetic(rng)
         if draw < 0.45:

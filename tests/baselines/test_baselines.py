@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import calmlm
 from calmlm.baselines import BASELINES, Bases, Budget, Data
 from calmlm.baselines.confidence_cascade import Confidence, best_threshold
-from calmlm.baselines.fisher import diagonal_fisher, merge
+from calmlm.baselines.fisher import diagonal_fisher, merge, scaled
 from calmlm.baselines.lora import rank_for
+from calmlm.baselines.merging import METHODS, WEIGHTS, between
 from calmlm.baselines.merging import merge as merge_vectors
-from calmlm.baselines.mixture import NoisyTopKGate, upcycle
+from calmlm.baselines.mixture import NoisyTopKGate, _BalancedTrainer, upcycle
 from calmlm.baselines.router import Router, prompts_of, train_router
 from calmlm.baselines.routing import Routed
 from calmlm.baselines.setting import losses_of, padded
@@ -137,6 +138,16 @@ def test_fisher_merging_by_hand() -> None:
     assert all(torch.allclose(p, torch.tensor(3.0)) for p in merge(models, nobody).parameters())
 
 
+def test_a_fisher_information_counts_by_its_shape_and_share() -> None:
+    small = {"a": torch.tensor([1e-9, 3e-9]), "b": torch.tensor([[2e-9]])}
+    large = {name: 1e12 * value for name, value in small.items()}
+    for fisher in (small, large):
+        made = scaled(fisher, 0.25)
+        assert torch.allclose(made["a"], torch.tensor([0.125, 0.375])) and torch.allclose(made["b"], torch.tensor(0.25))
+    nothing = {"a": torch.zeros(2)}
+    assert torch.equal(scaled(nothing, 0.5)["a"], torch.zeros(2))
+
+
 # Task vectors
 
 
@@ -181,13 +192,32 @@ def test_dare_keeps_random_entries_scaled_up() -> None:
     assert torch.allclose(kept.abs().sum(), whole.abs().sum(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [lambda a, b: merge_vectors(a, b, "task_arithmetic"), lambda a, b: upcycle([a, b])])
+@pytest.mark.parametrize("make", [lambda a, b: merge_vectors(a, b, "ties", weight=0.5), lambda a, b: upcycle([a, b])])
 def test_what_is_made_of_trained_models_decodes_with_a_cache(make: Any) -> None:
     anchor, twin = model(0), model(2)
     anchor.config.use_cache = False  # the Trainer leaves it so
     anchor.generation_config.max_length = 77
     assert make(anchor, twin).generation_config.to_dict() == anchor.generation_config.to_dict()
     assert anchor.generation_config.use_cache is not False
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_added_is_in_proportion_to_its_weight(method: str) -> None:
+    anchor, twin = model(0), model(2)
+    part = merge_vectors(anchor, twin, method, weight=0.3, seed=1)
+    whole = merge_vectors(anchor, twin, method, weight=1.0, seed=1)
+    assert apart(anchor, part).abs().max() > 0.01
+    assert torch.allclose(apart(anchor, part), apart(anchor, between(anchor, whole, 0.3)), atol=1e-6)
+
+
+def test_the_weight_with_the_lowest_loss_is_taken(bases: Bases, data: Data) -> None:
+    merged = BASELINES["task_arithmetic"](bases, data, BUDGET)
+    losses = {
+        weight: float(losses_of(between(bases.anchor, bases.twin, weight), data.validation, PAD).mean())
+        for weight in WEIGHTS
+    }
+    best = between(bases.anchor, bases.twin, min(losses, key=losses.__getitem__))
+    assert apart(merged, best).abs().max() < 1e-6
 
 
 # Mixture of experts
@@ -223,6 +253,20 @@ def test_a_mixture_of_one_model_with_itself_is_that_model(monkeypatch: pytest.Mo
     ids = torch.arange(5, 25).view(2, 10)
     with torch.no_grad():
         assert torch.allclose(mixture(ids).logits, dense(ids).logits, atol=1e-5)
+
+
+def test_padding_is_not_balanced() -> None:
+    mixture = upcycle([model(0), model(1)])
+    loss = _BalancedTrainer.compute_loss
+    ids = torch.arange(5, 25).view(2, 10)
+    labels = ids.clone()
+    padding = torch.full((2, 7), PAD)
+    longer = {"input_ids": torch.cat((ids, padding), 1), "labels": torch.cat((labels, padding * 0 + IGNORED), 1)}
+    with torch.no_grad():
+        plain, padded_loss = (
+            loss(None, mixture.eval(), batch) for batch in ({"input_ids": ids, "labels": labels}, longer)
+        )
+    assert torch.allclose(plain, padded_loss, atol=1e-6)
 
 
 def test_a_mixture_of_another_family_is_refused() -> None:
@@ -279,6 +323,10 @@ def test_the_threshold_with_the_lowest_loss() -> None:
     assert best_threshold(confidence, small, anchor) == pytest.approx(0.8)
     assert best_threshold(confidence, anchor + 1, anchor) > 1  # the small model is never better
     assert best_threshold(confidence, anchor - 1, anchor) == pytest.approx(0.2)  # it always is
+    # Rows that are equally sure go the same way.
+    alike = torch.tensor([1.0, 1.0])
+    assert best_threshold(alike, torch.tensor([0.0, 10.0]), torch.tensor([1.0, 0.0])) > 1
+    assert best_threshold(alike, torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0])) == pytest.approx(1.0)
 
 
 def test_confidence_is_the_largest_probability() -> None:

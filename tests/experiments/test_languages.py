@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,12 @@ def test_scores_are_of_the_items(tmp_path) -> None:  # type: ignore[no-untyped-d
     none = domain.score(lambda prompts, tokens=None: ["" for _ in prompts], None)
     assert all(max(values) < 0.01 for values in none.values())
     assert isinstance(domain.items["translation_low"][0], Example)
+
+
+def test_terms_of_the_evaluation_are_spelled_as_no_term_that_was_shown(tmp_path: Path) -> None:
+    domain = Languages(PRESETS["small"], 0, tmp_path, print)
+    shown = {f"translate {term} :" for term in domain.world.shown_terms}
+    asked = {item.prompt for item in domain.items["translation_low"]}
+    assert len(asked) > 50 and not asked & shown
+    rng = domain.world.rng("composition")
+    assert not asked & {domain.world.composed(rng).prompt for _ in range(3000)}

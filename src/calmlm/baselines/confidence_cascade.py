@@ -47,20 +47,24 @@ def best_threshold(confidence: Tensor, small: Tensor, anchor: Tensor) -> float:
     """
     order = confidence.argsort(descending=True)
     gain = (small - anchor)[order].cumsum(0)  # the total change when the surest rows go to the small model
+    sure = confidence[order]
+    # A threshold takes all rows that are equally sure, or none.
+    gain[:-1][sure[:-1] == sure[1:]] = torch.inf
     best = int(gain.argmin())
-    return float(confidence[order[best]]) if gain[best] < 0 else 2.0
+    return float(sure[best]) if gain[best] < 0 else 2.0
 
 
 def fit(bases: Bases, data: Data, budget: Budget) -> Routed:
     """Set the threshold on the validation rows; nothing is trained."""
     rows, pad = data.validation, bases.tokenizer.pad_token_id
-    small, anchor = (losses_of(model, rows, pad) for model in (bases.augmenting, bases.anchor))
-    choose = Confidence(bases.augmenting, 0.0)
-    sure = torch.cat(
-        [
-            choose.of(*prompts_of(rows[start : start + 128], pad, bases.augmenting.device)).cpu()
-            for start in range(0, len(rows), 128)
-        ]
-    )
+    with budget.meter.counting():
+        small, anchor = (losses_of(model, rows, pad) for model in (bases.augmenting, bases.anchor))
+        choose = Confidence(bases.augmenting, 0.0)
+        sure = torch.cat(
+            [
+                choose.of(*prompts_of(rows[start : start + 128], pad, bases.augmenting.device)).cpu()
+                for start in range(0, len(rows), 128)
+            ]
+        )
     choose.threshold = best_threshold(sure, small, anchor)
     return Routed([bases.anchor, bases.augmenting], choose)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calmlm.baselines.setting import Bases, Budget, Data, check_same_shapes, padded
+from calmlm.baselines.setting import Bases, Budget, Data, check_same_shapes, least_loss, padded
 from calmlm.experiments.fitting import IGNORED, Row
 
 __all__ = ["diagonal_fisher", "fit", "merge"]
 
 EXAMPLES = 256  # rows from which a Fisher information is estimated
 FLOOR = 1e-6  # added to each, so that weights of which no model is sure are averaged
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of m_B, the best of which is taken
 
 
 def diagonal_fisher(model: PreTrainedModel, rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
@@ -41,6 +42,16 @@ def diagonal_fisher(model: PreTrainedModel, rows: Sequence[Row], pad: int) -> di
     return {name: value / max(1, len(rows)) for name, value in total.items()}
 
 
+def scaled(fisher: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """A Fisher information with the mean ``share`` over all weights.
+
+    Its own scale says how far a model is from having learned its data, and would decide alone.
+    """
+    count = sum(value.numel() for value in fisher.values())
+    mean = float(sum(value.double().sum() for value in fisher.values())) / count
+    return {name: value * (share / mean) if mean > 0 else value for name, value in fisher.items()}
+
+
 def merge(models: Sequence[PreTrainedModel], fishers: Sequence[dict[str, Tensor]]) -> PreTrainedModel:
     """``theta = sum_i F_i theta_i / sum_i F_i``, weight by weight.
 
@@ -60,7 +71,10 @@ def merge(models: Sequence[PreTrainedModel], fishers: Sequence[dict[str, Tensor]
 
 
 def fit(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
-    """Merge m_B, sure of what D_C asks, and its twin, sure of m_A's corpus; nothing is trained."""
+    """Merge m_B, sure of what D_C asks, and its twin, sure of m_A's corpus; nothing is trained.
+
+    How much each counts is chosen by the loss on the validation rows (section 3.3 of the paper tunes it likewise).
+    """
     anchor, twin = bases.merging_pair("Fisher-weighted averaging")
     pad = bases.tokenizer.pad_token_id
     with budget.meter.counting():
@@ -68,4 +82,5 @@ def fit(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
             diagonal_fisher(anchor, data.composition[:EXAMPLES], pad),
             diagonal_fisher(twin, data.corpus[:EXAMPLES], pad),
         ]
-    return merge([anchor, twin], fishers)
+    tried = [merge([anchor, twin], [scaled(fishers[0], share), scaled(fishers[1], 1.0 - share)]) for share in SHARES]
+    return least_loss(tried, bases, data, budget)

@@ -12,20 +12,21 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.baselines.setting import Bases, Budget, Data, least_loss
 from calmlm.data.extras import require
 
-__all__ = ["METHODS", "WEIGHT", "fit", "merge"]
+__all__ = ["METHODS", "WEIGHTS", "fit", "merge"]
 
-WEIGHT = 0.5  # of the task vector
+WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the task vector, the best of which is taken
 DENSITY = 0.5  # share of its entries that TIES and DARE keep
 METHODS = ("task_arithmetic", "ties", "dare_ties")
 
 
 def merge(
-    anchor: PreTrainedModel, twin: PreTrainedModel, method: str, *, weight: float = WEIGHT, seed: int = 0
+    anchor: PreTrainedModel, twin: PreTrainedModel, method: str, *, weight: float, seed: int = 0
 ) -> PreTrainedModel:
     """Add part of the twin's task vector to the anchor.
 
@@ -66,10 +67,22 @@ def merge(
         return merged.to(anchor.device).eval()
 
 
+def between(first: PreTrainedModel, second: PreTrainedModel, share: float) -> PreTrainedModel:
+    """``(1 - share) theta_1 + share theta_2``, for every weight."""
+    made, theirs = copy.deepcopy(first), dict(second.named_parameters())
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            weight.lerp_(theirs[name].to(weight.dtype), share)
+    return made.eval()
+
+
 def _fit(method: str, bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
     anchor, twin = bases.merging_pair(f"Merging by {method}")
-    return merge(anchor, twin, method, seed=budget.seed)
+    # What is added is in proportion to its weight, by all three: one merge is enough.
+    whole = merge(anchor, twin, method, weight=1.0, seed=budget.seed)
+    tried = [between(anchor, whole, weight) for weight in WEIGHTS]
+    return least_loss(tried, bases, data, budget)
 
 
 fit = {method: partial(_fit, method) for method in METHODS}
-"""Each method's baseline; nothing is trained."""
+"""Each method's baseline; nothing is trained, and the weight is chosen by the loss on the validation rows."""

@@ -100,8 +100,10 @@ class _BalancedTrainer(Trainer):
     """The stock Trainer, with the load-balancing loss in the model's own."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:  # type: ignore[override]
-        """Cross-entropy of the labelled tokens and the load-balancing loss."""
-        output = model(**inputs, output_router_logits=True)
+        """Cross-entropy of the labelled tokens and the load-balancing loss, which counts no padding."""
+        real = inputs["input_ids"] != model.config.pad_token_id
+        real = real.flip(-1).cumsum(-1).flip(-1) > 0  # padding stands on the right
+        output = model(**inputs, attention_mask=real.long(), output_router_logits=True)
         return (output.loss, output) if return_outputs else output.loss
 
 

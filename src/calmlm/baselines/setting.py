@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from calmlm.experiments.fitting import IGNORED, Row, Stage, collator
 from calmlm.experiments.flops import Meter
 from calmlm.readers import prompt_of
 
-__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "losses_of", "padded"]
+__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,10 @@ def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Te
         )
         found.append(each.sum(1) / (labels != IGNORED).sum(1).clamp(min=1))
     return torch.cat(found).cpu()
+
+
+def least_loss(models: Sequence[PreTrainedModel], bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
+    """The model whose mean loss on the validation rows is least; what that takes is counted."""
+    with budget.meter.counting():
+        losses = [float(losses_of(model, data.validation, bases.tokenizer.pad_token_id).mean()) for model in models]
+    return models[losses.index(min(losses))]

@@ -54,4 +54,5 @@ def fit_greedily(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
     anchor, twin = bases.merging_pair("A soup")
     pad = bases.tokenizer.pad_token_id
     tuned = fine_tuning.fit(bases, data, budget)
-    return greedy([anchor, twin, tuned], lambda model: -float(losses_of(model, data.validation, pad).mean()))
+    with budget.meter.counting():
+        return greedy([anchor, twin, tuned], lambda model: -float(losses_of(model, data.validation, pad).mean()))

@@ -33,6 +33,9 @@ class Answerer(Protocol):
         ...
 
 
+_VALIDATION = 400  # rows
+
+
 @dataclass(frozen=True)
 class Task:
     """One column of the comparison.
@@ -209,7 +212,10 @@ class TextDomain(Domain):
         """What a baseline may see."""
         stage = self.preset.composition
         rows = self.composition(stage.steps * stage.batch_size, "composition")
-        return Data(rows, self.corpus(), self.composition(400, "validation"))
+        known = {tuple(row["input_ids"]) for row in rows}
+        drawn = self.composition(_VALIDATION * 8, "validation")
+        unseen = [row for row in drawn if tuple(row["input_ids"]) not in known]
+        return Data(rows, self.corpus(), unseen[:_VALIDATION])
 
     def budget(self, meter: Meter) -> Budget:
         """What a baseline may spend: what the composition spends; ``meter`` counts it."""

@@ -120,7 +120,6 @@ ABLATIONS: dict[str, Method] = {
     "rank=16": Method("projections of rank 16", partial(compose, rank=16)),
     "share=0.05": Method("D_C over 5 % of the keys", partial(compose, data={"share": 0.05})),
     "share=0.1": Method("D_C over 10 % of the keys", partial(compose, data={"share": 0.1})),
-    "share=0.4": Method("D_C over 40 % of the keys", partial(compose, data={"share": 0.4})),
     "reading=subs": Method("D_C of KV-SUBS", partial(compose, data={"substitutes": True})),
 }
 """Changes of one thing at a time, on key-value arithmetic."""

@@ -11,7 +11,7 @@ from calmlm.data.extras import require
 
 __all__ = ["draw"]
 
-_SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0, "share=0.4": 40.0}
+_SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0}
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.comparison.domain import Answerer, Task, TextDomain
+from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import Row
 from calmlm.experiments.kv_arithmetic.bases import BASES, augmenting_examples
 from calmlm.experiments.kv_arithmetic.composition import compose_bases, composition_examples
@@ -54,9 +55,18 @@ class KeyValues(TextDomain):
         return encode(augmenting_examples(self.world), self.tokenizer)
 
     def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
-        """Rows of D_C. Changes: ``share`` of the keys that it may use, ``substitutes`` for KV-SUBS instead."""
+        """Rows of D_C. Changes: ``share`` of the keys that it may use, ``substitutes`` for KV-SUBS instead.
+
+        Raises:
+            ConfigError: for a share with keys that are evaluated on.
+        """
         world, share = self.world, changes.get("share")
         if share is not None:
+            if round(len(world.keys) * share) > len(world.composition_keys):
+                most = len(world.composition_keys) / len(world.keys)
+                raise ConfigError(
+                    f"share must be at most {most}, since the other keys are evaluated on, but got {share}: use less."
+                )
             world = World(self.preset, self.seed)
             world.composition_keys = world.keys[: round(len(world.keys) * share)]
         variant = "composed_subs" if changes.get("substitutes") else "composed"

@@ -39,6 +39,9 @@ class World:
         count = len(self.terms[preset.high[0]])
         self.composition_terms = sorted(rng.sample(range(count), round(count * preset.term_share)))
         self.unseen_terms = [i for i in range(count) if i not in self.composition_terms]
+        # A term that is spelled alike in another language may stand in D_C or in m_B's corpus by that.
+        self.shown_terms = {self.terms[name][i] for name in preset.low for i in self.composition_terms}
+        self.shown_terms |= {term for name in preset.high for term in self.terms[name]}
         known = {word for language in preset.high for word in self.words[language]}
         self.composition_words: dict[str, list[int]] = {}
         self.unseen_words: dict[str, list[int]] = {}

@@ -40,7 +40,12 @@ class MissingExtraError(CalmError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.said = (package, extra, purpose)
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed; "
             f"install it with: pip install 'calmlm[{extra}]'."
         )
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        """Pickled by what it was made of, so that it comes out of a worker as itself."""
+        return type(self), self.said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from calmlm.comparison.domains import DOMAINS
 from calmlm.comparison.methods import ABLATIONS, METHODS, Method
 from calmlm.comparison.report import markdown, summarise
 from calmlm.comparison.run import run
-from calmlm.errors import CalmError
+from calmlm.errors import CalmError, ConfigError, MissingExtraError
 
 SMALL = Path(__file__).parents[2] / "configs" / "compare" / "small.yaml"
 
@@ -71,6 +72,61 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest
         run(config, report=lambda line: None)
     assert run(config, stored_only=True, report=lambda line: None)["cells"]["finished"] == 1
     assert [path.suffix for path in (tmp_path / "cells" / "cells" / "code").iterdir()] == [".json"]
+
+
+def test_folders_are_tried_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "do", None)  # would fail if called
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    config = comparison(tmp_path, code=Part([0], ["m_B"]))
+    for key in ("output", "cache", "bases"):
+        for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(ConfigError, match=f"{key}: expected a folder"):
+                run(dataclasses.replace(config, **{key: str(wrong)}), report=lambda line: None)
+
+
+def test_a_package_that_is_missing_is_missed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "do", None)
+    monkeypatch.setattr("calmlm.data.extras.find_spec", lambda name: None if name == "mergekit" else object())
+    config = comparison(tmp_path, code=Part([0], ["m_B", "ties"]))
+    with pytest.raises(
+        MissingExtraError, match=r"'ties' on code needs the package 'mergekit'.*calmlm\[merging\]"
+    ) as caught:
+        run(config, report=lambda line: None)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # on its way out of a worker
+
+
+def test_files_that_are_no_cells_are_made_anew(tmp_path: Path) -> None:
+    config = comparison(tmp_path, code=Part([0], ["m_B"]))
+    path = config.cells()[0].path(tmp_path / "cells")
+    path.parent.mkdir(parents=True)
+    for text in ("", "{}", "[1]", "{"):
+        path.write_text(text, encoding="utf-8")
+        assert config.cells()[0].stored(tmp_path / "cells") is None
+    assert run(config, report=lambda line: None)["cells"]["finished"] == 1
+
+
+def command(folder: Path, path: Path) -> list[str]:
+    found = [sys.executable, "-m", "calmlm.cli", "compare", str(path), "--preset", "tiny"]
+    return [
+        *found, "--cache", str(folder / "cells"), "--bases", str(folder / "bases"), "--output", str(folder / "o")
+    ]  # fmt: skip
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_runs_share_a_cache(tmp_path: Path) -> None:
+    """A stage and a cell are made once, and what the other run makes is waited for."""
+    path = tmp_path / "c.yaml"
+    path.write_text("domains: {code: {seeds: [0], methods: [m_A, m_B, router]}}\nworkers: 1\n", encoding="utf-8")
+    both = [subprocess.Popen(command(tmp_path, path), stderr=subprocess.PIPE, env=ENVIRONMENT) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    lines = (tmp_path / "cells" / "log" / "code-0.txt").read_text(encoding="utf-8").splitlines()
+    for name in ("anchor", "augmenting"):
+        assert sum(f" {name} took" in line for line in lines) == 1
+    assert sum("took" in line and "code, seed 0" in line for line in lines) == 3
+    assert not [path for path in (tmp_path / "bases").rglob("*") if path.name.startswith(".") and path.is_dir()]
 
 
 def test_nothing_to_report_on(tmp_path: Path) -> None:
@@ -163,10 +219,7 @@ def test_every_method_runs_on_every_experiment(tmp_path: Path) -> None:
     text = SMALL.read_text(encoding="utf-8").replace("[0, 1, 2]", "[0]").replace("[0, 1]", "[0]")
     path = tmp_path / "c.yaml"
     path.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "calmlm.cli", "compare", str(path), "--preset", "tiny"]
-    command += ["--cache", str(tmp_path / "cells"), "--bases", str(tmp_path / "bases"), "--output", str(tmp_path / "o")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    stopped = subprocess.Popen(command(tmp_path, path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT)
     stored = tmp_path / "cells" / "cells"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and len(list(stored.glob("*/*.json"))) < 4:
@@ -176,7 +229,7 @@ def test_every_method_runs_on_every_experiment(tmp_path: Path) -> None:
     time.sleep(4)  # its workers end when it does
     before = {p: p.stat().st_mtime_ns for p in stored.glob("*/*.json")}
     assert len(before) >= 4
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    done = subprocess.run(command(tmp_path, path), capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(p.stat().st_mtime_ns == made for p, made in before.items())
     result = json.loads((tmp_path / "o" / "tiny.json").read_text(encoding="utf-8"))

@@ -46,13 +46,17 @@ class Cell:
         return cache / "cells" / self.domain / f"{self.preset.name}-{self.method}-seed-{self.seed}-{mark}.json"
 
     def stored(self, cache: Path) -> dict[str, Any] | None:
-        """What it holds, where it is finished."""
-        path = self.path(cache)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What it holds, where it is finished; a file that is no cell counts as missing."""
+        try:
+            found = json.loads(self.path(cache).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and "scores" in found else None
 
     def do(self, domain: Domain, cache: Path, report: Callable[[str], None]) -> dict[str, Any]:
         """Train and evaluate, and write the file."""
         report(f"{self.domain}, seed {self.seed}: {self.method} ...")
+        domain.prepare(self.method)  # or the first method would pay for what all of them share
         # The processor's time, not the clock's: a run may be stopped for hours, or share its core.
         start = time.process_time()
         meter = Meter()

@@ -95,6 +95,9 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
                 parts[name] = part
         if not config.domains:
             faults.append("domains: expected at least one experiment, but there is none.")
+        for key in ("output", "cache", "bases"):
+            if not getattr(config, key).strip():
+                faults.append(f"{key}: expected a folder, but got an empty name.")
         if config.workers < 1:
             faults.append(f"workers: expected at least 1, but got {config.workers}.")
     if faults or config is None:
@@ -111,6 +114,13 @@ def _faults_of(name: str, part: Part, preset: str) -> list[str]:
         check_seeds(part.seeds)
     except ConfigError as error:
         faults.append(f"domains.{name}.seeds: {error}")
+    if part.methods == []:
+        faults.append(f"domains.{name}.methods: expected at least one, but there is none; leave the key out for all.")
+    for key in ("methods", "ablations"):
+        given = getattr(part, key) or []
+        twice = sorted({each for each in given if given.count(each) > 1})
+        if twice:
+            faults.append(f"domains.{name}.{key}: expected each once, but got {', '.join(twice)} twice.")
     possible = DOMAINS[name][0].methods or tuple(METHODS)
     for key, known in (("methods", possible), ("ablations", tuple(ABLATIONS))):
         unknown = sorted(set(getattr(part, key) or []) - set(known))

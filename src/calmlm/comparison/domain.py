@@ -34,6 +34,14 @@ class Answerer(Protocol):
 
 
 _VALIDATION = 400  # rows
+MERGING = ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties", "moe")
+"""Systems of two models of one architecture, for which a twin of m_B is trained."""
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(MERGING, ("twin",)),
+    "composed_random": ("random",),
+    "composed_vanilla": ("vanilla",),
+}
+"""Base models that a method needs besides m_A and m_B."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,10 @@ class Domain(ABC):
     def own(self) -> Mapping[str, Callable[[Meter], Fitted]]:
         """Methods that are done in this experiment's own way."""
         return {}
+
+    @abstractmethod
+    def prepare(self, method: str) -> None:
+        """Train or load the base models of a method, and draw the data."""
 
     @abstractmethod
     def alone(self) -> Answerer:
@@ -221,6 +233,11 @@ class TextDomain(Domain):
         """What a baseline may spend: what the composition spends; ``meter`` counts it."""
         added = self.compose(self.augmenting).get_nb_trainable_parameters()[0]
         return Budget(self.preset.composition, self.seed, added, self.full_rate, meter)
+
+    def prepare(self, method: str) -> None:
+        _ = self.anchor, self.augmenting, self.data
+        for name in NEEDS.get(method, ()):
+            self.base(name)
 
     def alone(self) -> Answerer:
         return self.answerer(self.anchor)

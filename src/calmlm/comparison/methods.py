@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
-from calmlm.comparison.domain import Fitted, TextDomain
+from calmlm.comparison.domain import MERGING, Fitted, TextDomain
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
@@ -74,8 +74,6 @@ def cascade(domain: TextDomain, meter: Meter) -> Fitted:
     """m_A's answer as text, then m_B; nothing is trained."""
     return Fitted(domain.cascade(), None)
 
-
-MERGING = ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties", "moe")
 
 METHODS: dict[str, Method] = {
     "m_A": Method("m_A alone", partial(base, "augmenting")),

@@ -5,23 +5,36 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from calmlm.baselines.merging import METHODS as VECTOR_METHODS
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
 from calmlm.comparison.domains import DOMAINS
 from calmlm.comparison.report import summarise, write_report
-from calmlm.errors import CalmError
+from calmlm.data.extras import require
+from calmlm.errors import CalmError, ConfigError
 
 __all__ = ["run"]
 
 Group = tuple[str, int]
 """An experiment and a seed: its cells share base models, and one process makes them."""
+
+_PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
+    "languages": (("num2words", "compare"), ("babel", "compare"), ("sacrebleu", "compare")),
+    "code": (("sacrebleu", "compare"),),
+    **dict.fromkeys(("lora", "lora_full_data"), (("peft", "compare"),)),
+    **dict.fromkeys(VECTOR_METHODS, (("mergekit", "merging"),)),
+}
+"""Optional packages of an experiment or a method, each with the extra that brings it."""
 
 
 def run(
@@ -44,11 +57,17 @@ def run(
 
     Raises:
         CalmError: there is nothing to report on, or a cell failed.
+        ConfigError: a folder cannot be written to.
+        MissingExtraError: a method or an experiment needs a package that is not installed.
     """
     cache, cells = Path(config.cache), config.cells()
-    missing = [cell for cell in cells if not cell.path(cache).is_file()]
+    missing = [cell for cell in cells if cell.stored(cache) is None]
+    _check_folder("output", Path(config.output))
     report(f"{len(cells)} cells, {len(cells) - len(missing)} of them stored")
     if missing and not stored_only:
+        _check_folder("cache", cache)
+        _check_folder("bases", Path(config.bases))
+        _check_extras(missing)
         _make(missing, config, report)
     stored = [(cell, found) for cell in cells if (found := cell.stored(cache)) is not None]
     if not stored:
@@ -57,6 +76,24 @@ def run(
     for path in write_report(result, Path(config.output)):
         report(f"wrote {path}")
     return result
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Find out before anything is trained whether a folder can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: expected a folder that can be written to, but {folder} is none ({error.strerror}): name another."
+        ) from None
+
+
+def _check_extras(cells: list[Cell]) -> None:
+    for cell in cells:
+        for package, extra in _PACKAGES.get(cell.domain, ()) + _PACKAGES.get(cell.method, ()):
+            require(package, extra, f"{cell.method!r} on {cell.domain}")
 
 
 def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], None]) -> None:
@@ -112,7 +149,8 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
     """All missing cells of an experiment with a seed, in order; none is made twice."""
     cache = Path(config.cache)
     log = cache / "log"
-    log.mkdir(parents=True, exist_ok=True)
+    for folder in (log, cache / "locks"):
+        folder.mkdir(parents=True, exist_ok=True)
     path = log / f"{cells[0].domain}-{cells[0].seed}.txt"
 
     def say(line: str) -> None:
@@ -123,10 +161,14 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
 
     kind = DOMAINS[cells[0].domain][0]
     domain = None
-    for cell in cells:
-        if not cell.path(cache).is_file():
-            domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / kind.folder, say)
-            cell.do(domain, cache, say)
+    # What another process is making is left to it, and waited for at the end.
+    for patience in (0, -1):
+        for cell in cells:
+            lock = FileLock(cache / "locks" / f"{cell.path(cache).name}.lock", timeout=patience)
+            with suppress(Timeout), lock:
+                if cell.stored(cache) is None:
+                    domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / kind.folder, say)
+                    cell.do(domain, cache, say)
 
 
 @contextmanager

@@ -69,13 +69,16 @@ def preset_of(presets: Mapping[str, P], name: str, max_steps: int | None = None,
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise unless there is a seed and each is given once.
+    """Raise unless there is a seed, and each is given once and is one that NumPy takes.
 
     Raises:
         ConfigError: otherwise.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"At least one seed is needed and each once, but got {list(seeds)}: write for example 0,1,2.")
+    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ConfigError(
+            f"At least one seed is needed, each once and from 0 to 2^32 - 1, but got {list(seeds)}: write for example "
+            "0,1,2."
+        )
 
 
 def in_batches(rows: list[Row], batch_size: int, seed: int, window: int = 30) -> list[Row]:

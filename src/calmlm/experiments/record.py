@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import calmlm
@@ -44,21 +47,35 @@ class Stages:
         return (self.folder / stage / _DONE).is_file()
 
     def do(self, stage: str, work: Work, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-        """Do a stage unless it is stored; return its record. The record is written last, so a stored one is whole."""
+        """Do a stage unless it is stored; return its record.
+
+        It is stored in one step, so that what is stored is whole. Another process that does it is waited for.
+        """
         folder = self.folder / stage
-        done = folder / _DONE
-        if done.is_file():
-            self.report(f"{self.name}: {stage} is stored in {folder}")
-            return json.loads(done.read_text(encoding="utf-8"))
+        if not self.has(stage):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f".{stage}.lock"):
+                if not self.has(stage):
+                    return self._do(stage, work, tokenizer)
+        self.report(f"{self.name}: {stage} is stored in {folder}")
+        return json.loads((folder / _DONE).read_text(encoding="utf-8"))
+
+    def _do(self, stage: str, work: Work, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         self.report(f"{self.name}: {stage} ...")
         start = time.perf_counter()
         model, record = work()
         record |= {"seconds": round(time.perf_counter() - start, 1), "commit": commit()}
-        if model is not None:
-            model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_text(done, json.dumps(record, indent=2))
+        folder = self.folder / stage
+        with tempfile.TemporaryDirectory(prefix=f".{stage}.", dir=self.folder) as temporary:
+            made = Path(temporary) / stage
+            made.mkdir()
+            if model is not None:
+                model.save_pretrained(made)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            write_text(made / _DONE, json.dumps(record, indent=2))
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+            made.rename(folder)
         self.report(f"{self.name}: {stage} took {record['seconds']:.0f} s")
         return record
 

@@ -53,6 +53,9 @@ class Visual(Domain):
             "ood_hard": Task("exact_match", "combined"),
         }
 
+    def prepare(self, method: str) -> None:
+        _ = self.anchor, getattr(self, VARIANTS[method].encoder) if method in VARIANTS else self.encoder
+
     def _base(self, name: str, train: Callable[[], tuple[PreTrainedModel, Any]], kind: Any, text: bool = False) -> Any:
         def work() -> tuple[PreTrainedModel, dict[str, Any]]:
             model, losses = train()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from calmlm.comparison.figures import by_method, difference, interval, joined, kept
+import pytest
+
+from calmlm.comparison.figures import by_method, difference, interval, joined, kept, share
 
 
 def test_an_interval_without_variation_is_a_point() -> None:
@@ -17,6 +19,13 @@ def test_an_interval_holds_the_mean_and_grows_with_the_spread_between_seeds() ->
     assert apart[2] - apart[1] == 1.0 > near[2] - near[1]
     # The standard error of a share of one half over 200 items is 0.035, twice that on either side.
     assert 0.1 < near[2] - near[1] < 0.25
+
+
+def test_a_share_of_all_or_nothing_is_not_certain() -> None:
+    assert share({0: [1.0] * 50, 1: [1.0] * 50}) == pytest.approx((1.0, 0.9638, 1.0), abs=1e-4)  # Clopper-Pearson
+    assert share({0: [0.0] * 100}) == pytest.approx((0.0, 0.0, 1 - 0.9638), abs=1e-4)
+    some = {0: [0.0, 1.0] * 20}
+    assert share(some) == interval(some)
 
 
 def test_a_difference_is_taken_item_by_item() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Scores", "by_method", "difference", "interval", "joined", "kept"]
+__all__ = ["Scores", "by_method", "difference", "interval", "joined", "kept", "share"]
 
 DRAWS = 2000
 Scores = dict[int, list[float]]
@@ -24,6 +24,19 @@ def interval(scores: Scores, draws: int = DRAWS) -> tuple[float, float, float]:
     means = np.array([_resampled(arrays, rng) for _ in range(draws)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.mean([array.mean() for array in arrays])), float(low), float(high)
+
+
+def share(scores: Scores) -> tuple[float, float, float]:
+    """As ``interval``, for scores from 0 to 1: where all are 0 or all 1, the exact limit of the binomial.
+
+    A bootstrap of n equal items has no width; a share of ``0.025 ** (1 / n)`` still gives n right ones at times.
+    """
+    values = {value for items in scores.values() for value in items}
+    mean, low, high = interval(scores)
+    if values in ({0.0}, {1.0}):
+        limit = 0.025 ** (1 / sum(len(items) for items in scores.values()))
+        low, high = (limit, 1.0) if values == {1.0} else (0.0, 1.0 - limit)
+    return mean, low, high
 
 
 def _resampled(arrays: Sequence[np.ndarray], rng: np.random.Generator) -> float:

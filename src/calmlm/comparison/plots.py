@@ -52,7 +52,9 @@ def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What the plots show of each method: the mean over the columns that ask for both models, and the costs."""
     points = {}
     for method in METHODS:
-        own = [row for row in rows if row["method"] == method and row["skill"] == "combined"]
+        own = [
+            row for row in rows if row["method"] == method and row["skill"] == "combined" and row["metric"] != "chrf"
+        ]
         if own:
             points[method] = {
                 key: statistics.mean(row[key] for row in own) for key in ("mean", "low", "high", "train_flops")

@@ -22,7 +22,7 @@ def interval(shares: Sequence[float], items: int, draws: int = 10_000) -> tuple[
         total = 0.0
         for _ in shares:
             share = rng.choice(shares) / 100
-            # The normal approximation of the binomial; exact at shares of 0 and 1.
+            # The normal approximation of the binomial, which has no width at shares of 0 and 1.
             total += min(1.0, max(0.0, rng.gauss(share, (share * (1 - share) / items) ** 0.5)))
         means.append(100 * total / len(shares))
     means.sort()

@@ -92,6 +92,41 @@ def test_options_reach_the_bases(saved: Path) -> None:
     assert CalmForCausalLM.from_pretrained(saved, attn_implementation="eager").config._attn_implementation == "eager"
 
 
+def test_how_it_generates_comes_back(saved: Path, tmp_path: Path) -> None:
+    model = CalmForCausalLM.from_pretrained(saved)
+    model.generation_config.update(max_new_tokens=7, repetition_penalty=1.3, eos_token_id=[5, 6])
+    model.save_pretrained(tmp_path / "tuned")
+    again = CalmForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    assert again.generate(IDS, eos_token_id=None, do_sample=False).shape == (2, 7 + 7)
+    assert again.anchor.generation_config.max_new_tokens is None
+    # A folder without the file leaves the anchor's settings.
+    (tmp_path / "tuned" / "generation_config.json").unlink()
+    plain = CalmForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert plain.generation_config.to_dict() == plain.anchor.generation_config.to_dict()
+
+
+def test_how_it_generates_comes_back_from_the_hub(saved: Path, tmp_path: Path) -> None:
+    """A repository's files lie under its name in the hub's cache, from where they are read without a network."""
+    snapshot = tmp_path / "models--someone--composition" / "snapshots" / ("0" * 40)
+    shutil.copytree(saved, snapshot)
+    change = json.loads((snapshot / "generation_config.json").read_text()) | {"max_new_tokens": 5}
+    (snapshot / "generation_config.json").write_text(json.dumps(change))
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    options = {
+        "anchor": AutoModelForCausalLM.from_pretrained(saved.parent / "anchor"),
+        "augmenting": AutoModelForCausalLM.from_pretrained(saved.parent / "augmenting"),
+        "cache_dir": str(tmp_path),
+        "local_files_only": True,
+    }
+    model = CalmForCausalLM.from_pretrained("someone/composition", **options)
+    assert model.generation_config.max_new_tokens == 5
+    (snapshot / "generation_config.json").unlink()
+    model = CalmForCausalLM.from_pretrained("someone/composition", **options)
+    assert model.generation_config.max_new_tokens is None
+
+
 def test_a_copy_and_a_pickle_are_compositions_of_their_own() -> None:
     model = tiny_composition(**OPTIONS)
     expected = logits_of(model, IDS)
@@ -309,6 +344,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a connector of unknown options": change_config(lambda data: entry(data)["connector"].update(depth=3)),
     "a connector of other options": change_config(lambda data: entry(data)["connector"].update(null_key=True)),
     "a number of heads that divides nothing": change_config(lambda data: entry(data)["connector"].update(num_heads=7)),
+    "generation settings cut short": lambda folder: cut(folder / "generation_config.json"),
+    "generation settings are a list": lambda folder: (folder / "generation_config.json").write_text("[1, 2]"),
     "no anchor configuration": change_config(lambda data: data.update(text_config="text")),
 }
 

@@ -282,7 +282,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         files = {
             storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),
             "config.json": storage.text_writer(config.to_json_string()),
-            "generation_config.json": storage.text_writer(self.generation_config.to_json_string()),
+            storage.GENERATION_NAME: storage.text_writer(self.generation_config.to_json_string()),
         } | {
             storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
             for name, alignment in self.model.alignments.items()

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from calmlm import storage
@@ -98,6 +98,9 @@ def load_composition(
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
+    generation = read_generation(source, hub)
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = str(source)
     return model.eval()
 
@@ -136,6 +139,23 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
             f"its config.json lacks some of them: save the composition again or fetch it anew."
         )
     return CalmConfig.from_dict(data)
+
+
+def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig | None:
+    """How the composition at ``source`` generates; None where it does not say, so that the anchor's settings hold.
+
+    Raises:
+        CheckpointError: when it says so in a file that is damaged.
+    """
+    given = {key: value for key, value in hub.items() if value is not None}
+    try:
+        path = cached_file(str(source), storage.GENERATION_NAME, _raise_exceptions_for_missing_entries=False, **given)
+        return None if path is None else GenerationConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable {storage.GENERATION_NAME} or none, but it is damaged or out of "
+            f"reach ({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
 
 
 def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment | Rewriting:

@@ -16,6 +16,7 @@ from calmlm.config import CalmConfig
 from calmlm.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "model.safetensors"
+GENERATION_NAME = "generation_config.json"
 CARD_NAME = "README.md"
 
 

@@ -134,7 +134,8 @@ def _static_length(cache: Cache) -> int | None:
     if not isinstance(cache, StaticCache):
         return None
     lengths = [int(layer.get_max_length()) for layer in cache.layers if not isinstance(layer, StaticSlidingWindowLayer)]
-    return max(lengths, default=0) or None
+    longest = max(lengths, default=0)
+    return longest if longest > 0 else None  # layers of linear attention have no length
 
 
 class CalmCache(Cache):
@@ -163,6 +164,7 @@ class CalmCache(Cache):
         self.frontiers = frontiers or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
+        self.alone = 0
 
     @classmethod
     def around(
@@ -212,6 +214,11 @@ class CalmCache(Cache):
         """Take back what augmenting models have read before the anchor."""
         for name in self.ahead:
             self.part(name).forget_ahead()
+
+    def advance(self, tokens: int) -> None:
+        """Take note of what the anchor has read, where no augmenting model speaks."""
+        if not self.cross:
+            self.alone += tokens
 
     def check(self, active: Iterable[str]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
@@ -275,8 +282,15 @@ class CalmCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = length_in(self.anchor, layer_idx)
-        # An anchor without attention layers does not count its tokens; the cross-attentions do.
-        return next(iter(self.cross.values())).get_seq_length() if length is None else length
+        if length is not None:
+            return length
+        # An anchor without attention layers does not count its tokens: a record of them does, or a stream that advances
+        # token by token, or, where no augmenting model speaks, whoever calls the anchor.
+        for frontier in self.frontiers.values():
+            return frontier.length
+        for cross in self.cross.values():
+            return cross.get_seq_length()
+        return self.alone
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return self.anchor.update(*args, **kwargs)
@@ -287,6 +301,7 @@ class CalmCache(Cache):
     # What generation does to a cache: all parts follow.
 
     def reset(self) -> None:
+        self.alone = 0
         for ahead in self.ahead.values():
             ahead.clear()
         for part in (*self.parts(), *self.frontiers.values()):
@@ -315,6 +330,7 @@ class CalmCache(Cache):
         if self.held is not None:
             self.held += tokens_to_remove
             return
+        self.alone = max(0, self.alone + tokens_to_remove)
         self.anchor.crop(tokens_to_remove)
         for name, cross in self.cross.items():
             gone, shift = tokens_to_remove, None
@@ -350,6 +366,12 @@ class CalmCache(Cache):
     def recording(self) -> list[Any]:
         """The layers that keep what leaves their window until they are cropped."""
         return [layer for part in self.parts() for layer in part.layers if getattr(layer, "record_past", False)]
+
+
+def without_attention(cache: Cache) -> bool:
+    """Whether a model keeps nothing but states of linear attention."""
+    kinds = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
+    return bool(kinds) and length_in(cache) is None and all(kinds)
 
 
 def length_in(cache: Cache, layer_idx: int = 0) -> Any:

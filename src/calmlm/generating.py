@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from calmlm.cache import CalmCache
+from calmlm.cache import CalmCache, without_attention
 from calmlm.config import CalmConfig
 from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
@@ -213,6 +213,10 @@ class CalmGenerationMixin(GenerationMixin):
         masks: dict[str, Any] = {}
 
         def add(prefix: str, model: PreTrainedModel, cache: Cache) -> None:
+            if without_attention(cache):  # it takes the padding mask of the new tokens
+                given = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+                masks[prefix] = attention_mask[:, -inputs_embeds.shape[1] :] if given else None
+                return
             create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
             made = create(
                 config=model.config,

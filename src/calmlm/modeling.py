@@ -31,6 +31,7 @@ from calmlm.readers import (
     Reader,
     SharedReader,
     base_arguments,
+    check_inputs,
     length_of,
     mask_of,
     positions_for,
@@ -379,36 +380,7 @@ class CalmModel(CalmPreTrainedModel):
             return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         if inputs.ids is None or inputs_embeds is not None:
             raise needs_tokens()
-        if not isinstance(inputs.ids, Tensor) or inputs.ids.ndim != 2 or inputs.ids.is_floating_point():
-            got = tuple(inputs.ids.shape) if isinstance(inputs.ids, Tensor) else type(inputs.ids).__name__
-            raise DataError(
-                f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
-                f"return_tensors='pt'."
-            )
-        rows = inputs.composed
-        if rows is not None and (not isinstance(rows, Tensor) or rows.shape != inputs.ids.shape[:1]):
-            raise DataError(
-                f"composition_mask must hold one truth value for each of the {inputs.ids.shape[0]} rows, but got "
-                f"{tuple(rows.shape) if isinstance(rows, Tensor) else rows!r}: pass a tensor of shape (batch,)."
-            )
-        given = {} if inputs.augmenting is None else inputs.augmenting
-        if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
-            raise DataError(
-                "augmenting_inputs must be a dictionary of dictionaries, the inputs of each encoder by name, but got "
-                "something else: write {name: {'pixel_values': ...}}."
-            )
-        for name in given:
-            if name in self.augmenting and self.config.augmenting[name]["reads"] != "inputs":
-                raise DataError(
-                    f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
-                    f"leave its inputs out."
-                )
-        unknown = sorted(set(given) - set(self.augmenting))
-        if unknown:
-            raise DataError(
-                f"augmenting_inputs must name augmenting models of this composition ({', '.join(self.augmenting)}), "
-                f"but got {', '.join(unknown)}: use their names."
-            )
+        check_inputs(inputs, {name: entry["reads"] for name, entry in self.config.augmenting.items()})
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)
@@ -428,6 +400,8 @@ class CalmModel(CalmPreTrainedModel):
             output = target(**arguments, **kwargs)
         finally:
             self.slot.call = None
+        if cache is not None:
+            cache.advance(inputs.ids.shape[1])
         return output, cache
 
     def _run_alone(

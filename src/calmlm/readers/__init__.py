@@ -9,7 +9,7 @@ from __future__ import annotations
 from calmlm.readers.aligned import AlignedReader
 from calmlm.readers.common import Reader
 from calmlm.readers.encoder import EncoderReader
-from calmlm.readers.inputs import Inputs, base_arguments, length_of, mask_of, positions_for, prompt_of
+from calmlm.readers.inputs import Inputs, base_arguments, check_inputs, length_of, mask_of, positions_for, prompt_of
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
 
@@ -21,6 +21,7 @@ __all__ = [
     "Reader",
     "SharedReader",
     "base_arguments",
+    "check_inputs",
     "length_of",
     "mask_of",
     "positions_for",

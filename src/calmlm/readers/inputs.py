@@ -35,6 +35,48 @@ class Inputs:
     composed: Tensor | None = None
 
 
+def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
+    """Raise unless what a composition is called with has the right forms and names.
+
+    Args:
+        inputs: of the call.
+        reads: what each augmenting model reads.
+
+    Raises:
+        DataError: otherwise.
+    """
+    if not isinstance(inputs.ids, Tensor) or inputs.ids.ndim != 2 or inputs.ids.is_floating_point():
+        got = tuple(inputs.ids.shape) if isinstance(inputs.ids, Tensor) else type(inputs.ids).__name__
+        raise DataError(
+            f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
+            f"return_tensors='pt'."
+        )
+    rows = inputs.composed
+    if rows is not None and (not isinstance(rows, Tensor) or rows.shape != inputs.ids.shape[:1]):
+        raise DataError(
+            f"composition_mask must hold one truth value for each of the {inputs.ids.shape[0]} rows, but got "
+            f"{tuple(rows.shape) if isinstance(rows, Tensor) else rows!r}: pass a tensor of shape (batch,)."
+        )
+    given = {} if inputs.augmenting is None else inputs.augmenting
+    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        raise DataError(
+            "augmenting_inputs must be a dictionary of dictionaries, the inputs of each encoder by name, but got "
+            "something else: write {name: {'pixel_values': ...}}."
+        )
+    for name in given:
+        if reads.get(name, "inputs") != "inputs":
+            raise DataError(
+                f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
+                f"leave its inputs out."
+            )
+    unknown = sorted(set(given) - set(reads))
+    if unknown:
+        raise DataError(
+            f"augmenting_inputs must name augmenting models of this composition ({', '.join(reads)}), but got "
+            f"{', '.join(unknown)}: use their names."
+        )
+
+
 def prompt_of(labels: Tensor) -> Tensor:
     """Which tokens belong to the prompt: those before the first label; (B, T) int64 to (B, T) bool."""
     return (labels != -100).cumsum(-1) == 0

@@ -1,0 +1,74 @@
+"""Models that keep their past as a state instead of keys and values, as anchors and as augmenting models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import calmlm
+from compositions import awaken, greedy_without_cache
+from test_cache_generation import GREEDY
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokens
+
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def recurrent(family: str, seed: int = 1) -> PreTrainedModel:
+    """A tiny model of linear attention, large enough in its weights that each token counts."""
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=4, **SPECIAL, **SIZES[family]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() >= 2 and "A_log" not in name:
+                    parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def composition(family: str, position: str, **options: Any) -> calmlm.CalmForCausalLM:
+    """A recurrent model with Llama."""
+    pair = recurrent(family), tiny_model("llama", seed=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return awaken(calmlm.compose(*(pair if position == "anchor" else pair[::-1]), connections=2, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh": False}], ids=str)
+def test_a_cache_counts_the_tokens_of_an_anchor_without_attention(options: dict[str, Any]) -> None:
+    model, ids = composition("mamba2", "anchor", **options), tiny_tokens(1, 6)
+    first = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
+    assert first.past_key_values.get_seq_length() == 10
+    text = torch.cat((first.sequences, tiny_tokens(1, 3, seed=5)), 1)
+    expected = text
+    for _ in range(6):
+        prompt = torch.arange(expected.shape[1])[None] < 6
+        given = {"prompt_mask": prompt} if options else {}
+        with torch.no_grad():
+            logits = model(input_ids=expected, use_cache=False, **given).logits
+        expected = torch.cat((expected, logits[:, -1:].argmax(-1)), 1)
+    found = model.generate(text, past_key_values=first.past_key_values, max_new_tokens=6, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def test_a_cache_counts_where_all_augmenting_models_are_silent() -> None:
+    model, ids = composition("mamba2", "anchor"), tiny_tokens(2, 6)
+    model.disable_augmenting("augmenting")
+    expected = greedy_without_cache(model, ids, 5)
+    found = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(found.sequences, expected[:, :9])
+    cache = found.past_key_values
+    assert cache.get_seq_length() == 8
+    assert torch.equal(model.generate(found.sequences, past_key_values=cache, max_new_tokens=2, **GREEDY), expected)
+    cache.reset()
+    assert cache.get_seq_length() == 0

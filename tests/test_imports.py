@@ -20,7 +20,7 @@ LAYERS = [
     {"backbone", "transcoding"},
     {"rewriting"},
     {"cache", "hooks", "storage"},
-    {"loading", "readers"},
+    {"loading", "readers", "recurrent"},
     {"modeling", "stopping"},
     {"drafting"},
     {"generating"},

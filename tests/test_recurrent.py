@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import calmlm
-from compositions import awaken, greedy_without_cache
+from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from test_cache_generation import GREEDY
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokens
 
@@ -72,3 +72,46 @@ def test_a_cache_counts_where_all_augmenting_models_are_silent() -> None:
     assert torch.equal(model.generate(found.sequences, past_key_values=cache, max_new_tokens=2, **GREEDY), expected)
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+BOTH = pytest.mark.parametrize("position", ["anchor", "augmenting"])
+FAMILY = pytest.mark.parametrize("family", SIZES)
+
+
+@BOTH
+@FAMILY
+def test_a_padded_batch_with_a_cache(family: str, position: str) -> None:
+    model = composition(family, position)
+    rows = [tiny_tokens(1, length, seed=length)[0] for length in (3, 9)]
+    ids, mask = pad(rows, "left")
+    with torch.no_grad():
+        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        following = torch.tensor([[11], [12]])
+        longer = torch.cat((mask, torch.ones_like(following)), 1)
+        found = model(input_ids=following, attention_mask=longer, past_key_values=cache).logits[:, -1]
+    for index, row in enumerate(rows):
+        expected = logits_of(model, torch.cat((row, following[index]))[None])[0, -1]
+        assert_close(found[index], expected, 1e-4)
+    expected = greedy_without_cache(model, ids, 8, mask)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY), expected)
+
+
+@BOTH
+@FAMILY
+def test_several_tokens_behind_a_cache(family: str, position: str) -> None:
+    """Some recurrent models forget their state where several tokens come at once: those are refused."""
+    model, ids = composition(family, position), tiny_tokens(2, 9)
+    expected = logits_of(model, ids)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        one = model(input_ids=ids[:, 5:6], past_key_values=cache).logits
+        assert_close(one, expected[:, 5:6], 1e-4)
+        if family == "mamba2":
+            assert_close(model(input_ids=ids[:, 6:], past_key_values=cache).logits, expected[:, 6:], 1e-4)
+            return
+        with pytest.raises(calmlm.DataError) as error:
+            model(input_ids=ids[:, 6:], past_key_values=cache)
+        assert_helpful(error.value, position, "one by one", "prefill_chunk_size")
+        assert_close(model(input_ids=ids[:, 6:7], past_key_values=cache).logits, expected[:, 6:7], 1e-4)
+    with pytest.raises(calmlm.DataError, match="one by one"):
+        model.generate(ids, max_new_tokens=2, prefill_chunk_size=4, **GREEDY)

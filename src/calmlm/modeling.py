@@ -36,6 +36,7 @@ from calmlm.readers import (
     mask_of,
     positions_for,
 )
+from calmlm.recurrent import check_continues
 from calmlm.rewriting import Rewriter, Rewriting
 from calmlm.transcoding import Transcoder
 
@@ -385,6 +386,8 @@ class CalmModel(CalmPreTrainedModel):
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)
         backbone = self._backbones[""]
+        if cache is not None and inputs.ids.shape[1] > 1:
+            check_continues(self._backbones, cache)
         positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
         backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
         call = self.begin(inputs, cache)

@@ -13,6 +13,9 @@ from calmlm.backbone import Backbone
 from calmlm.cache import length_in
 from calmlm.errors import DataError
 
+# The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
+STATE = "cache_params"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -123,6 +126,8 @@ def base_arguments(
 ) -> dict[str, Any]:
     """Arguments for one base model's call, without those that it does not know."""
     arguments: dict[str, Any] = {"input_ids": input_ids}
+    if backbone.cache_argument == STATE and isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask.ndim == 2 else None
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
     if position_ids is not None and backbone.takes_positions:

@@ -19,7 +19,7 @@ from calmlm.config import CalmConfig
 from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel, needs_tokens
-from calmlm.stopping import Bounded, Gate, check_new_tokens
+from calmlm.stopping import Bounded, Gate, check_new_tokens, positions_before
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
@@ -114,10 +114,11 @@ class CalmGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         assistant, config = kwargs.get("assistant_model"), kwargs["generation_config"]
         # A draft must not reach beyond the positions that the models have learned.
-        room = self.model.max_positions
+        room, text = self.model.max_positions, kwargs["input_ids"].shape[1]
         if room is not None:
             config = copy.copy(config)
-            config.max_length = min(config.max_length, room + 1 - kwargs["model_kwargs"].get("earlier_tokens", 0))
+            room -= positions_before(kwargs["input_ids"], kwargs["model_kwargs"].get("position_ids"))
+            config.max_length = max(text + 1, min(config.max_length, room + 1))
             kwargs["generation_config"] = config
         if isinstance(assistant, Drafter):
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")

@@ -101,6 +101,11 @@ class Bounded(CandidateGenerator):
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
+def positions_before(input_ids: Tensor, positions: Tensor | None) -> int:
+    """At which position a text of one row begins, (1, T): behind what a cache holds already, less the padding in it."""
+    return 0 if positions is None else int(positions[..., -1].max()) + 1 - input_ids.shape[1]
+
+
 def check_new_tokens(new: int, input_ids: Tensor) -> None:
     """Raise unless some tokens of a text (B, T) are not in its cache yet.
 

@@ -323,17 +323,6 @@ def test_drafts_end_with_the_context(assisted: dict[str, Any], limited: str) -> 
         assert plain.shape[1] == length
 
 
-@pytest.mark.parametrize("assisted", [*ASSISTED, {"assistant_model": tiny_model("qwen3", seed=9)}], ids=str)
-def test_padding_takes_no_room_in_a_learned_context(assisted: dict[str, Any]) -> None:
-    """Three columns of padding before fourteen tokens leave room for ten in a context of 24."""
-    model = tiny_composition("gpt2", "llama", anchor_options={"n_positions": 24})
-    ids, mask = pad([tiny_tokens(1, 14)[0], tiny_tokens(1, 17)[0]], "left")
-    options = {**GREEDY, "attention_mask": mask[:1], "max_new_tokens": 11}
-    expected = model.generate(ids[:1], **options)
-    assert expected.shape[1] == 28
-    assert torch.equal(model.generate(ids[:1], **options, **assisted), expected)
-
-
 def test_what_a_draft_cannot_take_back_is_refused() -> None:
     pytest.importorskip("optimum.quanto")
     model, ids = tiny_composition(), tiny_tokens(1, 9)

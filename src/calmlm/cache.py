@@ -331,16 +331,16 @@ class CalmCache(Cache):
             self.held += tokens_to_remove
             return
         self.alone = max(0, self.alone + tokens_to_remove)
-        self.anchor.crop(tokens_to_remove)
+        _crop(self.anchor, tokens_to_remove)
         for name, cross in self.cross.items():
             gone, shift = tokens_to_remove, None
             if name in self.frontiers:
                 columns, shift = self.frontiers[name].crop(-tokens_to_remove)
                 gone = -columns
-            cross.crop(gone)
+            _crop(cross, gone)
             if name in self.augmenting:
                 ahead = self.ahead.get(name, Ahead())
-                self.augmenting[name].crop(gone - ahead.count)
+                _crop(self.augmenting[name], gone - ahead.count)
                 ahead.clear()
             if shift is not None:
                 self.part(name).move(shift)
@@ -366,6 +366,13 @@ class CalmCache(Cache):
     def recording(self) -> list[Any]:
         """The layers that keep what leaves their window until they are cropped."""
         return [layer for part in self.parts() for layer in part.layers if getattr(layer, "record_past", False)]
+
+
+def _crop(cache: Cache, tokens_to_remove: int) -> None:
+    """As in transformers, but a layer with a window that has not been called yet has nothing to crop."""
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", True):
+            layer.crop(tokens_to_remove)
 
 
 def without_attention(cache: Cache) -> bool:

@@ -1,4 +1,4 @@
-"""Where generation meets a limit of one of the models: the text is that without a cache, or one sentence says why not."""
+"""Where generation meets a limit of one of the models, it goes on as without a cache, or an error says why not."""
 
 from __future__ import annotations
 

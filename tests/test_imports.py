@@ -20,7 +20,7 @@ LAYERS = [
     {"backbone", "transcoding"},
     {"rewriting"},
     {"cache", "hooks", "storage"},
-    {"loading", "readers", "recurrent"},
+    {"loading", "readers", "recurrent", "turning"},
     {"modeling", "stopping"},
     {"drafting"},
     {"generating"},

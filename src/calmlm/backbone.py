@@ -44,6 +44,7 @@ class Backbone:
         max_positions: how many positions have a learned embedding, or None where positions do not end.
         takes_use_cache: whether ``decoder`` accepts ``use_cache``.
         cache_argument: the name under which it takes a cache of transformers' general form, or None.
+        turns_at: the length of a text beyond which all its positions are turned otherwise (LongRoPE), or None.
     """
 
     decoder: nn.Module
@@ -56,6 +57,7 @@ class Backbone:
     max_positions: int | None
     takes_use_cache: bool
     cache_argument: str | None
+    turns_at: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
@@ -98,6 +100,7 @@ class Backbone:
             max_positions=getattr(config, "max_position_embeddings", None) if learned else None,
             takes_use_cache=accepts(decoder, "use_cache"),
             cache_argument=_cache_argument(model, decoder),
+            turns_at=_turns_at(config),
         )
 
     @classmethod
@@ -386,6 +389,15 @@ def _cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     if not model._supports_default_dynamic_cache():
         return None
     return next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None)
+
+
+def _turns_at(config: PreTrainedConfig) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        found for found in (rope, *rope.values()) if isinstance(found, dict)
+    ]  # one for all layers, or by their type
+    lengths = [found["original_max_position_embeddings"] for found in kinds if found.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 def _absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> list[Any]:

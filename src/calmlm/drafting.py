@@ -23,6 +23,7 @@ from calmlm.cache import CalmCache
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
 from calmlm.readers import Inputs, SharedReader
+from calmlm.turning import room_before_turn
 
 __all__ = ["AugmentingCandidateGenerator", "DraftConfig", "DraftStatistics", "Drafter"]
 
@@ -179,6 +180,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
     Args:
         model: the composition.
         drafter: which augmenting model drafts, and how.
+        turns: lengths beyond which no draft may reach from a shorter text.
         input_ids: (1, T), what ``generate`` starts from: the whole text, or what follows the cache's tokens.
         logits_processor: applied to the draft's scores as to the composition's.
         generation_config: of this call.
@@ -189,6 +191,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self,
         model: CalmModel,
         drafter: Drafter,
+        turns: list[int],
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         generation_config: Any,
@@ -208,6 +211,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         # The cache may hold tokens that stand before input_ids.
         self.before: int = model_kwargs["earlier_tokens"]
+        self.turns = turns
         self.total = self.before + input_ids.shape[1]
         self.known = model.backbone(drafter.name).vocab_size
         self.drafted = 0
@@ -223,12 +227,13 @@ class AugmentingCandidateGenerator(CandidateGenerator):
             for no draft.
         """
         room = self.max_length - input_ids.shape[1] - 1
-        limit = min(self.length.next(), room)
+        seen, scores = self.cache.get_seq_length() - self.before, []
+        until_turn = room_before_turn(self.turns, input_ids.shape[1], seen)
+        limit = min(self.length.next(), room if until_turn is None else min(room, until_turn))
         self.drafted = 0
         if limit <= 0:
             return input_ids, None
         past = self.cache.part(self.name)
-        seen, scores = self.cache.get_seq_length() - self.before, []
         for _ in range(limit):
             logits = self._read(input_ids[:, seen:], self.before + seen, past)
             seen = input_ids.shape[1]

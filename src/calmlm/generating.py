@@ -20,6 +20,7 @@ from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel, needs_tokens
 from calmlm.stopping import Bounded, Gate, check_new_tokens, positions_before
+from calmlm.turning import check_turn, turns
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
@@ -115,19 +116,21 @@ class CalmGenerationMixin(GenerationMixin):
         assistant, config = kwargs.get("assistant_model"), kwargs["generation_config"]
         # A draft must not reach beyond the positions that the models have learned.
         room, text = self.model.max_positions, kwargs["input_ids"].shape[1]
+        before = positions_before(kwargs["input_ids"], kwargs["model_kwargs"].get("position_ids"))
+        lengths = [length - before for length in self.model.turns_at]
         if room is not None:
             config = copy.copy(config)
-            room -= positions_before(kwargs["input_ids"], kwargs["model_kwargs"].get("position_ids"))
+            room -= before
             config.max_length = max(text + 1, min(config.max_length, room + 1))
             kwargs["generation_config"] = config
         if isinstance(assistant, Drafter):
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
-            return AugmentingCandidateGenerator(self.model, assistant, **{key: kwargs[key] for key in wanted})
+            return AugmentingCandidateGenerator(self.model, assistant, lengths, **{key: kwargs[key] for key in wanted})
         arguments = {key: value for key, value in kwargs["model_kwargs"].items() if key not in LOOP_ARGUMENTS}
         kwargs["model_kwargs"] = arguments if isinstance(assistant, CalmGenerationMixin) else _without_own(arguments)
         generator = super()._get_candidate_generator(*args, **kwargs)
         # Prompt lookup takes max_length for a place in the text that it copies from.
-        return generator if room is None else Bounded(generator, config.max_length)
+        return generator if room is None and not lengths else Bounded(generator, config.max_length, lengths)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop over drafts, which ends exactly where decoding token by token would.
@@ -193,7 +196,27 @@ class CalmGenerationMixin(GenerationMixin):
         new = kwargs.get("next_sequence_length")
         if new is not None:
             check_new_tokens(new, input_ids)
+        self._begin_anew_beyond_turn(input_ids, kwargs)
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _begin_anew_beyond_turn(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        """Empty the cache and have the whole text read again where it grows beyond what the cache was made for.
+
+        Raises:
+            DataError: where the beginning of the text is not known any more.
+        """
+        cache, lengths = kwargs.get("past_key_values"), self.model.turns_at
+        if not isinstance(cache, CalmCache) or not lengths:
+            return
+        given, positions = kwargs.get("next_sequence_length"), kwargs.get("position_ids")
+        new = input_ids.shape[1] if given is None else given
+        positions = None if positions is None else positions[..., -new:]
+        if turns(lengths, cache, new, positions) is None:
+            return
+        if int(cache.get_seq_length()) + new != input_ids.shape[1]:
+            check_turn(lengths, cache, new, positions)
+        cache.reset()
+        kwargs["next_sequence_length"] = None
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> CalmCache:
         cache = super()._prepare_static_cache(*args, **kwargs)

@@ -39,6 +39,7 @@ from calmlm.readers import (
 from calmlm.recurrent import check_continues
 from calmlm.rewriting import Rewriter, Rewriting
 from calmlm.transcoding import Transcoder
+from calmlm.turning import check_turn
 
 ATTENTION_FALLBACK = "sdpa"
 
@@ -128,6 +129,9 @@ class CalmModel(CalmPreTrainedModel):
             for name, what in reads.items()
             if what == "text"
         )
+        # What such a model has cached in tokens of its own, nobody could read again.
+        apart = [name for name, what in reads.items() if what == "text"]
+        self._can_cache = self._can_cache and all(self._backbones[name].turns_at is None for name in apart)
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
@@ -272,6 +276,13 @@ class CalmModel(CalmPreTrainedModel):
         return min((most for most in found if most is not None), default=None)
 
     @property
+    def turns_at(self) -> list[int]:
+        """The lengths beyond which a model that advances with the anchor turns all positions of a text otherwise."""
+        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
+        found = [self._backbones[name].turns_at for name in ("", *reading)]
+        return sorted({length for length in found if length is not None})
+
+    @property
     def can_cache(self) -> bool:
         """Whether every model in the composition can carry its past in a cache."""
         return self._can_cache
@@ -388,6 +399,8 @@ class CalmModel(CalmPreTrainedModel):
         backbone = self._backbones[""]
         if cache is not None and inputs.ids.shape[1] > 1:
             check_continues(self._backbones, cache)
+        if cache is not None:
+            check_turn(self.turns_at, cache, inputs.ids.shape[1], inputs.positions)
         positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
         backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
         call = self.begin(inputs, cache)

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calmlm.cache import CalmCache
 from calmlm.errors import DataError
+from calmlm.turning import room_before_turn
 
 
 class Gate(StoppingCriteria, BaseStreamer):
@@ -82,10 +83,11 @@ class Bounded(CandidateGenerator):
     Args:
         generator: the other one.
         max_length: of the text with the draft and the token behind it.
+        turns: lengths beyond which no draft may reach from a shorter text.
     """
 
-    def __init__(self, generator: CandidateGenerator, max_length: int) -> None:
-        self.generator, self.max_length = generator, max_length
+    def __init__(self, generator: CandidateGenerator, max_length: int, turns: list[int]) -> None:
+        self.generator, self.max_length, self.turns = generator, max_length, turns
         self.requires_model_outputs = generator.requires_model_outputs
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +97,8 @@ class Bounded(CandidateGenerator):
         ids, scores = self.generator.get_candidates(input_ids, **kwargs)
         length = input_ids.shape[1]
         count = max(0, min(ids.shape[1], self.max_length - 1) - length)
+        room = room_before_turn(self.turns, length)
+        count = count if room is None else min(count, room)
         return ids[:, : length + count], scores[:, :count] if scores is not None and count else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:

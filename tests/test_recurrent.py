@@ -115,3 +115,26 @@ def test_several_tokens_behind_a_cache(family: str, position: str) -> None:
         assert_close(model(input_ids=ids[:, 6:7], past_key_values=cache).logits, expected[:, 6:7], 1e-4)
     with pytest.raises(calmlm.DataError, match="one by one"):
         model.generate(ids, max_new_tokens=2, prefill_chunk_size=4, **GREEDY)
+
+
+@BOTH
+@FAMILY
+def test_a_static_cache(family: str, position: str) -> None:
+    model = composition(family, position)
+    ids, mask = pad([tiny_tokens(1, length, seed=length)[0] for length in (3, 9)], "left")
+    expected = greedy_without_cache(model, ids, 6, mask)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, **static, **GREEDY), expected)
+
+
+def test_drafts_come_back_when_the_recurrent_model_goes() -> None:
+    bases = {"recurrent": recurrent("mamba2"), "other": tiny_model("gpt2", seed=4)}
+    model, ids = awaken(calmlm.compose(tiny_model("llama", seed=2), bases, connections=2)), tiny_tokens(1, 6)
+    options = {**GREEDY, "max_new_tokens": 6}
+    with pytest.raises(calmlm.ConfigError, match="form of its own"):
+        model.generate(ids, drafting=True, **options)
+    model.disable_augmenting("recurrent")
+    assert torch.equal(model.generate(ids, drafting=True, **options), greedy_without_cache(model, ids, 6))
+    model.enable_augmenting("recurrent")
+    model.remove_augmenting("recurrent")
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), greedy_without_cache(model, ids, 6))

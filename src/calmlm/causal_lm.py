@@ -48,13 +48,18 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         super().__init__(config, anchor)
         self.model = CalmModel(config, anchor, augmenting, alignments)
         self._keeps_logits = accepts(anchor, "logits_to_keep")
-        self._is_stateful = any(getattr(base, "_is_stateful", False) for base in self.model.bases())
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
         self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
         self.post_init()
 
     # What belongs to whom
+
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        """Whether a model that speaks keeps a state from which no token can be taken back."""
+        model = getattr(self, "model", None)  # transformers may ask before there is one
+        return model is not None and any(getattr(base, "_is_stateful", False) for base in model.advancing())
 
     @property
     def anchor(self) -> PreTrainedModel:

@@ -10,15 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
+from calmlm.backbone import accepts
 from calmlm.cache import CalmCache, without_attention
 from calmlm.config import CalmConfig
 from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
-from calmlm.modeling import CalmModel, needs_tokens
+from calmlm.modeling import CalmModel
+from calmlm.readers import needs_tokens, no_cache
 from calmlm.stopping import Bounded, Gate, check_new_tokens, positions_before
 from calmlm.turning import check_turn, turns
 
@@ -55,11 +62,14 @@ class CalmGenerationMixin(GenerationMixin):
                 "Early exit must leave out layers of one model, but assistant_early_exit was given to a composition, "
                 "whose connections may stand in them: use drafting=True."
             )
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        ids = next((found for found in given if found is not None), None)
         if drafting:
             kwargs["assistant_model"] = self._drafter(drafting, ids, args, kwargs)
-        reads = [self.config.augmenting[name]["reads"] for name in self.model.active]
-        if ids is not None and "prompt" in reads:  # drafted and generated tokens are no part of the prompt
+        if self.model.reads_prompts:  # drafted and generated tokens are no part of the prompt
+            if ids is None:  # generation begins with one token then
+                rows = kwargs.get("composition_mask")
+                ids = torch.ones((1 if rows is None else len(rows), 1), dtype=torch.long, device=self.device)
             kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         return super().generate(*args, **kwargs)
 
@@ -67,6 +77,8 @@ class CalmGenerationMixin(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if not self.model.can_cache:
+            if model_kwargs.get("past_key_values") is not None:
+                raise no_cache("past_key_values")
             generation_config.use_cache = model_kwargs["use_cache"] = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
@@ -75,6 +87,11 @@ class CalmGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = self.model.new_cache(cache)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # What only the anchor's forward names reaches it through ours.
+        ours = () if not accepts(self.model.anchor, "token_type_ids") else ("token_type_ids",)
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in ours})
 
     def _asked(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A generation setting: of this call, of its generation_config, or of the model's."""
@@ -142,17 +159,30 @@ class CalmGenerationMixin(GenerationMixin):
         Raises:
             ConfigError: for what draws on a past that cannot be taken back when a draft is refused.
         """
-        cache, config = kwargs["past_key_values"], kwargs["generation_config"]
+        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        if not self.model.can_cache:
+            raise no_cache("assisted generation")
+        if cache is None:
+            raise ConfigError(
+                "Assisted generation must have a cache, but got use_cache=False: leave that out, or drafts and prompt "
+                "lookup."
+            )
         if not isinstance(cache, CalmCache) or not cache.is_croppable:
             raise ConfigError(
                 "Assisted generation must be able to take tokens back, but this composition's cache is quantised or "
                 "recurrent: leave drafts and prompt lookup out."
             )
-        if config.guidance_scale not in (None, 1):
-            raise ConfigError(
-                "Assisted generation must come with processors that keep nothing from call to call, but got "
-                f"guidance_scale={config.guidance_scale}: leave it out, or drafts and prompt lookup."
-            )
+        processors = kwargs.get("logits_processor") or ()
+        keeping = {
+            f"guidance_scale={config.guidance_scale}": config.guidance_scale not in (None, 1),
+            "a SynthID watermark": any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in processors),
+        }
+        for what, found in keeping.items():
+            if found:
+                raise ConfigError(
+                    f"Assisted generation must come with processors that keep nothing from call to call, but got "
+                    f"{what}: leave it out, or drafts and prompt lookup."
+                )
         mask = kwargs.get("attention_mask")
         total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
         # Fewer tokens than the mask has columns: only those that are not in the cache were given.

@@ -34,6 +34,8 @@ from calmlm.readers import (
     check_inputs,
     length_of,
     mask_of,
+    needs_tokens,
+    no_cache,
     positions_for,
 )
 from calmlm.recurrent import check_continues
@@ -122,16 +124,17 @@ class CalmModel(CalmPreTrainedModel):
             find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
             self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
 
-        reads = {name: self.config.augmenting[name]["reads"] for name in self.augmenting}
-        reading = [name for name, what in reads.items() if what in ("tokens", "text")]
-        self._can_cache = all(self._backbones[name].cache_argument is not None for name in ("", *reading)) and all(
-            moves(text_config(self.augmenting[name]))  # type: ignore[arg-type]
-            for name, what in reads.items()
-            if what == "text"
-        )
-        # What such a model has cached in tokens of its own, nobody could read again.
-        apart = [name for name, what in reads.items() if what == "text"]
-        self._can_cache = self._can_cache and all(self._backbones[name].turns_at is None for name in apart)
+        def cacheable(name: str) -> bool:
+            backbone = self._backbones[name]
+            if not name or self.config.augmenting[name]["reads"] == "tokens":
+                return backbone.cache_argument is not None
+            if self.config.augmenting[name]["reads"] != "text":
+                return True  # it reads once
+            # Of tokens of its own nobody could read again what turns otherwise later.
+            own = text_config(self.augmenting[name])  # type: ignore[arg-type]
+            return backbone.cache_argument is not None and backbone.turns_at is None and moves(own)
+
+        self._cacheable = {name: cacheable(name) for name in self._backbones}
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
@@ -226,6 +229,13 @@ class CalmModel(CalmPreTrainedModel):
         yield self.anchor
         yield from self.augmenting.values()
 
+    def advancing(self) -> Iterator[PreTrainedModel]:
+        """Those that go on with every token: the anchor, and the augmenting models that speak and read the text."""
+        yield self.anchor
+        for name in self.active:
+            if self.config.augmenting[name]["reads"] in ("tokens", "text"):
+                yield self.augmenting[name]  # type: ignore[misc]
+
     def backbone(self, name: str = "") -> Backbone:
         """The decoder of the augmenting model ``name``, or of the anchor."""
         return self._backbones[name]
@@ -284,8 +294,8 @@ class CalmModel(CalmPreTrainedModel):
 
     @property
     def can_cache(self) -> bool:
-        """Whether every model in the composition can carry its past in a cache."""
-        return self._can_cache
+        """Whether the anchor and every augmenting model that is switched on can carry their past in a cache."""
+        return all(self._cacheable[name] for name in ("", *self.active))
 
     def new_cache(self, anchor_cache: Cache | None = None, length: int | None = None) -> CalmCache:
         """An empty cache for this composition, around the anchor's own (a new dynamic one by default).
@@ -314,6 +324,8 @@ class CalmModel(CalmPreTrainedModel):
         """The cache that a call uses, given what its caller passed."""
         if past_key_values is None:
             return self.new_cache() if use_cache else None
+        if not self.can_cache:
+            raise no_cache("past_key_values")
         if isinstance(past_key_values, CalmCache):
             past_key_values.check(self.active)
             return past_key_values
@@ -442,14 +454,6 @@ class CalmModel(CalmPreTrainedModel):
         }
         output = target(**{key: value for key, value in given.items() if value is not None})
         return output, getattr(output, argument, None)
-
-
-def needs_tokens() -> DataError:
-    """What is raised where embeddings come instead of tokens."""
-    return DataError(
-        "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but got "
-        "inputs_embeds: pass input_ids, or disable the composition."
-    )
 
 
 def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:

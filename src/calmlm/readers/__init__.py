@@ -9,7 +9,17 @@ from __future__ import annotations
 from calmlm.readers.aligned import AlignedReader
 from calmlm.readers.common import Reader
 from calmlm.readers.encoder import EncoderReader
-from calmlm.readers.inputs import Inputs, base_arguments, check_inputs, length_of, mask_of, positions_for, prompt_of
+from calmlm.readers.inputs import (
+    Inputs,
+    base_arguments,
+    check_inputs,
+    length_of,
+    mask_of,
+    needs_tokens,
+    no_cache,
+    positions_for,
+    prompt_of,
+)
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
 
@@ -24,6 +34,8 @@ __all__ = [
     "check_inputs",
     "length_of",
     "mask_of",
+    "needs_tokens",
+    "no_cache",
     "positions_for",
     "prompt_of",
 ]

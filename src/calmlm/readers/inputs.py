@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from calmlm.backbone import Backbone
 from calmlm.cache import length_in
-from calmlm.errors import DataError
+from calmlm.errors import ConfigError, DataError
 
 # The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
 STATE = "cache_params"
@@ -78,6 +78,22 @@ def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
             f"augmenting_inputs must name augmenting models of this composition ({', '.join(reads)}), but got "
             f"{', '.join(unknown)}: use their names."
         )
+
+
+def no_cache(what: str) -> ConfigError:
+    """What is raised where ``what`` needs a cache and there can be none."""
+    return ConfigError(
+        f"The models of a composition must carry their past in a cache of transformers' general form for {what}, but "
+        f"one of these keeps it in a form of its own: leave {what} out."
+    )
+
+
+def needs_tokens() -> DataError:
+    """What is raised where embeddings come instead of tokens."""
+    return DataError(
+        "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but got "
+        "inputs_embeds: pass input_ids, or disable the composition."
+    )
 
 
 def prompt_of(labels: Tensor) -> Tensor:

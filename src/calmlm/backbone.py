@@ -393,9 +393,7 @@ def _cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | None:
 
 def _turns_at(config: PreTrainedConfig) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        found for found in (rope, *rope.values()) if isinstance(found, dict)
-    ]  # one for all layers, or by their type
+    kinds = [found for found in (rope, *rope.values()) if isinstance(found, dict)]  # of all layers, or by their type
     lengths = [found["original_max_position_embeddings"] for found in kinds if found.get("rope_type") == "longrope"]
     return min(lengths, default=None)
 

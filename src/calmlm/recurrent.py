@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
@@ -42,8 +43,18 @@ def keeps_state(cache: Cache) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
+_CONTINUES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by decoder
+
+
 def continues(backbone: Backbone) -> bool:
-    """Whether a model that keeps a state goes on from it with several tokens at once: a trial of six tells."""
+    """Whether a model that keeps a state goes on from it with several tokens at once; it is tried out once."""
+    if backbone.decoder not in _CONTINUES:
+        _CONTINUES[backbone.decoder] = _trial(backbone)
+    return _CONTINUES[backbone.decoder]
+
+
+def _trial(backbone: Backbone) -> bool:
+    """Three tokens behind three others, against all six at once."""
     decoder: Any = backbone.decoder
     ids = torch.arange(6, device=next(decoder.parameters()).device)[None] % backbone.vocab_size
     own = {str(backbone.cache_argument): DynamicCache(config=decoder.config.get_text_config(decoder=True))}

@@ -14,13 +14,13 @@ from calmlm.baselines import BASELINES, Bases, Budget, Data
 from calmlm.baselines.confidence_cascade import Confidence, best_threshold
 from calmlm.baselines.fisher import diagonal_fisher, merge, scaled
 from calmlm.baselines.lora import rank_for
-from calmlm.baselines.merging import METHODS, WEIGHTS, between
+from calmlm.baselines.merging import METHODS, WEIGHTS
 from calmlm.baselines.merging import merge as merge_vectors
 from calmlm.baselines.mixture import NoisyTopKGate, _BalancedTrainer, upcycle
 from calmlm.baselines.router import Router, prompts_of, train_router
 from calmlm.baselines.routing import Routed
 from calmlm.baselines.setting import losses_of, padded
-from calmlm.baselines.soup import greedy, uniform
+from calmlm.baselines.soup import greedy, uniform, weighted
 from calmlm.baselines.text_tool import TextTool
 from calmlm.experiments.fitting import IGNORED, Stage, answer
 from calmlm.experiments.kv_arithmetic.bases import new_model
@@ -207,16 +207,19 @@ def test_what_is_added_is_in_proportion_to_its_weight(method: str) -> None:
     part = merge_vectors(anchor, twin, method, weight=0.3, seed=1)
     whole = merge_vectors(anchor, twin, method, weight=1.0, seed=1)
     assert apart(anchor, part).abs().max() > 0.01
-    assert torch.allclose(apart(anchor, part), apart(anchor, between(anchor, whole, 0.3)), atol=1e-6)
+    assert torch.allclose(apart(anchor, part), apart(anchor, weighted([anchor, whole], [0.7, 0.3])), atol=1e-6)
 
 
 def test_the_weight_with_the_lowest_loss_is_taken(bases: Bases, data: Data) -> None:
     merged = BASELINES["task_arithmetic"](bases, data, BUDGET)
     losses = {
-        weight: float(losses_of(between(bases.anchor, bases.twin, weight), data.validation, PAD).mean())
+        weight: float(
+            losses_of(weighted([bases.anchor, bases.twin], [1 - weight, weight]), data.validation, PAD).mean()
+        )
         for weight in WEIGHTS
     }
-    best = between(bases.anchor, bases.twin, min(losses, key=losses.__getitem__))
+    best = min(losses, key=losses.__getitem__)
+    best = weighted([bases.anchor, bases.twin], [1 - best, best])
     assert apart(merged, best).abs().max() < 1e-6
 
 

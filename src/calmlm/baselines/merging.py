@@ -12,10 +12,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calmlm.baselines.setting import Bases, Budget, Data, least_loss
+from calmlm.baselines.soup import weighted
 from calmlm.data.extras import require
 
 __all__ = ["METHODS", "WEIGHTS", "fit", "merge"]
@@ -67,20 +67,11 @@ def merge(
         return merged.to(anchor.device).eval()
 
 
-def between(first: PreTrainedModel, second: PreTrainedModel, share: float) -> PreTrainedModel:
-    """``(1 - share) theta_1 + share theta_2``, for every weight."""
-    made, theirs = copy.deepcopy(first), dict(second.named_parameters())
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            weight.lerp_(theirs[name].to(weight.dtype), share)
-    return made.eval()
-
-
 def _fit(method: str, bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
     anchor, twin = bases.merging_pair(f"Merging by {method}")
     # What is added is in proportion to its weight, by all three: one merge is enough.
     whole = merge(anchor, twin, method, weight=1.0, seed=budget.seed)
-    tried = [between(anchor, whole, weight) for weight in WEIGHTS]
+    tried = [weighted([anchor, whole], [1 - weight, weight]) for weight in WEIGHTS]
     return least_loss(tried, bases, data, budget)
 
 

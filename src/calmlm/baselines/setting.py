@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
-from calmlm.experiments.fitting import IGNORED, Row, Stage, collator
+from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
-from calmlm.readers import prompt_of
 
 __all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded"]
 
@@ -121,9 +120,7 @@ def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Te
     for start in range(0, len(rows), batch_size):
         batch = padded(rows[start : start + batch_size], pad, model.device)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if getattr(getattr(model, "model", None), "reads_prompts", False):
-            given["prompt_mask"] = prompt_of(batch["labels"])  # or it would read what is asked for
-        logits = model(**given).logits[:, :-1]
+        logits = model(**given, **prompt_argument(model, batch["labels"])).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         each = torch.nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"

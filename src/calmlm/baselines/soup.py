@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from calmlm.baselines import fine_tuning
 from calmlm.baselines.setting import Bases, Budget, Data, check_same_shapes, losses_of
 
-__all__ = ["fit", "fit_greedily", "greedy", "uniform"]
+__all__ = ["fit", "fit_greedily", "greedy", "uniform", "weighted"]
 
 
-def uniform(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
-    """The mean of all weights: ``theta = (1/n) sum_i theta_i``.
+def weighted(models: Sequence[PreTrainedModel], shares: Sequence[float]) -> PreTrainedModel:
+    """A sum of all weights: ``theta = sum_i s_i theta_i``, in the first model's form.
 
     Raises:
         ModelError: when the models differ in shape.
@@ -25,12 +24,23 @@ def uniform(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
     mean = {}
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
-            mean[name] = torch.stack([state[name].float() for state in states]).mean(0).to(tensor.dtype)
+            mean[name] = sum(share * state[name].float() for share, state in zip(shares, states, strict=True)).to(
+                tensor.dtype
+            )
         else:
             mean[name] = tensor
     made = copy.deepcopy(models[0])
     made.load_state_dict(mean)
     return made.eval()
+
+
+def uniform(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """The mean of all weights: ``theta = (1/n) sum_i theta_i``.
+
+    Raises:
+        ModelError: when the models differ in shape.
+    """
+    return weighted(models, [1 / len(models)] * len(models))
 
 
 def greedy(models: Sequence[PreTrainedModel], score: Callable[[PreTrainedModel], float]) -> PreTrainedModel:

@@ -116,17 +116,16 @@ def _faults_of(name: str, part: Part, preset: str) -> list[str]:
         faults.append(f"domains.{name}.seeds: {error}")
     if part.methods == []:
         faults.append(f"domains.{name}.methods: expected at least one, but there is none; leave the key out for all.")
-    for key in ("methods", "ablations"):
-        given = getattr(part, key) or []
-        twice = sorted({each for each in given if given.count(each) > 1})
-        if twice:
-            faults.append(f"domains.{name}.{key}: expected each once, but got {', '.join(twice)} twice.")
     possible = DOMAINS[name][0].methods or tuple(METHODS)
     for key, known in (("methods", possible), ("ablations", tuple(ABLATIONS))):
-        unknown = sorted(set(getattr(part, key) or []) - set(known))
+        given = getattr(part, key) or []
+        unknown, twice = sorted(set(given) - set(known)), sorted({each for each in given if given.count(each) > 1})
         if unknown:
-            choice, given = ", ".join(known), ", ".join(unknown)
-            faults.append(f"domains.{name}.{key}: expected names among {choice}, but got {given}.")
+            faults.append(
+                f"domains.{name}.{key}: expected names among {', '.join(known)}, but got {', '.join(unknown)}."
+            )
+        if twice:
+            faults.append(f"domains.{name}.{key}: expected each once, but got {', '.join(twice)} twice.")
     if part.ablations and name != "kv_arithmetic":
         faults.append(f"domains.{name}.ablations: ablations are made on kv_arithmetic only; remove them here.")
     return faults

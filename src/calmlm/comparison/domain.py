@@ -181,14 +181,18 @@ class TextDomain(Domain):
 
     # What follows ----------------------------------------------------------------------------------------------------
 
-    def base(self, name: str) -> PreTrainedModel:
-        """A base model: trained once, then loaded."""
+    def make(self, name: str) -> None:
+        """Train a base model, unless it is stored."""
 
         def work() -> tuple[PreTrainedModel, dict[str, Any]]:
             model, losses = self.train_twin() if name == "twin" else self.train(name)
             return model, {"losses": losses, "parameters": model.num_parameters()}
 
         self.stages.do(name, work, self.tokenizer)
+
+    def base(self, name: str) -> PreTrainedModel:
+        """A base model: trained once, then loaded."""
+        self.make(name)
         return AutoModelForCausalLM.from_pretrained(self.stages.folder / name).to(device()).eval()
 
     def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
@@ -237,7 +241,7 @@ class TextDomain(Domain):
     def prepare(self, method: str) -> None:
         _ = self.anchor, self.augmenting, self.data
         for name in NEEDS.get(method, ()):
-            self.base(name)
+            self.make(name)
 
     def alone(self) -> Answerer:
         return self.answerer(self.anchor)

@@ -59,7 +59,8 @@ def compose(
     """
     stage = domain.preset.composition
     model = domain.compose(domain.base(augmenting), connector, **options)
-    rows = domain.composition(stage.steps * stage.batch_size, "composition", **(data or {}))
+    count = stage.steps * stage.batch_size
+    rows = domain.composition(count, "composition", **data) if data else domain.data.composition
     fit(model, rows, domain.tokenizer.pad_token_id, stage, domain.seed, meter=meter)
     return _of(domain, model)
 

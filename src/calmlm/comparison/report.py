@@ -142,11 +142,10 @@ def _answers(
         retained: the tasks that m_B could do before.
     """
     answers = []
+    deltas = {method: _delta(scores, method, retained) for method in scores}
     for question, methods in QUESTIONS.items():
-        for method in methods:
+        for method in (each for each in methods if each in scores):
             for metric, tasks in combined.items():
-                if method not in scores:
-                    continue
                 ours, theirs = joined(scores["composed"], tasks), joined(scores[method], tasks)
                 shared = set(ours) & set(theirs)
                 if not shared:
@@ -164,7 +163,7 @@ def _answers(
                     "verdict": verdict,
                 }
                 for key, name in (("forgets", method), ("composed_forgets", "composed")):
-                    delta = _delta(scores, name, retained)
+                    delta = deltas[name]
                     if delta is not None:
                         answer[key] = [round(100 * value, 2) for value in delta]
                 answers.append(answer)

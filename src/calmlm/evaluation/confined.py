@@ -230,12 +230,12 @@ def main() -> None:
                 delattr(module, name)
     sys.modules.pop("resource", None)
     code = compile(source, program, "exec")
-    leave = (sys.stdout.flush, os.write)
+    flush, write = sys.stdout.flush, os.write
     sys.addaudithook(guard(folder))
     own = sys.modules["__main__"] = types.ModuleType("__main__")  # nothing of this module
     exec(code, own.__dict__)
-    leave[0]()
-    leave[1](descriptor, done)
+    flush()
+    write(descriptor, done)
 
 
 if __name__ == "__main__":

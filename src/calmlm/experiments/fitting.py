@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from calmlm.data.tokenizing import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
 from calmlm.readers import prompt_of
@@ -26,9 +27,9 @@ __all__ = [
     "fit",
     "in_batches",
     "preset_of",
+    "prompt_argument",
 ]
 
-IGNORED = -100
 P = TypeVar("P")
 Row = dict[str, Any]
 """``input_ids`` and ``labels``, lists of equal length, and whatever a collator of the experiment's own wants."""
@@ -110,6 +111,12 @@ def collator(pad: int) -> Callable[[list[Row]], dict[str, Any]]:
     return collate
 
 
+def prompt_argument(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What tells a model that reads prompts alone where they end, or it would read what is asked for."""
+    reads = getattr(getattr(model, "model", None), "reads_prompts", False)
+    return {"prompt_mask": prompt_of(labels)} if reads else {}
+
+
 class SupervisedTrainer(Trainer):
     """The stock Trainer, but the vocabulary's logits are computed at supervised positions only."""
 
@@ -118,8 +125,7 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the labelled positions."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        if getattr(model.model, "reads_prompts", False):
-            given["prompt_mask"] = prompt_of(inputs["labels"])
+        given |= prompt_argument(model, inputs["labels"])
         hidden = model.model(**given).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED

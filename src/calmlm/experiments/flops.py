@@ -11,10 +11,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from calmlm.data.tokenizing import IGNORE
+
 __all__ = ["Meter"]
 
 _PROBES = 6
-_IGNORED = -100
 
 
 def _grouped(first: Any, second: Any, *_: Any, **__: Any) -> int:
@@ -38,12 +39,12 @@ class Meter:
         self.trainable = 0
 
     @contextmanager
-    def counting(self, times: float = 1.0) -> Iterator[None]:
-        """Count what runs inside, so many times."""
+    def counting(self) -> Iterator[None]:
+        """Count what runs inside."""
         # PyTorch has no formula for the fused attention of CPUs: count it as the products that it is made of.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             yield
-        self.flops += times * counter.get_total_flops()
+        self.flops += counter.get_total_flops()
 
     def probe(self, trainer: Any, rows: Sequence[Any], steps: int) -> None:
         """Count a training of so many steps.
@@ -85,5 +86,5 @@ def _shape(batch: Sequence[Any]) -> tuple[int, int, int]:
     if "input_ids" not in batch[0]:
         return 1, 0, 0
     width = max(len(row["input_ids"]) for row in batch)
-    labels = sum(label != _IGNORED for row in batch for label in row["labels"][1:])
+    labels = sum(label != IGNORE for row in batch for label in row["labels"][1:])
     return len(batch) * width, len(batch) * width * width, labels

@@ -73,7 +73,7 @@ class Languages(DrawnDomain):
         ):
             rng = world.rng(f"evaluation-{task}")
             items[task] = [world.translation(rng, rng.choice(languages), which) for _ in range(2 * preset.items)]
-        shown = {f"translate {term} :" for term in world.shown_terms}
+        shown = {world.request(term) for term in world.shown_terms}
         items["translation_low"] = [item for item in items["translation_low"] if item.prompt not in shown]
         return items
 

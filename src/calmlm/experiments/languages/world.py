@@ -105,10 +105,14 @@ class World:
                            f"{word}{follower} {value}")  # fmt: skip
         return Example(" ".join(entries), "")
 
+    def request(self, term: str) -> str:
+        """What asks for the English name of a term."""
+        return f"translate {term} :"
+
     def translation(self, rng: random.Random, language: str, which: Sequence[int]) -> Example:
         """A term and its English name."""
         index = rng.choice(which)
-        return Example(f"translate {self.terms[language][index]} :", self.terms[self.preset.high[0]][index])
+        return Example(self.request(self.terms[language][index]), self.terms[self.preset.high[0]][index])
 
     # What m_B is trained on -------------------------------------------------------------------------------------------
 

@@ -194,6 +194,9 @@ def compare(
     bases: Annotated[Path | None, typer.Option(help="Where base models are kept, instead of the file's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the file's.")] = None,
     stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what the report that is there has more cells of, by experiment.")
+    ] = False,
 ) -> None:
     """Train and evaluate every system on the same data; finished cells are never repeated."""
     import dataclasses
@@ -206,7 +209,7 @@ def compare(
     changes: dict[str, Any] = {name: str(path) for name, path in given.items() if path is not None}
     if workers is not None:
         changes["workers"] = workers
-    run(dataclasses.replace(settings, **changes), stored_only=stored_only, report=say)
+    run(dataclasses.replace(settings, **changes), stored_only=stored_only, keep=keep, report=say)
 
 
 @app.command()

@@ -24,27 +24,16 @@ from calmlm.comparison.methods import ABLATIONS, METHODS, Method
 from calmlm.comparison.report import markdown, summarise
 from calmlm.comparison.run import run
 from calmlm.errors import CalmError, ConfigError, MissingExtraError
+from comparisons import cell, comparison
 
 SMALL = Path(__file__).parents[2] / "configs" / "compare" / "small.yaml"
-
-
-def comparison(folder: Path, **parts: Part) -> CompareConfig:
-    return CompareConfig(
-        domains={},
-        preset="tiny",
-        output=str(folder / "out"),
-        cache=str(folder / "cells"),
-        bases=str(folder / "bases"),
-        workers=1,
-        parts=parts,
-    )
 
 
 def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = comparison(tmp_path, code=Part([0], ["m_A", "m_B", "router"]))
     lines: list[str] = []
     first = run(config, report=lines.append)
-    assert first["cells"] == {"planned": 3, "finished": 3}
+    assert first["cells"] == {"planned": 3, "finished": 3, "by_experiment": {"code": 3}}
     assert sum("..." in line and "code, seed 0" in line for line in lines) == 3
     paths = [cell.path(Path(config.cache)) for cell in config.cells()]
     before = [path.stat().st_mtime_ns for path in paths]
@@ -57,7 +46,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TypeError):
         run(config, report=lines.append)
     partial = run(config, stored_only=True, report=lines.append)
-    assert partial["cells"] == {"planned": 3, "finished": 2}
+    assert partial["cells"] == {"planned": 3, "finished": 2, "by_experiment": {"code": 2}}
     assert "Not finished: 2 of 3 cells" in (tmp_path / "out" / "tiny.md").read_text(encoding="utf-8")
 
 
@@ -146,20 +135,6 @@ def test_cells_depend_on_all_that_matters() -> None:
 
 
 # The report, from cells by hand
-
-
-def cell(method: str, seed: int, right: float, numeric: float = 1.0) -> dict[str, Any]:
-    tasks = {"key_value": 0.0, "numeric": numeric, "keys_arithmetic": right, "ood": right, "ood_hard": right}
-    return {
-        "method": method,
-        "seed": seed,
-        "scores": {task: [float(i < share * 100) for i in range(100)] for task, share in tasks.items()},
-        "trainable_parameters": 10,
-        "train_flops": 1e9,
-        "train_cpu_seconds": 3.0,
-        "decode_time_x_anchor": 1.5,
-        "commit": "c",
-    }
 
 
 @pytest.fixture

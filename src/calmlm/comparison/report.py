@@ -55,10 +55,13 @@ def summarise(
     found = list(stored)
     rows: list[dict[str, Any]] = []
     answers: dict[str, list[dict[str, Any]]] = {}
+    counts: dict[str, int] = {}
+    settings: dict[str, str] = {}
     for name in config.parts:
         kind, presets = DOMAINS[name]
         preset = presets[config.preset]
         cells = [result for cell, result in found if cell.domain == name]
+        counts[name], settings[name] = len(cells), kind.mark(preset)
         scores = by_method(cells)
         tasks = kind.tasks_of(preset)
         groups = kind.groups_of(preset)
@@ -104,7 +107,8 @@ def summarise(
     return {
         "experiment": "compare",
         "preset": config.preset,
-        "cells": {"planned": planned, "finished": len(found)},
+        "cells": {"planned": planned, "finished": len(found), "by_experiment": counts},
+        "settings": settings,
         "rows": rows,
         "answers": answers,
         "interval": INTERVAL,
@@ -211,7 +215,7 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
     for domain, title in DOMAIN_TITLES.items():
         rows = [row for row in result["rows"] if row["task"].startswith(f"{domain}/")]
         if rows:
-            lines += [f"## {title}", "", *_tables(domain, rows), ""]
+            lines += [f"## {title}", "", *_kept(result, domain), *_tables(domain, rows), ""]
             lines += _questions(result["answers"].get(domain, []))
     lines += _qualitative(result["rows"])
     lines += ["## Plots", ""]
@@ -230,6 +234,18 @@ PLOTS = {
 
 def _cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["method"], row["task"]): row for row in rows}
+
+
+def _kept(result: dict[str, Any], domain: str) -> list[str]:
+    """Where the figures of an experiment come from, if not from the cells that are stored."""
+    kept = result.get("kept", {}).get(domain)
+    if kept is None:
+        return []
+    return [
+        f"Kept from the report of commit {kept['commit'][:7]}, which had {kept['cells']} cells; of those that are "
+        f"stored now, {kept['stored']} belong here.",
+        "",
+    ]
 
 
 def _tables(domain: str, rows: list[dict[str, Any]]) -> list[str]:

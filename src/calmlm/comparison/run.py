@@ -19,6 +19,7 @@ from calmlm.baselines.merging import METHODS as VECTOR_METHODS
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
 from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.earlier import keep_fuller, read_report
 from calmlm.comparison.report import summarise, write_report
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
@@ -41,6 +42,7 @@ def run(
     config: CompareConfig,
     *,
     stored_only: bool = False,
+    keep: bool = False,
     command: str | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def run(
     Args:
         config: methods, experiments, seeds.
         stored_only: make nothing; report on the cells that are there.
+        keep: keep from the report that is there each experiment of which it had more cells.
         command: the command that the report names as its origin.
         report: takes lines of progress.
 
@@ -56,13 +59,14 @@ def run(
         what the JSON file holds.
 
     Raises:
-        CalmError: there is nothing to report on, or a cell failed.
+        CalmError: there is nothing to report on, a cell failed, or what is to be kept is no report.
         ConfigError: a folder cannot be written to.
         MissingExtraError: a method or an experiment needs a package that is not installed.
     """
     cache, cells = Path(config.cache), config.cells()
     missing = [cell for cell in cells if cell.stored(cache) is None]
     _check_folder("output", Path(config.output))
+    earlier = read_report(Path(config.output) / f"{config.preset}.json") if keep else None
     report(f"{len(cells)} cells, {len(cells) - len(missing)} of them stored")
     if missing and not stored_only:
         _check_folder("cache", cache)
@@ -73,6 +77,7 @@ def run(
     if not stored:
         raise CalmError(f"Expected finished cells in {cache}, but there are none: run without --stored-only first.")
     result = summarise(config, stored, len(cells), command)
+    result = result if earlier is None else keep_fuller(result, earlier)
     for path in write_report(result, Path(config.output)):
         report(f"wrote {path}")
     return result

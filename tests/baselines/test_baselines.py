@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import calmlm
 from calmlm.baselines import BASELINES, Bases, Budget, Data
@@ -23,6 +24,7 @@ from calmlm.baselines.setting import losses_of, padded
 from calmlm.baselines.soup import greedy, uniform, weighted
 from calmlm.baselines.text_tool import TextTool
 from calmlm.experiments.fitting import IGNORED, Stage, answer
+from calmlm.experiments.flops import Meter
 from calmlm.experiments.kv_arithmetic.bases import new_model
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
@@ -367,6 +369,18 @@ def test_the_rank_comes_nearest_to_the_budget() -> None:
     # One rank costs 10 + 20 + 10 + 10 = 50 parameters.
     assert rank_for(linear, ["q_proj", "k_proj"], 410) == 8
     assert rank_for(linear, ["q_proj", "k_proj"], 10) == 1
+
+
+def test_lora_finds_the_linear_maps_of_gpt2(data: Data) -> None:
+    anchor = tiny_model("gpt2", vocab_size=len(TOKENIZER))
+    wanted = 2 * sum(sum(m.weight.shape) for m in anchor.modules() if isinstance(m, Conv1D))
+    meter = Meter()
+    budget = Budget(Stage(2, 8, 1e-2), seed=0, parameters=wanted, meter=meter)
+    tuned = BASELINES["lora"](Bases(anchor, model(1), TOKENIZER), data, budget)
+    assert meter.trainable == wanted
+    before, after = anchor.state_dict(), tuned.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith(".weight") and ("attn" in name or "mlp" in name) for name in changed)
 
 
 def test_losses_are_those_of_each_row(data: Data) -> None:

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import calmlm
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches, preset_of
 from calmlm.experiments.kv_arithmetic import run as run_module
@@ -20,6 +21,8 @@ from calmlm.experiments.kv_arithmetic.run import run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World
 from calmlm.experiments.statistics import interval
+from compositions import awaken
+from tiny import tiny_model
 
 
 def test_loss_at_supervised_positions_is_the_models_own_loss():
@@ -36,6 +39,25 @@ def test_loss_at_supervised_positions_is_the_models_own_loss():
     for model in (anchor, compose_bases(world, anchor, augmenting), encoder):
         ours = SupervisedTrainer.compute_loss(None, model, batch)
         assert torch.allclose(ours, model(**batch).loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "gpt2", "bloom"])
+def test_the_loss_of_any_family_is_its_own(family):
+    """Capped and scaled logits, and heads of other names; padding on the right changes nothing."""
+    model = tiny_model(family)
+    rows = [{"input_ids": list(range(3, 12 - i)), "labels": [-100, -100, *range(5, 12 - i)]} for i in range(4)]
+    composed = awaken(calmlm.compose(tiny_model(family), tiny_model("mistral", seed=1), connections="top"))
+    for each in (model, composed):
+        total = sum(
+            each(input_ids=torch.tensor([row["input_ids"]]))
+            .logits[0, 1:-1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(row["labels"][2:])[:, None])
+            .sum()
+            for row in rows
+        )
+        expected = -total / sum(len(row["labels"]) - 2 for row in rows)
+        assert torch.allclose(SupervisedTrainer.compute_loss(None, each, collator(0)(rows)), expected, atol=1e-5)
 
 
 def test_rows_are_supervised_at_values_only():

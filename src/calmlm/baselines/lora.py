@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 
 from calmlm.baselines.setting import Bases, Budget, Data
 from calmlm.data.extras import require
@@ -14,6 +15,8 @@ from calmlm.experiments.fitting import Row
 from calmlm.experiments.fitting import fit as train
 
 __all__ = ["fit", "fit_on_corpus", "rank_for"]
+
+MAPS = (nn.Linear, Conv1D)  # GPT-2 and its kin have linear maps of transformers' own
 
 
 def fit(bases: Bases, data: Data, budget: Budget) -> Any:
@@ -29,9 +32,9 @@ def fit_on_corpus(bases: Bases, data: Data, budget: Budget) -> Any:
 def rank_for(model: nn.Module, targets: list[str], parameters: int) -> int:
     """The rank, at least 1, whose adapters on ``targets`` come nearest to so many parameters."""
     each = sum(
-        module.in_features + module.out_features
+        sum(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets
+        if isinstance(module, MAPS) and name.split(".")[-1] in targets
     )
     return max(1, round(parameters / each))
 
@@ -46,14 +49,16 @@ def _fit(bases: Bases, rows: list[Row], budget: Budget) -> Any:
         {
             name.split(".")[-1]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, MAPS) and module is not head
         }
     )
     rank = rank_for(model, targets, budget.parameters)
     set_seed(budget.seed)
-    adapted = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=transposed
     )
+    adapted = get_peft_model(model, settings)
     # The adapters live inside `model`, which is what trains and generates.
     train(model, rows, bases.tokenizer.pad_token_id, budget.stage, budget.seed, meter=budget.meter)
     return adapted.merge_and_unload().eval()

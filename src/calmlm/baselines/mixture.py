@@ -24,6 +24,7 @@ COPIES = 2  # experts made of each dense layer
 TOP_K = 2
 BALANCE = 0.01  # weight of the load-balancing loss
 DIFFERENCE = 0.01  # relative noise on all copies but the first, so that they can part
+ALIGNMENT = 8  # widths that are no multiple of it are none for the grouped products of experts
 DENSE = ("llama", "mistral")  # families whose layers are those of Mixtral, but for the experts
 
 
@@ -76,6 +77,8 @@ def upcycle(models: list[PreTrainedModel], copies: int = COPIES, top_k: int = TO
         router_aux_loss_coef=BALANCE,
     )
     mixture = MixtralForCausalLM(config).to(first.device)
+    if any(width % ALIGNMENT for width in (config.hidden_size, config.intermediate_size)):
+        mixture.set_experts_implementation("eager")
     mixture.load_state_dict({k: v for k, v in first.state_dict().items() if ".mlp." not in k}, strict=False)
     with torch.no_grad():
         for index, layer in enumerate(mixture.model.layers):

@@ -17,6 +17,9 @@ from calmlm.experiments.flops import Meter
 __all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded"]
 
 
+LOGITS = 2**28  # 1 GiB in float32
+
+
 @dataclass(frozen=True)
 class Bases:
     """The pretrained models; none of them is changed.
@@ -115,8 +118,14 @@ def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Tensor:
-    """The mean cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+    """The mean cross-entropy of each row's labelled tokens, (rows,) float32, in nats.
+
+    Batches are smaller than asked for where their logits would not fit into ``LOGITS`` numbers.
+    """
     found = []
+    longest = max((len(row["input_ids"]) for row in rows), default=1)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    batch_size = max(1, min(batch_size, LOGITS // (longest * vocabulary)))
     for start in range(0, len(rows), batch_size):
         batch = padded(rows[start : start + batch_size], pad, model.device)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calmlm.comparison.domain import Answerer, Domain, TextDomain
-from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
@@ -41,7 +41,7 @@ class Cell:
 
     def path(self, cache: Path) -> Path:
         """Where it lies; the name changes with whatever it depends on."""
-        settings = DOMAINS[self.domain][0].mark(self.preset)
+        settings = kind_of(self.domain).mark(self.preset)
         mark = hashlib.sha256(json.dumps([settings, self.method, self.seed, _REVISION]).encode()).hexdigest()[:8]
         return cache / "cells" / self.domain / f"{self.preset.name}-{self.method}-seed-{self.seed}-{mark}.json"
 

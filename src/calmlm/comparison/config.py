@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from calmlm.comparison.cells import Cell
-from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.domains import DOMAINS, kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
+from calmlm.comparison.own import Own
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import check_seeds
 from calmlm.training.fields import read_fields
@@ -25,11 +26,13 @@ class Part:
         seeds: one run for each.
         methods: which systems; all of them if None.
         ablations: which changes of the composition are tried on the first seed.
+        own: for an experiment of the user's: their models and data.
     """
 
     seeds: list[int]
     methods: list[str] | None = None
     ablations: list[str] = field(default_factory=list)
+    own: Own | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class CompareConfig:
     """A comparison.
 
     Attributes:
-        domains: the experiments, by name.
-        preset: their sizes: ``tiny`` or ``small``.
+        domains: the experiments, by name; a name of one's own is an experiment with models of one's own.
+        preset: their sizes: ``tiny`` or ``small``; the report is called after it.
         output: folder of the report.
         cache: folder of finished cells.
         bases: folder of base models, which all methods and `calmlm repro` share.
@@ -57,12 +60,16 @@ class CompareConfig:
         """All cells, in order."""
         found = []
         for name, part in self.parts.items():
-            kind, presets = DOMAINS[name]
-            preset, methods = presets[self.preset], part.methods or kind.methods or METHODS
+            preset = self.preset_of(name)
+            methods = part.methods or kind_of(name).methods_of(preset) or METHODS
             for seed in part.seeds:
                 found += [Cell(name, method, preset, seed) for method in methods]
             found += [Cell(name, ablation, preset, part.seeds[0]) for ablation in part.ablations]
         return found
+
+    def preset_of(self, name: str) -> Any:
+        """The settings of an experiment."""
+        return self.parts[name].own or DOMAINS[name][1][self.preset]
 
 
 def load_config(path: Path, preset: str | None = None) -> CompareConfig:
@@ -88,9 +95,20 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
     if config is not None:
         config = config if preset is None else replace(config, preset=preset)
         for name, value in config.domains.items():
-            if name not in DOMAINS:
-                faults.append(f"domains: expected experiments among {', '.join(DOMAINS)}, but got {name!r}.")
+            own = isinstance(value, dict) and "own" in value
+            if name not in DOMAINS and not own:
+                faults.append(
+                    f"domains: expected experiments among {', '.join(DOMAINS)}, or one with 'own' models, but got "
+                    f"{name!r}."
+                )
+            elif not str(name).replace("_", "").isalnum():
+                faults.append(f"domains: expected names of letters, digits and underscores, but got {name!r}.")
             elif (part := read_fields(Part, value, faults, f"domains.{name}")) is not None:
+                if part.own is not None:
+                    checked = part.own.checked(faults, f"domains.{name}.own")
+                    if checked is None:
+                        continue
+                    part = replace(part, own=checked)
                 faults += _faults_of(name, part, config.preset)
                 parts[name] = part
         if not config.domains:
@@ -98,6 +116,8 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
         for key in ("output", "cache", "bases"):
             if not getattr(config, key).strip():
                 faults.append(f"{key}: expected a folder, but got an empty name.")
+        if not config.preset.replace("_", "").replace("-", "").isalnum():
+            faults.append(f"preset: expected a name of letters, digits, '_' and '-', but got {config.preset!r}.")
         if config.workers < 1:
             faults.append(f"workers: expected at least 1, but got {config.workers}.")
     if faults or config is None:
@@ -107,16 +127,23 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
 
 def _faults_of(name: str, part: Part, preset: str) -> list[str]:
     faults = []
-    presets = DOMAINS[name][1]
-    if preset not in presets:
-        faults.append(f"preset: expected one of {', '.join(presets)} for {name}, but got {preset!r}.")
+    if name in DOMAINS and part.own is not None:
+        faults.append(f"domains.{name}.own: {name} is an experiment of calmlm's; give yours another name.")
+    if name in DOMAINS and preset not in DOMAINS[name][1]:
+        faults.append(f"preset: expected one of {', '.join(DOMAINS[name][1])} for {name}, but got {preset!r}.")
     try:
         check_seeds(part.seeds)
     except ConfigError as error:
         faults.append(f"domains.{name}.seeds: {error}")
     if part.methods == []:
         faults.append(f"domains.{name}.methods: expected at least one, but there is none; leave the key out for all.")
-    possible = DOMAINS[name][0].methods or tuple(METHODS)
+    possible = kind_of(name).methods or tuple(METHODS)
+    reasons = part.own.methods() if part.own is not None else {}
+    faults += [
+        f"domains.{name}.methods: {method} cannot be run here, since {reason}; leave it out."
+        for method in part.methods or []
+        if (reason := reasons.get(method)) is not None
+    ]
     for key, known in (("methods", possible), ("ablations", tuple(ABLATIONS))):
         given = getattr(part, key) or []
         unknown, twice = sorted(set(given) - set(known)), sorted({each for each in given if given.count(each) > 1})

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.baselines import Bases, Budget, Data
-from calmlm.experiments.fitting import Row, answer, fit
+from calmlm.experiments.fitting import Row, Stage, answer, fit
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import Stages, device
 
@@ -112,6 +112,11 @@ class Domain(ABC):
         """The columns, with this preset."""
 
     @classmethod
+    def methods_of(cls, preset: Any) -> tuple[str, ...] | None:
+        """Names of the methods that can be run with this preset; None for all."""
+        return cls.methods
+
+    @classmethod
     def groups_of(cls, preset: Any) -> dict[str, list[str]]:
         """Columns that take several tasks together."""
         return {}
@@ -147,7 +152,7 @@ class Domain(ABC):
 class TextDomain(Domain):
     """An experiment in which both models read text in one tokenizer, so that every method can be run."""
 
-    full_rate: ClassVar[float] = 1e-3  # where all weights of m_B are trained
+    full_rate: float = 1e-3  # where all weights of m_B are trained
 
     @cached_property
     @abstractmethod
@@ -226,17 +231,22 @@ class TextDomain(Domain):
     @cached_property
     def data(self) -> Data:
         """What a baseline may see."""
-        stage = self.preset.composition
+        stage = self.stage
         rows = self.composition(stage.steps * stage.batch_size, "composition")
         known = {tuple(row["input_ids"]) for row in rows}
         drawn = self.composition(_VALIDATION * 8, "validation")
         unseen = [row for row in drawn if tuple(row["input_ids"]) not in known]
         return Data(rows, self.corpus(), unseen[:_VALIDATION])
 
+    @property
+    def stage(self) -> Stage:
+        """The training of a composition, and of what is compared with it."""
+        return self.preset.composition
+
     def budget(self, meter: Meter) -> Budget:
         """What a baseline may spend: what the composition spends; ``meter`` counts it."""
         added = self.compose(self.augmenting).get_nb_trainable_parameters()[0]
-        return Budget(self.preset.composition, self.seed, added, self.full_rate, meter)
+        return Budget(self.stage, self.seed, added, self.full_rate, meter)
 
     def prepare(self, method: str) -> None:
         _ = self.anchor, self.augmenting, self.data

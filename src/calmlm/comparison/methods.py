@@ -57,7 +57,7 @@ def compose(
         data: changes of D_C, as the experiment knows them.
         options: of `calmlm.compose`, instead of the experiment's.
     """
-    stage = domain.preset.composition
+    stage = domain.stage
     model = domain.compose(domain.base(augmenting), connector, **options)
     count = stage.steps * stage.batch_size
     rows = domain.composition(count, "composition", **data) if data else domain.data.composition

@@ -10,7 +10,7 @@ from typing import Any
 
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
-from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.domains import kind_of
 from calmlm.comparison.figures import Scores, by_method, difference, interval, joined, kept, share
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
 from calmlm.comparison.plots import draw
@@ -35,6 +35,8 @@ DOMAIN_TITLES = {
     "code": "Code",
     "visual": "Visual arithmetic",
 }
+SHARES = ("exact_match", "pass@1", "chrf")
+"""Metrics in per cent, of which more is better."""
 INTERVAL = (
     "95 % intervals by a two-level bootstrap (seeds drawn with replacement, then the items of each); with few seeds "
     "they understate the variation between seeds. Differences are taken item by item."
@@ -58,12 +60,12 @@ def summarise(
     counts: dict[str, int] = {}
     settings: dict[str, str] = {}
     for name in config.parts:
-        kind, presets = DOMAINS[name]
-        preset = presets[config.preset]
+        kind, preset = kind_of(name), config.preset_of(name)
         cells = [result for cell, result in found if cell.domain == name]
         counts[name], settings[name] = len(cells), kind.mark(preset)
         scores = by_method(cells)
         tasks = kind.tasks_of(preset)
+        retained = [task for task, about in tasks.items() if about.skill == "retained" and about.metric in SHARES]
         groups = kind.groups_of(preset)
         spent = {method: [cell for cell in cells if cell["method"] == method] for method in scores}
         if set(scores) & set(ABLATIONS) and "composed" in scores:
@@ -77,7 +79,7 @@ def summarise(
                 continue
             columns: dict[str, Scores] = dict(scores[method])
             columns |= {group: joined(scores[method], members) for group, members in groups.items()}
-            delta = _delta(scores, method, [task for task, about in tasks.items() if about.skill == "retained"])
+            delta = _delta(scores, method, retained)
             costs = _costs(spent[method])
             for column, values in columns.items():
                 about = tasks[groups[column][0] if column in groups else column]
@@ -99,10 +101,9 @@ def summarise(
                 )
         combined: dict[str, list[str]] = {}
         for task, about in tasks.items():
-            if about.skill == "combined":
+            if about.skill == "combined" and about.metric in SHARES:
                 combined.setdefault(about.metric, []).append(task)
-        retained = [task for task, about in tasks.items() if about.skill == "retained"]
-        if "composed" in scores:
+        if "composed" in scores and combined:
             answers[name] = _answers(scores, combined, retained)
     return {
         "experiment": "compare",
@@ -112,6 +113,7 @@ def summarise(
         "rows": rows,
         "answers": answers,
         "interval": INTERVAL,
+        "own": {name: own.about for name, part in config.parts.items() if (own := part.own) is not None},
         "commits": sorted({result["commit"] for _, result in found}),
         **origin(command),
     }
@@ -130,7 +132,11 @@ def _costs(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _delta(scores: dict[str, dict[str, Scores]], method: str, retained: list[str]) -> tuple[float, float, float] | None:
     """Retained skills after minus before."""
-    if "m_B" not in scores or not set.intersection(*(set(scores[m][retained[0]]) for m in (method, "m_B"))):
+    if (
+        not retained
+        or "m_B" not in scores
+        or not set.intersection(*(set(scores[m][retained[0]]) for m in (method, "m_B")))
+    ):
         return None
     return kept(scores[method], scores["m_B"], retained)
 
@@ -190,33 +196,29 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
         done = f"{cells['finished']} of {cells['planned']} cells"
         lines += [f"**Not finished: {done}.** What is missing has no figure.", ""]
     lines += [
-        "Frozen m_A (the specialist) and m_B (the anchor), trained once for each seed and shared by all methods. CALM, "
+        "Frozen m_A (the specialist) and m_B (the anchor), the same for all methods with one seed. CALM, "
         "fine-tuning, LoRA and the mixture of experts train on the same D_C for the same number of steps; continued "
         "pre-training and LoRA on m_A's corpus take as many steps on that corpus. Merging and the mixture need two "
-        "models of one architecture: they take a twin of m_B, trained further on m_A's corpus for as many steps as "
-        "m_A, so that both come from one checkpoint. The vanilla m_A is of m_A's size and has read m_B's kind of text "
-        "instead. LoRA has the rank whose parameters come nearest to the composition's.",
+        "models of one architecture: they take a twin of m_B, trained further on m_A's corpus, so that both come from "
+        "one checkpoint. LoRA has the rank whose parameters come nearest to the composition's. The weights of task "
+        "arithmetic, TIES, DARE and Fisher averaging, the members of the greedy soup and the threshold of the "
+        "confidence cascade are chosen by the loss on rows of D_C's kind that no training has seen. Merging and the "
+        "mixture also need the twin, which is not in their figures.",
         "",
-        "D_C holds some of what m_B knows already, as the paper's does: a fifth of it for keys, a third for languages, "
-        "a sixth for code. So retained skills say what is kept by a method that goes on seeing them. Continued "
-        "pre-training, LoRA on m_A's corpus and the twin see that corpus alone, and what is merged with the twin takes "
-        "over what it has forgotten.",
-        "",
-        "Learning rates: CALM's own for CALM and LoRA, 0.001 for what trains all weights of m_B, with CALM's weight "
-        "decay; none was searched for. CALM's connections and what D_C is made of were settled on its own results with "
-        "seed 0. The weights of task arithmetic, TIES, DARE and Fisher averaging, the members of the greedy soup and "
-        "the threshold of the confidence cascade are chosen by the loss on rows of D_C's kind that no training has "
-        "seen. Merging and the mixture also need the twin, which takes as many operations as continued pre-training; "
-        "it is not in their figures.",
-        "",
+    ]
+    domains = _domains(result["rows"])
+    if set(domains) & set(DOMAIN_TITLES):
+        lines += BUILT_IN
+    for domain, about in result.get("own", {}).items():
+        lines += [f"{_title(domain)}: {about}", ""]
+    lines += [
         result["interval"],
         "",
     ]
-    for domain, title in DOMAIN_TITLES.items():
+    for domain in domains:
         rows = [row for row in result["rows"] if row["task"].startswith(f"{domain}/")]
-        if rows:
-            lines += [f"## {title}", "", *_kept(result, domain), *_tables(domain, rows), ""]
-            lines += _questions(result["answers"].get(domain, []))
+        lines += [f"## {_title(domain)}", "", *_kept(result, domain), *_tables(domain, rows), ""]
+        lines += _questions(result["answers"].get(domain, []))
     lines += _qualitative(result["rows"])
     lines += ["## Plots", ""]
     lines += [f"![{title}]({plots}{result['preset']}-{name}.png)\n" for name, title in PLOTS.items()]
@@ -224,12 +226,37 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
     return "\n".join(lines)
 
 
+BUILT_IN = [
+    "calmlm's own experiments: m_A and m_B are trained once for each seed. The vanilla m_A is of m_A's size and has "
+    "read m_B's kind of text instead; the twin is trained for as many steps as m_A, which takes as many operations "
+    "as continued pre-training. D_C holds some of what m_B knows already, as the paper's does: a fifth of it for keys, "
+    "a third for languages, a sixth for code. So retained skills say what is kept by a method that goes on seeing "
+    "them. Continued pre-training, LoRA on m_A's corpus and the twin see that corpus alone, and what is merged with "
+    "the twin takes over what it has forgotten.",
+    "",
+    "Learning rates: CALM's own for CALM and LoRA, 0.001 for what trains all weights of m_B, with CALM's weight "
+    "decay; none was searched for. CALM's connections and what D_C is made of were settled on its own results with "
+    "seed 0.",
+    "",
+]
+"""What is said of the experiments that come with calmlm."""
+
 PLOTS = {
     "accuracy": "Combined skills by method, with 95 % intervals",
     "forgetting": "What is forgotten against what is gained",
     "flops": "Combined skills against training operations",
     "data": "Accuracy against the size of D_C",
 }
+
+
+def _domains(rows: list[dict[str, Any]]) -> list[str]:
+    """The experiments, calmlm's own first."""
+    found = list(dict.fromkeys(row["task"].split("/")[0] for row in rows))
+    return [name for name in DOMAIN_TITLES if name in found] + [name for name in found if name not in DOMAIN_TITLES]
+
+
+def _title(domain: str) -> str:
+    return DOMAIN_TITLES.get(domain, domain.replace("_", " "))
 
 
 def _cells(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -356,7 +383,7 @@ WITHOUT_SPECIALIST = ("fine_tuning", "lora")
 def _qualitative(rows: list[dict[str, Any]]) -> list[str]:
     """The slides' comparison of systems, each cell with a measured figure."""
     cells = _cells(rows)
-    domains = [domain for domain in DOMAIN_TITLES if any(task.startswith(f"{domain}/") for _, task in cells)]
+    domains = _domains(rows)
     lines = ["## The slides' table, with figures", "", "| | " + " | ".join(COLUMNS) + " |", "|---" * 7 + "|"]
     removable = [REMOVABLE[method] for method in COLUMNS.values()]
     lines.append("| Modularity: can it be taken out again after training | " + " | ".join(removable) + " |")
@@ -372,7 +399,7 @@ def _qualitative(rows: list[dict[str, Any]]) -> list[str]:
     lines.append("| Re-use of a trained m_A: combined skills reached | " + " | ".join(reached) + " |")
     deltas = [_over(cells, method, domains, _signed) for method in COLUMNS.values()]
     lines.append("| Avoids forgetting: retained skills, after minus before | " + " | ".join(deltas) + " |")
-    order = ", ".join(DOMAIN_TITLES[domain] for domain in domains)
+    order = ", ".join(map(_title, domains))
     return [
         *lines,
         "",

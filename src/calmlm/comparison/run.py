@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from calmlm.baselines.merging import METHODS as VECTOR_METHODS
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
-from calmlm.comparison.domains import DOMAINS
+from calmlm.comparison.domains import kind_of
 from calmlm.comparison.earlier import keep_fuller, read_report
 from calmlm.comparison.report import summarise, write_report
 from calmlm.data.extras import require
@@ -164,7 +164,7 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
         if report is not None:
             report(line)
 
-    kind = DOMAINS[cells[0].domain][0]
+    kind = kind_of(cells[0].domain)
     domain = None
     # What another process is making is left to it, and waited for at the end.
     for patience in (0, -1):

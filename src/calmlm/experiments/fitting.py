@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 from calmlm.data.tokenizing import IGNORE as IGNORED
 from calmlm.errors import ConfigError
@@ -117,8 +124,15 @@ def prompt_argument(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]
     return {"prompt_mask": prompt_of(labels)} if reads else {}
 
 
+PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM)
+"""Models whose logits are a linear map of the decoder's last state, and nothing more."""
+
+
 class SupervisedTrainer(Trainer):
-    """The stock Trainer, but the vocabulary's logits are computed at supervised positions only."""
+    """The stock Trainer, but the loss is the mean over the labelled positions of a batch.
+
+    Where the head of the model is known to be plain, the vocabulary's logits are computed at these positions only.
+    """
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
@@ -126,10 +140,13 @@ class SupervisedTrainer(Trainer):
         """Mean cross-entropy over the labelled positions."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
         given |= prompt_argument(model, inputs["labels"])
-        hidden = model.model(**given).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[supervised]), labels[supervised])
+        if isinstance(getattr(model, "anchor", model), PLAIN_HEADS):
+            logits = model.lm_head(model.model(**given).last_hidden_state[:, :-1][supervised])
+        else:
+            logits = model(**given, use_cache=False).logits[:, :-1][supervised]
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[supervised])
         return (loss, None) if return_outputs else loss
 
 

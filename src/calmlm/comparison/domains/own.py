@@ -1,0 +1,289 @@
+"""A user's own two models in the comparison, on their own data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import calmlm
+from calmlm.backbone import load_base
+from calmlm.baselines import Data
+from calmlm.baselines.setting import losses_of
+from calmlm.comparison.domain import Answerer, Task, TextDomain
+from calmlm.comparison.own import Own, Sources
+from calmlm.data.context import context_length
+from calmlm.data.extras import require
+from calmlm.data.formats import Example
+from calmlm.data.sources import load_examples
+from calmlm.data.tokenizing import encode_examples, encode_prompt
+from calmlm.errors import ConfigError, DataError
+from calmlm.experiments.fitting import IGNORED, Row, Stage, fit
+from calmlm.experiments.record import device
+
+__all__ = ["OwnModels"]
+
+_TIMED = 8  # prompts
+_BEGINNING = 200  # characters of a text that stand for a prompt where there is none
+
+
+class OwnModels(TextDomain):
+    """Two models that somebody has, and their data; all that follows is as in the other experiments.
+
+    Where the tokenizers differ, m_A alone answers in its own.
+    """
+
+    name = "own"
+    folder = "own"
+
+    def __init__(self, preset: Own, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        super().__init__(preset, seed, cache, report)
+        self.settings = preset
+        self.full_rate = preset.full_learning_rate
+        self.items = {name: _listed(task.data) for name, task in preset.tasks.items()}
+        for name, examples in self.items.items():
+            _check(examples, preset.tasks[name].metric)
+
+    @classmethod
+    def tasks_of(cls, preset: Any) -> dict[str, Task]:
+        return {name: Task(task.metric, task.skill) for name, task in preset.tasks.items()}
+
+    @classmethod
+    def methods_of(cls, preset: Any) -> tuple[str, ...] | None:
+        return tuple(name for name, reason in preset.methods().items() if reason is None)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = self.settings.tokenizers[0]
+        assert tokenizer is not None  # asked for when the file was read
+        return _padding(tokenizer)
+
+    @cached_property
+    def augmenting_tokenizer(self) -> PreTrainedTokenizerBase:
+        """m_A's, where it has one."""
+        theirs = self.settings.tokenizers[1]
+        return self.tokenizer if theirs is None or self.settings.shares_tokenizer else _padding(theirs)
+
+    # The models ------------------------------------------------------------------------------------------------------
+
+    def base(self, name: str) -> PreTrainedModel:
+        own = self.settings
+        source = {"anchor": own.anchor, "augmenting": own.augmenting, "vanilla": own.vanilla, "twin": own.twin}
+        revision = {"anchor": own.model.revision, "augmenting": own.model.augmenting_revision}.get(name)
+        found = source.get(name)
+        if found is not None:
+            model = load_base(
+                found,
+                name,
+                revision=revision,
+                dtype=own.model.dtype or torch.float32,
+                attn_implementation=own.model.attn_implementation,
+                trust_remote_code=own.model.trust_remote_code,
+            )
+        elif name == "random":
+            set_seed(1000 + self.seed)
+            model = AutoModelForCausalLM.from_config(
+                self.augmenting.config, trust_remote_code=own.model.trust_remote_code
+            )
+        else:
+            model = super().base(name)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to(device()).eval()
+
+    def make(self, name: str) -> None:
+        if name == "twin" and self.settings.twin is None:
+            super().make(name)
+
+    def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        raise AssertionError(f"{name} is given, not trained")
+
+    def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
+        model = self.fresh_anchor().requires_grad_(True)
+        stage = dataclasses.replace(self.stage, learning_rate=self.full_rate)
+        return model, fit(model, self.corpus(), self._pad, stage, self.seed)
+
+    def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
+        model = self.settings.model
+        set_seed(self.seed + 2)
+        usual: dict[str, Any] = {
+            **model.connector,
+            "connections": model.connections,
+            "num_heads": model.num_heads,
+            "alignment": model.alignment,
+        }
+        return calmlm.compose(
+            self.fresh_anchor(),
+            augmenting,
+            connector=connector,
+            tokenizer=self.tokenizer,
+            augmenting_tokenizer=self.augmenting_tokenizer,
+            **{**usual, **options},
+        )
+
+    @property
+    def stage(self) -> Stage:
+        return self.settings.stage
+
+    def cascade(self) -> Answerer:
+        raise ConfigError("A cascade pastes m_A's answer in a way of each experiment's own: use 'text_tool'.")
+
+    # The data --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _pad(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        limits = (self.settings.max_length, context_length(self.compose(self.augmenting)))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _encoded(self, sources: Sources) -> list[Row]:
+        return encode_examples(
+            _listed(sources), self.tokenizer, max_length=self._longest, loss_on=self.settings.loss_on
+        ).rows
+
+    def _repeated(self, rows: list[Row]) -> list[Row]:
+        """As many rows as a training takes: each epoch in an order of its own."""
+        rng, count = random.Random(f"own-{self.seed}"), self.settings.steps * self.settings.batch_size
+        repeated: list[Row] = []
+        while len(repeated) < count:
+            repeated += rng.sample(rows, len(rows))
+        return repeated[:count]
+
+    def corpus(self) -> list[Row]:
+        return self._repeated(self._encoded(self.settings.corpus))
+
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        rows = self._encoded(self.settings.composition)
+        random.Random(f"own-validation-{self.seed}").shuffle(rows)
+        # A fifth of a small D_C; the same text on both sides would make the choice on what was learned.
+        held = rows[: min(self.settings.validation, len(rows) // 5)]
+        known = {tuple(row["input_ids"]) for row in held}
+        rest = [row for row in rows if tuple(row["input_ids"]) not in known]
+        if not held or not rest:
+            raise DataError(
+                f"Expected at least 5 different examples in D_C, a fifth of which is held out, but got {len(rows)}: "
+                "add more."
+            )
+        return held if purpose == "validation" else self._repeated(rest)
+
+    @cached_property
+    def data(self) -> Data:
+        return Data(self.composition(0, "composition"), self.corpus(), self.composition(0, "validation"))
+
+    # What is asked ---------------------------------------------------------------------------------------------------
+
+    def answerer(self, model: Any) -> Answerer:
+        tokenizer = self.augmenting_tokenizer if model is self.__dict__.get("augmenting") else self.tokenizer
+
+        def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
+            texts: list[str] = []
+            size = self.settings.evaluation_batch_size
+            for start in range(0, len(prompts), size):
+                ids = [encode_prompt(prompt, tokenizer) for prompt in prompts[start : start + size]]
+                batch = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(model.device)
+                with torch.no_grad():
+                    written = model.generate(
+                        input_ids=batch["input_ids"],
+                        attention_mask=batch["attention_mask"],
+                        max_new_tokens=tokens or self.max_new_tokens,
+                        do_sample=False,
+                        pad_token_id=tokenizer.pad_token_id,
+                        **({} if tokens is None else {"min_new_tokens": tokens}),
+                    )
+                new = written[:, batch["input_ids"].shape[1] :]
+                texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+            return texts
+
+        return run
+
+    def score(self, complete: Answerer, model: Any | None) -> dict[str, list[float]]:
+        scores: dict[str, list[float]] = {}
+        for name, task in self.settings.tasks.items():
+            examples = self.items[name]
+            if task.metric == "bits_per_byte":
+                if model is not None:
+                    scores[name] = self._bits_per_byte(model, examples)
+                continue
+            rights = [example.fields["completion"].strip() for example in examples]
+            answers = complete([example.fields["prompt"] for example in examples])
+            if task.stop is not None:
+                answers = [answer.lstrip().split(task.stop)[0] for answer in answers]
+            scores[name] = _scored(task.metric, [answer.strip() for answer in answers], rights)
+        return scores
+
+    def _bits_per_byte(self, model: Any, examples: list[Example]) -> list[float]:
+        alone = model is self.__dict__.get("augmenting")
+        tokenizer = self.augmenting_tokenizer if alone else self.tokenizer
+        rows = encode_examples(examples, tokenizer, max_length=None).rows
+        end = tokenizer.eos_token_id
+        rows = [_without(end, row) for row in rows]
+        losses = losses_of(model, rows, int(tokenizer.pad_token_id), self.settings.evaluation_batch_size)
+        counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+        texts = [example.fields["text" if example.format == "text" else "completion"] for example in examples]
+        return [
+            float(loss) * count / math.log(2) / len(text.encode())
+            for loss, count, text in zip(losses, counts, texts, strict=True)
+        ]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.settings.max_new_tokens
+
+    @property
+    def prompts(self) -> list[str]:
+        examples = [example for each in self.items.values() for example in each]
+        asked = [example.fields["prompt"] for example in examples if example.format == "prompt-completion"]
+        return (asked or [example.fields["text"][:_BEGINNING] for example in examples])[:_TIMED]
+
+
+def _listed(sources: Sources) -> list[Example]:
+    return load_examples(sources if isinstance(sources, list) else [sources])
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, and with its end of text where it has no padding token."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                "Expected a tokenizer with a padding token or an end of text, but it has neither: set one and save it."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _without(end: int | None, row: Row) -> Row:
+    """A row without the end of text, which no byte of the text stands for."""
+    if end is None or row["input_ids"][-1] != end or len(row["input_ids"]) < 3:
+        return row
+    return {name: values[:-1] for name, values in row.items()}
+
+
+def _check(examples: list[Example], metric: str) -> None:
+    formats = ("prompt-completion", "text") if metric == "bits_per_byte" else ("prompt-completion",)
+    if examples[0].format not in formats:
+        wanted = "'prompt' and 'completion'" + (" or 'text'" if len(formats) > 1 else "")
+        raise DataError(
+            f"{examples[0].place}: expected the fields {wanted} for the metric {metric}, but got "
+            f"{examples[0].format}: rename the fields or take another metric."
+        )
+
+
+def _scored(metric: str, answers: Sequence[str], rights: Sequence[str]) -> list[float]:
+    if metric == "exact_match":
+        return [float(answer == right) for answer, right in zip(answers, rights, strict=True)]
+    require("sacrebleu", "compare", "The metric chrf")
+    from sacrebleu.metrics import CHRF
+
+    chrf = CHRF()
+    return [chrf.sentence_score(answer, [right]).score / 100 for answer, right in zip(answers, rights, strict=True)]

@@ -1,0 +1,269 @@
+"""A comparison of a user's own two models: any family, one tokenizer or two, and what is said where that cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from calmlm.baselines.setting import losses_of
+from calmlm.comparison.config import CompareConfig, load_config
+from calmlm.comparison.domains.own import OwnModels
+from calmlm.comparison.methods import METHODS
+from calmlm.comparison.run import run
+from calmlm.data.tokenizing import encode_prompt
+from calmlm.errors import ConfigError, DataError
+from calmlm.experiments.fitting import IGNORED
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers_tiny import tokenizer as tokenizer_of
+
+MERGING = {"soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties"}
+ANCHORS_TOKENS = {"router", "confidence_cascade", "text_tool", "composed_encoder"}
+
+
+def save(folder: Path, family: str, tokenizer: Any, seed: int = 0, **overrides: Any) -> str:
+    tiny_model(family, seed=seed, vocab_size=len(tokenizer), **overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, records: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def sums(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{i} + {i + 1} =", "completion": f" {2 * i + 1}"} for i in range(count)]
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    """What stands in a file, over a Llama and a Mistral with one tokenizer."""
+    tokenizer = tiny_tokenizer()
+    return {
+        "preset": "mine",
+        "output": str(tmp_path / "out"),
+        "cache": str(tmp_path / "cache"),
+        "bases": str(tmp_path / "bases"),
+        "workers": 1,
+        "domains": {
+            "law": {
+                "seeds": [0],
+                "own": {
+                    "model": {
+                        "anchor": save(tmp_path / "anchor", "llama", tokenizer),
+                        "augmenting": save(tmp_path / "small", "mistral", tokenizer, 1),
+                        "connections": "top",
+                        "num_heads": 2,
+                    },
+                    "composition": write(tmp_path / "c.jsonl", sums(20)),
+                    "corpus": write(tmp_path / "corpus.jsonl", [{"text": f"item {i} is {i * i}"} for i in range(8)]),
+                    "tasks": {
+                        "both": {"data": write(tmp_path / "both.jsonl", sums(5)), "stop": "\n"},
+                        "near": {"data": str(tmp_path / "both.jsonl"), "metric": "chrf", "skill": "augmenting"},
+                        "kept": {"data": str(tmp_path / "both.jsonl"), "skill": "retained"},
+                        "bits": {
+                            "data": str(tmp_path / "corpus.jsonl"),
+                            "metric": "bits_per_byte",
+                            "skill": "augmenting",
+                        },
+                    },
+                    "steps": 2,
+                    "batch_size": 4,
+                    "max_new_tokens": 4,
+                },
+            }
+        },
+    }
+
+
+def config_of(folder: Path, values: dict[str, Any]) -> CompareConfig:
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_config(path)
+
+
+def own(values: dict[str, Any]) -> dict[str, Any]:
+    return values["domains"]["law"]["own"]
+
+
+def domain_of(folder: Path, values: dict[str, Any]) -> OwnModels:
+    preset = config_of(folder, values).preset_of("law")
+    return OwnModels(preset, 0, folder / "bases" / "own", lambda line: None)
+
+
+@pytest.mark.slow
+def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["vanilla"] = save(tmp_path / "vanilla", "mistral", tiny_tokenizer(), 2)
+    config = config_of(tmp_path, values)
+    result = run(config, report=lambda line: None)
+    methods = {row["method"] for row in result["rows"]}
+    assert methods == set(METHODS) - {"cascade"}
+    assert result["cells"]["finished"] == result["cells"]["planned"] == len(methods)
+    for method in methods:
+        rows = {row["task"]: row for row in result["rows"] if row["method"] == method}
+        assert {"law/both", "law/near", "law/kept"} <= set(rows)
+        assert all(math.isfinite(row["mean"]) for row in rows.values())
+        assert ("law/bits" in rows) == (method not in ("router", "confidence_cascade", "text_tool"))
+    assert (tmp_path / "out" / "mine.json").is_file()
+    page = (tmp_path / "out" / "mine.md").read_text(encoding="utf-8")
+    assert "## law" in page and str(tmp_path / "anchor") in page and "calmlm's own experiments" not in page
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    assert {answer["method"] for answer in result["answers"]["law"]} == methods - {"composed", "flamingo", "legonn"}
+
+
+@pytest.mark.slow
+def test_two_tokenizers_and_other_families(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["model"]["anchor"] = save(tmp_path / "a", "gpt2", tokenizer_of("bytes"), n_embd=36, n_head=4)
+    own(values)["model"]["augmenting"] = save(tmp_path / "b", "gpt_neox", tokenizer_of("unigram"))
+    config = config_of(tmp_path, values)
+    result = run(config, report=lambda line: None)
+    methods = {row["method"] for row in result["rows"]}
+    assert methods == set(METHODS) - ANCHORS_TOKENS - {"cascade", "composed_vanilla", "moe"}
+    assert methods >= MERGING
+
+
+def test_the_small_model_answers_in_its_own_tokens(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["model"]["augmenting"] = save(tmp_path / "b", "gpt_neox", tokenizer_of("unigram"))
+    domain = domain_of(tmp_path, values)
+    prompts = ["hello world", "12 + 34 ="]
+    theirs = tokenizer_of("unigram")
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([encode_prompt(prompt, theirs)])
+        written = domain.augmenting.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+        )
+        expected.append(theirs.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    assert domain.answerer(domain.augmenting)(prompts) == expected
+    assert domain.answerer(domain.anchor)(prompts) != expected
+
+
+def test_answers_end_where_they_are_told_to(tmp_path: Path, values: dict[str, Any]) -> None:
+    domain = domain_of(tmp_path, values)
+    rights = [record["completion"] for record in sums(5)]
+
+    def complete(prompts: Any, tokens: int | None = None) -> list[str]:
+        return [f"{right}\nand more" for right in rights[:-1]] + [" wrong"]
+
+    scores = domain.score(complete, None)
+    assert scores["both"] == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert scores["kept"] == [0.0] * 5  # nothing ends these
+    assert "bits" not in scores and 0 < scores["near"][0] < 1
+
+
+def test_bits_per_byte_are_those_of_the_tokens_one_by_one(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["tasks"]["bits"]["data"] = write(tmp_path / "b.jsonl", [{"prompt": "1 +", "completion": " 2 = 3"}])
+    domain = domain_of(tmp_path, values)
+    ids = domain.tokenizer("1 + 2 = 3").input_ids
+    begin = len(domain.tokenizer("1 +").input_ids)
+    with torch.no_grad():
+        likely = domain.anchor(torch.tensor([ids])).logits[0].log_softmax(-1)
+    bits = -sum(float(likely[i - 1, ids[i]]) for i in range(begin, len(ids))) / math.log(2)
+    scores = domain.score(lambda prompts, tokens=None: [""] * len(prompts), domain.anchor)
+    assert scores["bits"] == pytest.approx([bits / len(" 2 = 3")], rel=1e-5)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["composition"] = write(tmp_path / "twice.jsonl", sums(20) * 2)
+    own(values)["steps"] = 40
+    data = domain_of(tmp_path, values).data
+    trained = {tuple(row["input_ids"]) for row in data.composition}
+    held = {tuple(row["input_ids"]) for row in data.validation}
+    assert not trained & held and len(trained | held) == 20 and len(data.validation) == 8
+    assert len(data.composition) == len(data.corpus) == 160
+    other = OwnModels(config_of(tmp_path, values).preset_of("law"), 1, tmp_path, lambda line: None).data
+    assert other.composition != data.composition
+
+
+def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any]) -> None:
+    def name() -> str:
+        return config_of(tmp_path, values).cells()[0].path(Path()).name
+
+    before = name()
+    assert name() == before
+    write(tmp_path / "both.jsonl", sums(6))
+    changed = name()
+    assert changed != before
+    tiny_model("llama", seed=3, vocab_size=97).save_pretrained(tmp_path / "anchor")
+    assert name() not in (before, changed)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "mentions"),
+    [
+        (("own", "tasks"), {}, "at least one"),
+        (("own", "tasks", "both", "metric"), "accuracy", "exact_match"),
+        (("own", "tasks", "both", "stop"), "", "stop"),
+        (("own", "steps"), 0, "steps"),
+        (("own", "model", "augmenting"), {"a": "x", "b": "y"}, "one augmenting model"),
+        (("own", "model", "refresh"), False, "refresh"),
+        (("own", "model", "connector"), {"kind": "flamingo"}, "method of its own"),
+        (("own", "model", "anchor"), "nowhere/at-all", "nowhere/at-all"),
+        (("own", "composition"), "nothing.jsonl", "nothing.jsonl"),
+        (("own", "contents"), {"a": "b"}, "contents"),
+        (("methods",), ["cascade"], "text_tool"),
+        (("methods",), ["composed_vanilla"], "vanilla"),
+        (("methods",), ["lorra"], "lorra"),
+        (("ablations",), ["heads=1"], "kv_arithmetic only"),
+    ],
+)
+def test_faults_are_found_before_anything_runs(
+    tmp_path: Path, values: dict[str, Any], path: tuple[str, ...], value: Any, mentions: str
+) -> None:
+    place = values["domains"]["law"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ConfigError, match=mentions):
+        config_of(tmp_path, values)
+
+
+def test_the_shipped_file_can_be_filled_in(tmp_path: Path, values: dict[str, Any], monkeypatch: Any) -> None:
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "compare" / "own.yaml").read_text("utf-8"))
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "big-general-model", "llama", tiny_tokenizer())
+    save(tmp_path / "small-law-model", "mistral", tiny_tokenizer(), 1)
+    for name in ("law-and-general", "law-texts", "law-questions", "law-summaries", "statutes", "arithmetic"):
+        write(tmp_path / f"{name}.jsonl", sums(5))
+    config = config_of(tmp_path, shipped)
+    assert {cell.method for cell in config.cells()} == set(METHODS) - {"cascade", "composed_vanilla"}
+
+
+def test_names_are_checked(tmp_path: Path, values: dict[str, Any]) -> None:
+    for name, mentions in (("code", "another name"), ("a/b", "letters, digits")):
+        with pytest.raises(ConfigError, match=mentions):
+            config_of(tmp_path, {**values, "domains": {name: values["domains"]["law"]}})
+    with pytest.raises(ConfigError, match="preset"):
+        config_of(tmp_path, {**values, "preset": "../x"})
+
+
+def test_reasons_name_the_tokenizers_and_the_family(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["model"]["anchor"] = save(tmp_path / "a", "gpt2", tokenizer_of("bytes"))
+    for method, mentions in (("router", "different tokenizers"), ("moe", "gpt2")):
+        values["domains"]["law"]["methods"] = [method]
+        with pytest.raises(ConfigError, match=mentions):
+            config_of(tmp_path, values)
+
+
+def test_data_that_does_not_fit_is_named(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["tasks"]["both"]["data"] = write(tmp_path / "t.jsonl", [{"text": "a text"}])
+    with pytest.raises(DataError, match="'prompt' and 'completion' for the metric exact_match"):
+        domain_of(tmp_path, values)
+    own(values)["tasks"]["both"]["data"] = str(tmp_path / "both.jsonl")
+    own(values)["composition"] = write(tmp_path / "few.jsonl", sums(3))
+    with pytest.raises(DataError, match="at least 5"):
+        _ = domain_of(tmp_path, values).data
+
+
+def test_losses_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    rows = [{"input_ids": list(range(3, 8 + i)), "labels": [IGNORED, *range(4, 8 + i)]} for i in range(6)]
+    whole = losses_of(model, rows, 0)
+    monkeypatch.setattr("calmlm.baselines.setting.LOGITS", 2 * 12 * 97)
+    assert torch.allclose(losses_of(model, rows, 0), whole, atol=1e-6)

@@ -98,10 +98,11 @@ def domain_of(folder: Path, values: dict[str, Any]) -> OwnModels:
 
 
 @pytest.mark.slow
-def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], capsys: Any) -> None:
     own(values)["vanilla"] = save(tmp_path / "vanilla", "mistral", tiny_tokenizer(), 2)
     config = config_of(tmp_path, values)
     result = run(config, report=lambda line: None)
+    assert capsys.readouterr().out == ""  # what is to be said goes through `report`
     methods = {row["method"] for row in result["rows"]}
     assert methods == set(METHODS) - {"cascade"}
     assert result["cells"]["finished"] == result["cells"]["planned"] == len(methods)
@@ -113,7 +114,12 @@ def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any]) -> 
     assert (tmp_path / "out" / "mine.json").is_file()
     page = (tmp_path / "out" / "mine.md").read_text(encoding="utf-8")
     assert "## law" in page and str(tmp_path / "anchor") in page and "calmlm's own experiments" not in page
-    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {
+        "mine-accuracy",
+        "mine-forgetting",
+        "mine-flops",
+    }
+    assert "size of D_C" not in page and "5 items of both stand in D_C" in page
     assert {answer["method"] for answer in result["answers"]["law"]} == methods - {"composed", "flamingo", "legonn"}
 
 
@@ -207,6 +213,8 @@ def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any])
         (("own", "model", "anchor"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "composition"), "nothing.jsonl", "nothing.jsonl"),
         (("own", "contents"), {"a": "b"}, "contents"),
+        (("own", "model", "device_map"), "auto", "device_map"),
+        (("own", "model", "augmenting"), "nowhere/at-all", "nowhere/at-all"),
         (("methods",), ["cascade"], "text_tool"),
         (("methods",), ["composed_vanilla"], "vanilla"),
         (("methods",), ["lorra"], "lorra"),
@@ -253,7 +261,10 @@ def test_reasons_name_the_tokenizers_and_the_family(tmp_path: Path, values: dict
 
 def test_data_that_does_not_fit_is_named(tmp_path: Path, values: dict[str, Any]) -> None:
     own(values)["tasks"]["both"]["data"] = write(tmp_path / "t.jsonl", [{"text": "a text"}])
-    with pytest.raises(DataError, match="'prompt' and 'completion' for the metric exact_match"):
+    with pytest.raises(ConfigError, match="'prompt' and 'completion' for the metric exact_match"):
+        config_of(tmp_path, values)
+    own(values)["tasks"]["both"]["data"] = write(tmp_path / "t.jsonl", [{"prompt": "a" * 125, "completion": "b"}])
+    with pytest.raises(DataError, match="line 1: expected at most 128 tokens.* 129 with the answer"):
         domain_of(tmp_path, values)
     own(values)["tasks"]["both"]["data"] = str(tmp_path / "both.jsonl")
     own(values)["composition"] = write(tmp_path / "few.jsonl", sums(3))

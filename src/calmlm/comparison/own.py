@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,19 +15,23 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from calmlm.backbone import first_line
 from calmlm.baselines.mixture import DENSE
 from calmlm.comparison.methods import METHODS
-from calmlm.data.sources import HubDataset
+from calmlm.data.context import stated_length
+from calmlm.data.formats import Example
+from calmlm.data.sources import HubDataset, load_examples
 from calmlm.data.tokenizing import LossOn
-from calmlm.errors import CalmError, DataError
+from calmlm.errors import CalmError, DataError, ModelError
 from calmlm.experiments.fitting import Stage
 from calmlm.tokenizers import find_tokenizer
 from calmlm.training.config import ModelConfig
 from calmlm.training.fields import read_fields
 
-__all__ = ["Own", "OwnTask", "Sources"]
+__all__ = ["Own", "OwnTask", "Sources", "listed"]
 
 Sources = str | HubDataset | list[str | HubDataset]
 OWN_TOKENS = ("router", "confidence_cascade", "text_tool", "composed_encoder")
 """Methods in which m_A reads the anchor's tokens."""
+DERIVED = ("contents", "shown")
+"""What is found out rather than given."""
 BLOCK = 1 << 20
 
 
@@ -67,6 +72,7 @@ class Own:
         evaluation_batch_size: prompts that are answered together.
         validation: rows of D_C that no training sees; where a method has to choose, it chooses on these.
         contents: digests of the data files and of the models' folders, so that a cell is known by what it was made of.
+        shown: how many items of a task stand in D_C.
     """
 
     model: ModelConfig
@@ -86,6 +92,7 @@ class Own:
     evaluation_batch_size: int = 16
     validation: int = 200
     contents: dict[str, str] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,6 +124,7 @@ class Own:
             f"{self.steps} steps of {self.batch_size} examples, at a learning rate of {self.learning_rate:g}, or "
             f"{self.full_learning_rate:g} where all weights of m_B are trained. Seeds differ in the order of examples, "
             f"in new weights and in the rows that are held out."
+            + "".join(f" **{count} items of {name} stand in D_C.**" for name, count in self.shown.items() if count)
         )
 
     @cached_property
@@ -142,16 +150,35 @@ class Own:
             why["composed_vanilla"] = "it needs 'own.vanilla', m_A before its training"
         if not self.shares_tokenizer:
             why |= dict.fromkeys(OWN_TOKENS, "the two models have different tokenizers")
-        family = self._config.model_type
+        family = self._configs[0].model_type
         if family not in DENSE:
             why["moe"] = f"it is made of models of the families {' and '.join(DENSE)}, and the anchor's is {family}"
         return why
 
     @cached_property
-    def _config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(
-            self.anchor, revision=self.model.revision, trust_remote_code=self.model.trust_remote_code
-        )
+    def _configs(self) -> list[PreTrainedConfig]:
+        found = []
+        for source, revision in (
+            (self.anchor, self.model.revision),
+            (self.augmenting, self.model.augmenting_revision),
+        ):
+            try:
+                found.append(
+                    AutoConfig.from_pretrained(
+                        source, revision=revision, trust_remote_code=self.model.trust_remote_code
+                    )
+                )
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"Expected the id or folder of a model, but {source!r} cannot be read ({first_line(error)}): check "
+                    f"the name, the revision and your access to it."
+                ) from error
+        return found
+
+    @property
+    def context(self) -> int | None:
+        """The shorter context of the two models, in tokens; None where neither states one."""
+        return min((length for length in map(stated_length, self._configs) if length is not None), default=None)
 
     def checked(self, faults: list[str], where: str) -> Own | None:
         """The same with its tasks read and its contents digested; None where there are faults.
@@ -166,16 +193,18 @@ class Own:
             faults.append(f"{where}.model: expected an anchor and one augmenting model; name both.")
         if "kind" in self.model.connector:
             faults.append(f"{where}.model.connector.kind: each connector is a method of its own; leave it out.")
-        for name in ("refresh", "augmenting_view"):
+        for name in ("refresh", "augmenting_view", "device_map"):
             if getattr(self.model, name) != getattr(ModelConfig(), name):
-                faults.append(f"{where}.model.{name}: expected the default here, since all methods read the same text.")
+                faults.append(
+                    f"{where}.model.{name}: expected the default here, since all methods read the same text on one "
+                    f"device; leave it out."
+                )
         for name in ("steps", "batch_size", "max_new_tokens", "evaluation_batch_size", "validation"):
             if getattr(self, name) < 1:
                 faults.append(f"{where}.{name}: expected at least 1, but got {getattr(self, name)}.")
         if self.max_length is not None and self.max_length < 2:
             faults.append(f"{where}.max_length: expected 2 or more, but got {self.max_length}.")
-        if self.contents:
-            faults.append(f"{where}: 'contents' is no key; remove it.")
+        faults += [f"{where}: '{name}' is no key; remove it." for name in DERIVED if getattr(self, name)]
         tasks = {}
         for name, value in self.tasks.items():
             task = read_fields(OwnTask, value, faults, f"{where}.tasks.{name}")
@@ -189,28 +218,54 @@ class Own:
         if len(faults) > before:
             return None
         made = replace(self, tasks=tasks)
+        contents, shown = {}, {}
         try:
-            contents = dict(made._digests())
+            contents, shown = dict(made._digests()), made._count_shown()
+            _ = made._configs
             if made.tokenizers[0] is None:
                 faults.append(f"{where}.model.anchor: expected a model with a tokenizer, but {made.anchor!r} has none.")
-            _ = made._config
         except CalmError as error:
             faults.append(f"{where}: {error}")
-        except (OSError, ValueError) as error:
-            faults.append(
-                f"{where}.model.anchor: expected a model, but {made.anchor!r} cannot be read ({first_line(error)})."
-            )
-        return None if len(faults) > before else replace(made, contents=contents)
+        return None if len(faults) > before else replace(made, contents=contents, shown=shown)
+
+    def _count_shown(self) -> dict[str, int]:
+        load_examples(listed(self.corpus))
+        learned = {json.dumps(example.fields) for example in load_examples(listed(self.composition))}
+        counts = {}
+        for name, task in self.tasks.items():
+            examples = load_examples(listed(task.data))
+            check_format(examples[0], task.metric)
+            counts[name] = sum(json.dumps(example.fields) in learned for example in examples)
+        return counts
 
     def _digests(self) -> Iterator[tuple[str, str]]:
-        listed = [self.composition, self.corpus, *(task.data for task in self.tasks.values())]
-        for sources in listed:
-            for source in sources if isinstance(sources, list) else [sources]:
+        for sources in [self.composition, self.corpus, *(task.data for task in self.tasks.values())]:
+            for source in listed(sources):
                 if isinstance(source, str):
                     yield source, _digest_of([Path(source)])
         for model in (self.anchor, self.augmenting, self.vanilla, self.twin):
             if model is not None and Path(model).is_dir():
                 yield model, _digest_of(sorted(path for path in Path(model).iterdir() if path.is_file()))
+
+
+def listed(sources: Sources) -> list[str | HubDataset]:
+    """One source or several, as a list."""
+    return sources if isinstance(sources, list) else [sources]
+
+
+def check_format(example: Example, metric: str) -> None:
+    """Raise unless a task's metric can be taken of such an example.
+
+    Raises:
+        DataError: otherwise.
+    """
+    formats = ("prompt-completion", "text") if metric == "bits_per_byte" else ("prompt-completion",)
+    if example.format not in formats:
+        wanted = "'prompt' and 'completion'" + (" or 'text'" if len(formats) > 1 else "")
+        raise DataError(
+            f"{example.place}: expected the fields {wanted} for the metric {metric}, but got {example.format}: rename "
+            "the fields or take another metric."
+        )
 
 
 def _digest_of(files: list[Path]) -> str:

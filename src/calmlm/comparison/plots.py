@@ -9,13 +9,13 @@ from typing import Any
 from calmlm.comparison.methods import METHODS, REFERENCE, TITLES
 from calmlm.data.extras import require
 
-__all__ = ["draw"]
+__all__ = ["draw", "shows_data"]
 
 _SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0}
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the four plots; return their paths.
+    """Write the plots; return their paths.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -35,10 +35,16 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
             plot(axis, points[domain])
             axis.set_title(domain.replace("_", " "))
         paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-{name}.png"))
-    figure, axis = pyplot.subplots(figsize=(5.5, 4.0))
-    _data(axis, result["rows"])
-    paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-data.png"))
+    if shows_data(result["rows"]):
+        figure, axis = pyplot.subplots(figsize=(5.5, 4.0))
+        _data(axis, result["rows"])
+        paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-data.png"))
     return paths
+
+
+def shows_data(rows: list[dict[str, Any]]) -> bool:
+    """Whether there is something to draw over the size of D_C."""
+    return any(row["method"] in _SHARES for row in rows)
 
 
 def _saved(figure: Any, pyplot: Any, path: Path) -> Path:
@@ -51,10 +57,10 @@ def _saved(figure: Any, pyplot: Any, path: Path) -> Path:
 def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What the plots show of each method: the mean over the columns that ask for both models, and the costs."""
     points = {}
+    shares = [row for row in rows if row["skill"] == "combined" and row["metric"] != "bits_per_byte"]
+    exact = [row for row in shares if row["metric"] != "chrf"]
     for method in METHODS:
-        own = [
-            row for row in rows if row["method"] == method and row["skill"] == "combined" and row["metric"] != "chrf"
-        ]
+        own = [row for row in exact or shares if row["method"] == method]
         if own:
             points[method] = {
                 key: statistics.mean(row[key] for row in own) for key in ("mean", "low", "high", "train_flops")

@@ -13,7 +13,7 @@ from calmlm.comparison.config import CompareConfig
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.figures import Scores, by_method, difference, interval, joined, kept, share
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
-from calmlm.comparison.plots import draw
+from calmlm.comparison.plots import draw, shows_data
 from calmlm.experiments.record import made_by, origin
 from calmlm.storage import write_text
 
@@ -221,7 +221,8 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
         lines += _questions(result["answers"].get(domain, []))
     lines += _qualitative(result["rows"])
     lines += ["## Plots", ""]
-    lines += [f"![{title}]({plots}{result['preset']}-{name}.png)\n" for name, title in PLOTS.items()]
+    drawn = {name: title for name, title in PLOTS.items() if name != "data" or shows_data(result["rows"])}
+    lines += [f"![{title}]({plots}{result['preset']}-{name}.png)\n" for name, title in drawn.items()]
     lines += [made_by(result), ""]
     return "\n".join(lines)
 

@@ -14,9 +14,11 @@ def context_length(model: Any) -> int | None:
     A model with other tokens may need more of them for the same text; it says so itself when they do not fit.
     """
     reading = [base for name, base in model.augmenting.items() if model.config.augmenting[name]["reads"] != "inputs"]
-    lengths = [_stated(base.config.get_text_config(decoder=True)) for base in (model.anchor, *reading)]
+    lengths = [stated_length(base.config) for base in (model.anchor, *reading)]
     return min((length for length in lengths if length is not None), default=None)
 
 
-def _stated(config: Any) -> int | None:
+def stated_length(config: Any) -> int | None:
+    """How many tokens a language model can take, from its configuration; None where that states nothing."""
+    config = config.get_text_config(decoder=True)
     return next((value for name in NAMES if isinstance(value := getattr(config, name, None), int)), None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -189,7 +192,7 @@ def fit(
             logging_steps=max(1, stage.steps // 20),
             save_strategy="no",
             report_to=[],
-            disable_tqdm=True,
+            disable_tqdm=multiprocessing.parent_process() is not None or not sys.stderr.isatty(),
             seed=seed,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
@@ -202,6 +205,7 @@ def fit(
             train_dataset=ordered,
             data_collator=collate or collator(pad),
         )
+        trainer.remove_callback(PrinterCallback)  # the losses are returned
         trainer.train()
         if meter is not None:
             meter.probe(trainer, ordered, stage.steps)

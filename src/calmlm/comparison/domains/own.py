@@ -18,8 +18,7 @@ from calmlm.backbone import load_base
 from calmlm.baselines import Data
 from calmlm.baselines.setting import losses_of
 from calmlm.comparison.domain import Answerer, Task, TextDomain
-from calmlm.comparison.own import Own, Sources
-from calmlm.data.context import context_length
+from calmlm.comparison.own import Own, Sources, listed
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.sources import load_examples
@@ -47,9 +46,9 @@ class OwnModels(TextDomain):
         super().__init__(preset, seed, cache, report)
         self.settings = preset
         self.full_rate = preset.full_learning_rate
-        self.items = {name: _listed(task.data) for name, task in preset.tasks.items()}
+        self.items = {name: load_examples(listed(task.data)) for name, task in preset.tasks.items()}
         for name, examples in self.items.items():
-            _check(examples, preset.tasks[name].metric)
+            self._check_lengths(examples, preset.tasks[name].metric != "bits_per_byte")
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
@@ -141,15 +140,24 @@ class OwnModels(TextDomain):
     def _pad(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    @cached_property
-    def _longest(self) -> int | None:
-        limits = (self.settings.max_length, context_length(self.compose(self.augmenting)))
-        return min((limit for limit in limits if limit is not None), default=None)
+    def _check_lengths(self, examples: list[Example], answered: bool) -> None:
+        context = self.settings.context
+        if context is None:
+            return
+        for example in examples:
+            text = example.fields["prompt"] if answered else "".join(example.fields.values())
+            length = len(encode_prompt(text, self.tokenizer)) + (self.max_new_tokens if answered else 0)
+            if length > context:
+                raise DataError(
+                    f"{example.place}: expected at most {context} tokens, the shorter context of the two models, but "
+                    f"got {length}{' with the answer' if answered else ''}: shorten it, or lower max_new_tokens."
+                )
 
     def _encoded(self, sources: Sources) -> list[Row]:
-        return encode_examples(
-            _listed(sources), self.tokenizer, max_length=self._longest, loss_on=self.settings.loss_on
-        ).rows
+        limits = [limit for limit in (self.settings.max_length, self.settings.context) if limit is not None]
+        examples = load_examples(listed(sources))
+        longest = min(limits, default=None)
+        return encode_examples(examples, self.tokenizer, max_length=longest, loss_on=self.settings.loss_on).rows
 
     def _repeated(self, rows: list[Row]) -> list[Row]:
         """As many rows as a training takes: each epoch in an order of its own."""
@@ -197,6 +205,7 @@ class OwnModels(TextDomain):
                         attention_mask=batch["attention_mask"],
                         max_new_tokens=tokens or self.max_new_tokens,
                         do_sample=False,
+                        eos_token_id=tokenizer.eos_token_id,
                         pad_token_id=tokenizer.pad_token_id,
                         **({} if tokens is None else {"min_new_tokens": tokens}),
                     )
@@ -246,10 +255,6 @@ class OwnModels(TextDomain):
         return (asked or [example.fields["text"][:_BEGINNING] for example in examples])[:_TIMED]
 
 
-def _listed(sources: Sources) -> list[Example]:
-    return load_examples(sources if isinstance(sources, list) else [sources])
-
-
 def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left, and with its end of text where it has no padding token."""
     tokenizer.padding_side = "left"
@@ -267,16 +272,6 @@ def _without(end: int | None, row: Row) -> Row:
     if end is None or row["input_ids"][-1] != end or len(row["input_ids"]) < 3:
         return row
     return {name: values[:-1] for name, values in row.items()}
-
-
-def _check(examples: list[Example], metric: str) -> None:
-    formats = ("prompt-completion", "text") if metric == "bits_per_byte" else ("prompt-completion",)
-    if examples[0].format not in formats:
-        wanted = "'prompt' and 'completion'" + (" or 'text'" if len(formats) > 1 else "")
-        raise DataError(
-            f"{examples[0].place}: expected the fields {wanted} for the metric {metric}, but got "
-            f"{examples[0].format}: rename the fields or take another metric."
-        )
 
 
 def _scored(metric: str, answers: Sequence[str], rights: Sequence[str]) -> list[float]:

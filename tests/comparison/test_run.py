@@ -38,6 +38,8 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     paths = [cell.path(Path(config.cache)) for cell in config.cells()]
     before = [path.stat().st_mtime_ns for path in paths]
     monkeypatch.setattr(Cell, "do", None)  # would fail if called
+    bases = [json.loads(path.read_text(encoding="utf-8"))["bases"] for path in paths]
+    assert set(bases[0]) == {"anchor", "augmenting"} and bases[0] == bases[1] == bases[2]
     again = run(config, report=lines.append)
     assert [path.stat().st_mtime_ns for path in paths] == before
     assert again["rows"] == first["rows"]
@@ -166,6 +168,19 @@ def test_rows_have_what_is_promised(report: dict[str, Any]) -> None:
     assert row["low"] < 90.0 < row["high"]
     reference = next(r for r in report["rows"] if r["method"] == "reference" and r["task"] == "kv_arithmetic/ood")
     assert reference["seeds"] == 1 and reference["mean"] == 60.0
+
+
+def test_cells_of_other_bases_are_named() -> None:
+    found = [(Cell("kv_arithmetic", m, None, s), cell(m, s, 0.5)) for m in ("m_B", "composed") for s in (0, 1)]
+    for each, result in found:
+        result |= {"domain": each.domain, "bases": {"anchor": f"a{each.seed}", "augmenting": "b"}}
+    config = CompareConfig(domains={}, preset="tiny", parts={"kv_arithmetic": Part([0, 1])})
+    same = summarise(config, found, 4, "the command")
+    assert "mixed" not in same and "base models:" not in markdown(same)
+    found[3][1]["bases"]["anchor"] = "c"
+    other = summarise(config, found, 4, "the command")
+    assert other["mixed"] == ["anchor of Key-value arithmetic, seed 1"]
+    assert "the same base models: anchor of Key-value arithmetic, seed 1.**" in markdown(other)
 
 
 def test_the_report_says_where_the_composition_loses(report: dict[str, Any]) -> None:

@@ -77,6 +77,7 @@ class Cell:
             "train_cpu_seconds": round(trained, 1),
             "decode_time_x_anchor": decode_time_x_anchor(fitted.complete, domain),
             "cpu_seconds": round(time.process_time() - start, 1),
+            "bases": domain.stages.digests(),
             **origin(None),
         }
         write_text(self.path(cache), json.dumps(result))

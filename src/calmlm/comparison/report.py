@@ -105,6 +105,7 @@ def summarise(
                 combined.setdefault(about.metric, []).append(task)
         if "composed" in scores and combined:
             answers[name] = _answers(scores, combined, retained)
+    mixed = _mixed([result for _, result in found])
     return {
         "experiment": "compare",
         "preset": config.preset,
@@ -112,11 +113,21 @@ def summarise(
         "settings": settings,
         "rows": rows,
         "answers": answers,
+        **({"mixed": mixed} if mixed else {}),
         "interval": INTERVAL,
         "own": {name: own.about for name, part in config.parts.items() if (own := part.own) is not None},
         "commits": sorted({result["commit"] for _, result in found}),
         **origin(command),
     }
+
+
+def _mixed(cells: list[dict[str, Any]]) -> list[str]:
+    """Base models of which the cells of one experiment and seed have seen different ones."""
+    seen: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, digest in cell.get("bases", {}).items():
+            seen.setdefault(f"{name} of {_title(cell['domain'])}, seed {cell['seed']}", set()).add(digest)
+    return sorted(name for name, digests in seen.items() if len(digests) > 1)
 
 
 def _costs(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,6 +217,12 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
         "mixture also need the twin, which is not in their figures.",
         "",
     ]
+    if result.get("mixed"):
+        lines += [
+            f"**Not all cells have seen the same base models: {'; '.join(result['mixed'])}.** They were trained again "
+            "in between, with other results. Differences between methods hold these as well; make the cells anew.",
+            "",
+        ]
     domains = _domains(result["rows"])
     if set(domains) & set(DOMAIN_TITLES):
         lines += BUILT_IN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 import transformers
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 import calmlm
 from calmlm.storage import write_text
@@ -45,6 +47,15 @@ class Stages:
     def has(self, stage: str) -> bool:
         """Whether a stage is stored."""
         return (self.folder / stage / _DONE).is_file()
+
+    def digests(self) -> dict[str, str]:
+        """Eight digits that stand for the weights of each stored stage that has any, by name."""
+        found = {}
+        for weights in sorted(self.folder.glob(f"*/{SAFE_WEIGHTS_NAME}")):
+            if self.has(weights.parent.name):
+                with weights.open("rb") as file:
+                    found[weights.parent.name] = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        return found
 
     def do(self, stage: str, work: Work, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
         """Do a stage unless it is stored; return its record.

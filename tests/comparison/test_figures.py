@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from calmlm.comparison.figures import by_method, difference, interval, joined, kept, share
+from calmlm.comparison.methods import METHODS
+from calmlm.comparison.plots import _STYLES
 
 
 def test_an_interval_without_variation_is_a_point() -> None:
@@ -50,3 +52,8 @@ def test_cells_are_sorted_by_method_task_and_seed() -> None:
     found = by_method(cells)
     assert found == {"a": {"t": {1: [1.0], 0: [0.5]}, "u": {1: [0.0], 0: [0.25]}}}
     assert joined(found["a"], ["t", "u"]) == {0: [0.5, 0.25], 1: [1.0, 0.0]}
+
+
+def test_every_method_has_a_point_of_its_own() -> None:
+    assert set(_STYLES) == set(METHODS)
+    assert len(set(_STYLES.values())) == len(METHODS)

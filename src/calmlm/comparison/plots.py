@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,22 @@ from calmlm.data.extras import require
 
 __all__ = ["draw", "shows_data"]
 
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "black": ("m_A", "m_B"),
+    "tab:blue": ("composed", "flamingo", "legonn"),
+    "tab:cyan": ("composed_random", "composed_vanilla", "composed_encoder"),
+    "tab:orange": ("fine_tuning", "continued_pretraining", "lora", "lora_full_data"),
+    "tab:green": ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties"),
+    "tab:red": ("moe",),
+    "tab:purple": ("router", "confidence_cascade", "text_tool", "cascade"),
+}
+"""Methods by what they are kin to, under the colour of their points."""
+_MARKERS = "osD^vP"
+_STYLES = {
+    method: (color, "*" if method == "composed" else marker)
+    for color, family in _FAMILIES.items()
+    for method, marker in zip(family, _MARKERS, strict=False)
+}
 _SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0}
 
 
@@ -34,6 +51,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         for axis, domain in zip(axes[0], domains, strict=True):
             plot(axis, points[domain])
             axis.set_title(domain.replace("_", " "))
+        if plot is not _accuracy:
+            _legend(figure, axes[0])
         paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-{name}.png"))
     if shows_data(result["rows"]):
         figure, axis = pyplot.subplots(figsize=(5.5, 4.0))
@@ -49,7 +68,7 @@ def shows_data(rows: list[dict[str, Any]]) -> bool:
 
 def _saved(figure: Any, pyplot: Any, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     return path
 
@@ -82,15 +101,28 @@ def _accuracy(axis: Any, points: dict[str, dict[str, float]]) -> None:
     axis.set_xlabel("combined skills, %")
 
 
-def _label(axis: Any, x: float, y: float, method: str) -> None:
-    axis.scatter([x], [y], color="tab:blue" if method == "composed" else "gray", s=18)
-    axis.annotate(TITLES[method], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+def _legend(figure: Any, axes: Any) -> None:
+    """One for all panels, in the order of the tables."""
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    titles = [TITLES[method] for method in METHODS if TITLES[method] in handles]
+    shown = [handles[title] for title in titles]
+    figure.legend(shown, titles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+
+
+def _point(axis: Any, x: float, y: float, method: str) -> None:
+    color, marker = _STYLES[method]
+    size = 150 if method == "composed" else 40
+    axis.scatter([x], [y], color=color, marker=marker, s=size, alpha=0.8, linewidths=0, label=TITLES[method])
 
 
 def _forgetting(axis: Any, points: dict[str, dict[str, float]]) -> None:
     before = points.get("m_B", {"mean": 0.0})["mean"]
     for method, point in points.items():
-        _label(axis, point["mean"] - before, point["delta"], method)
+        _point(axis, point["mean"] - before, point["delta"], method)
+    low = min([-10.0, *(1.1 * point["delta"] for point in points.values())])
+    axis.set_ylim(low, max([-0.06 * low, *(1.1 * point["delta"] for point in points.values())]))
+    axis.axhline(0.0, color="lightgray", linewidth=1, zorder=0)
+    axis.axvline(0.0, color="lightgray", linewidth=1, zorder=0)
     axis.set_xlabel("gain on combined skills over m_B, points")
     axis.set_ylabel("retained skills, after minus before, points")
 
@@ -98,8 +130,13 @@ def _forgetting(axis: Any, points: dict[str, dict[str, float]]) -> None:
 def _flops(axis: Any, points: dict[str, dict[str, float]]) -> None:
     for method, point in points.items():
         if point["train_flops"]:
-            _label(axis, point["train_flops"], point["mean"], method)
+            _point(axis, point["train_flops"], point["mean"], method)
+    spent = [point["train_flops"] for point in points.values() if point["train_flops"]]
     axis.set_xscale("log")
+    axis.xaxis.set_minor_formatter(lambda value, position: "")
+    if spent:  # whole decades, or the marks of a narrow range would overlap
+        axis.set_xlim(10 ** math.floor(math.log10(min(spent))), 10 ** math.ceil(math.log10(max(spent)) + 0.01))
+    axis.set_ylim(-3, 103)
     axis.set_xlabel("training, floating-point operations")
     axis.set_ylabel("combined skills, %")
 

@@ -23,6 +23,7 @@ from calmlm.baselines.routing import Routed
 from calmlm.baselines.setting import losses_of, padded
 from calmlm.baselines.soup import greedy, uniform, weighted
 from calmlm.baselines.text_tool import TextTool
+from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Stage, answer
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.kv_arithmetic.bases import new_model
@@ -369,6 +370,36 @@ def test_the_rank_comes_nearest_to_the_budget() -> None:
     # One rank costs 10 + 20 + 10 + 10 = 50 parameters.
     assert rank_for(linear, ["q_proj", "k_proj"], 410) == 8
     assert rank_for(linear, ["q_proj", "k_proj"], 10) == 1
+
+
+def test_choices_do_not_depend_on_the_padding() -> None:
+    """GPT-2 has learned its positions, and padding on the left must take none of them."""
+    anchor = tiny_model("gpt2")
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    ids = torch.tensor([prompts[0], [0, 0, *prompts[1]]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    alone = [torch.tensor([prompt]) for prompt in prompts]
+    for of in (Confidence(anchor, 0.5).of, Router(anchor, 2).states):
+        together = of(ids, mask)
+        for index, each in enumerate(alone):
+            assert torch.allclose(together[index], of(each, torch.ones_like(each))[0], atol=1e-5)
+
+
+def test_a_mixture_has_no_room_for_biases() -> None:
+    biased = [tiny_model("llama", seed=seed, attention_bias=True) for seed in (0, 1)]
+    with pytest.raises(ModelError, match="no biases"):
+        upcycle(biased)
+
+
+def test_all_weights_train_in_full_precision(data: Data) -> None:
+    anchor = tiny_model("llama", vocab_size=len(TOKENIZER), dtype=torch.bfloat16)
+    budget = Budget(Stage(3, 8, 1e-4), seed=0, parameters=100)
+    whole = Bases(copy.deepcopy(anchor).float(), model(1), TOKENIZER)
+    low = BASELINES["fine_tuning"](Bases(anchor, model(1), TOKENIZER), data, budget)
+    full = BASELINES["fine_tuning"](whole, data, budget)
+    assert low.dtype == torch.bfloat16
+    for name, weight in low.named_parameters():
+        assert torch.equal(weight, full.get_parameter(name).to(torch.bfloat16)), name
 
 
 def test_lora_finds_the_linear_maps_of_gpt2(data: Data) -> None:

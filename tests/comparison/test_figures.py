@@ -54,6 +54,17 @@ def test_cells_are_sorted_by_method_task_and_seed() -> None:
     assert joined(found["a"], ["t", "u"]) == {0: [0.5, 0.25], 1: [1.0, 0.0]}
 
 
+def test_items_that_all_seeds_share_are_drawn_together() -> None:
+    one = [0.0, 1.0] * 50
+    alone, three = interval({0: one}), interval(dict.fromkeys(range(3), one), same_items=True)
+    assert three == pytest.approx(alone, abs=0.015)
+    apart = interval(dict.fromkeys(range(3), one))
+    assert three[2] - three[1] > 1.5 * (apart[2] - apart[1])
+    right = {seed: [1.0] * 100 for seed in range(3)}
+    assert share(right, same_items=True)[1] == pytest.approx(0.025 ** (1 / 100))
+    assert share(right)[1] == pytest.approx(0.025 ** (1 / 300))
+
+
 def test_every_method_has_a_point_of_its_own() -> None:
     assert set(_STYLES) == set(METHODS)
     assert len(set(_STYLES.values())) == len(METHODS)

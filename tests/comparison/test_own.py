@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import GenerationConfig
 
 from calmlm.baselines.setting import losses_of
 from calmlm.comparison.config import CompareConfig, load_config
@@ -155,11 +156,11 @@ def test_answers_end_where_they_are_told_to(tmp_path: Path, values: dict[str, An
     rights = [record["completion"] for record in sums(5)]
 
     def complete(prompts: Any, tokens: int | None = None) -> list[str]:
-        return [f"{right}\nand more" for right in rights[:-1]] + [" wrong"]
+        return [f"{right}\nand more" for right in rights[:-1]] + [f"\n{rights[-1]}"]
 
     scores = domain.score(complete, None)
     assert scores["both"] == [1.0, 1.0, 1.0, 1.0, 0.0]
-    assert scores["kept"] == [0.0] * 5  # nothing ends these
+    assert scores["kept"] == [0.0] * 4 + [1.0]  # nothing ends these, and spaces around them do not count
     assert "bits" not in scores and 0 < scores["near"][0] < 1
 
 
@@ -212,7 +213,10 @@ def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any])
         (("own", "model", "connector"), {"kind": "flamingo"}, "method of its own"),
         (("own", "model", "anchor"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "composition"), "nothing.jsonl", "nothing.jsonl"),
-        (("own", "contents"), {"a": "b"}, "contents"),
+        (("own", "known"), {"contents": {}, "shown": {}, "prompted": True}, "known"),
+        (("own", "learning_rate"), 0, "above 0"),
+        (("own", "twin"), "nowhere/at-all", "nowhere/at-all"),
+        (("own", "vanilla"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "model", "device_map"), "auto", "device_map"),
         (("own", "model", "augmenting"), "nowhere/at-all", "nowhere/at-all"),
         (("methods",), ["cascade"], "text_tool"),
@@ -243,8 +247,94 @@ def test_the_shipped_file_can_be_filled_in(tmp_path: Path, values: dict[str, Any
     assert {cell.method for cell in config.cells()} == set(METHODS) - {"cascade", "composed_vanilla"}
 
 
+def test_models_that_do_not_fit_are_named(tmp_path: Path, values: dict[str, Any]) -> None:
+    model = own(values)["model"]
+    own(values)["twin"] = save(tmp_path / "deep", "llama", tiny_tokenizer(), num_hidden_layers=3)
+    with pytest.raises(ConfigError, match="twin of the anchor's architecture"):
+        config_of(tmp_path, values)
+    own(values)["twin"] = save(tmp_path / "twin", "llama", tiny_tokenizer(), 5)
+    own(values)["vanilla"] = save(tmp_path / "v", "mistral", tokenizer_of("bytes"))
+    with pytest.raises(ConfigError, match="vanilla model with the augmenting model's vocabulary of 97"):
+        config_of(tmp_path, values)
+    del own(values)["vanilla"]
+    config_of(tmp_path, values)
+    tiny_model("mistral", vocab_size=120).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="120 entries instead of 97"):
+        config_of(tmp_path, {**values, **_with(values, {**model, "augmenting": str(tmp_path / "bare")})})
+    tiny_model("mistral").save_pretrained(tmp_path / "same")
+    config = config_of(tmp_path, {**values, **_with(values, {**model, "augmenting": str(tmp_path / "same")})})
+    assert "no tokenizer of its own" in config.preset_of("law").about
+
+
+def _with(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    return {"domains": {"law": {"seeds": [0], "own": {**own(values), "model": model}}}}
+
+
+def test_what_cannot_be_asked_of_a_method_is_left_out(tmp_path: Path, values: dict[str, Any]) -> None:
+    def methods() -> set[str]:
+        return {cell.method for cell in config_of(tmp_path, values).cells()}
+
+    assert {"router", "text_tool", "composed_encoder"} <= methods()
+    own(values)["loss_on"] = "all"
+    assert methods() & ANCHORS_TOKENS == {"text_tool"}
+    own(values)["tasks"] = {"bits": own(values)["tasks"]["bits"]}
+    assert not methods() & ANCHORS_TOKENS
+    own(values)["loss_on"] = "completion"
+    own(values)["composition"] = write(tmp_path / "m.jsonl", [{"messages": [{"role": "assistant", "content": "a"}]}])
+    with pytest.raises(ConfigError, match="but got 'messages'"):
+        methods()
+
+
+def test_answers_are_greedy_and_end_at_any_end(tmp_path: Path, values: dict[str, Any]) -> None:
+    anchor = tiny_model("llama", vocab_size=97)
+    anchor.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, num_beams=3, repetition_penalty=5.0, eos_token_id=[2, 40]
+    )
+    anchor.save_pretrained(tmp_path / "anchor")
+    domain = domain_of(tmp_path, values)
+    assert domain.anchor.generation_config.eos_token_id == [2, 40]
+    ids = domain.tokenizer("1 + 2 =", return_tensors="pt").input_ids
+    expected: list[int] = []
+    with torch.no_grad():
+        while len(expected) < 4 and not set(expected) & {2, 40}:
+            logits = anchor(torch.cat((ids, torch.tensor([expected], dtype=torch.long)), dim=1)).logits
+            expected.append(int(logits[0, -1].argmax()))
+    assert domain.answerer(domain.anchor)(["1 + 2 ="]) == [domain.tokenizer.decode(expected, skip_special_tokens=True)]
+    for made in (domain.fresh_anchor(), domain.compose(domain.augmenting)):
+        assert made.generation_config.num_beams in (None, 1) and not made.generation_config.do_sample
+
+
+def test_one_vocabulary_with_two_ends_is_read_with_each_models_own(tmp_path: Path, values: dict[str, Any]) -> None:
+    theirs = tiny_tokenizer()
+    theirs.eos_token = "!"
+    save(tmp_path / "small", "mistral", theirs, 1)
+    domain = domain_of(tmp_path, values)
+    assert domain.settings.shares_tokenizer
+    assert theirs.eos_token_id in domain.augmenting.generation_config.eos_token_id
+    assert theirs.eos_token_id not in domain.anchor.generation_config.eos_token_id
+
+
+def test_a_data_set_is_known_by_its_records(tmp_path: Path, values: dict[str, Any]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    own(values)["corpus"] = {"dataset": str(folder)}
+    names = []
+    for count in (6, 7):
+        write(folder / "data.jsonl", [{"text": f"line {i}"} for i in range(count)])
+        names.append(config_of(tmp_path, values).cells()[0].path(Path()).name)
+    assert names[0] != names[1]
+
+
+def test_how_many_are_answered_together_changes_no_cell(tmp_path: Path, values: dict[str, Any]) -> None:
+    names = []
+    for size in (4, 16):
+        own(values)["evaluation_batch_size"] = size
+        names.append(config_of(tmp_path, values).cells()[0].path(Path()).name)
+    assert names[0] == names[1]
+
+
 def test_names_are_checked(tmp_path: Path, values: dict[str, Any]) -> None:
-    for name, mentions in (("code", "another name"), ("a/b", "letters, digits")):
+    for name, mentions in (("code", "another name"), ("a/b", "letters, digits"), (2024, "letters, digits")):
         with pytest.raises(ConfigError, match=mentions):
             config_of(tmp_path, {**values, "domains": {name: values["domains"]["law"]}})
     with pytest.raises(ConfigError, match="preset"):

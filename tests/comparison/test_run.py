@@ -45,7 +45,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert again["rows"] == first["rows"]
     # A stopped run has no half cells, and goes on with what is missing.
     paths[1].unlink()
-    with pytest.raises(TypeError):
+    with pytest.raises(CalmError, match="m_B of code, seed 0 .TypeError"):
         run(config, report=lines.append)
     partial = run(config, stored_only=True, report=lines.append)
     assert partial["cells"] == {"planned": 3, "finished": 2, "by_experiment": {"code": 2}}
@@ -53,16 +53,28 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = comparison(tmp_path, code=Part([0], ["m_B", "lora"]))
+    config = comparison(tmp_path, code=Part([0], ["lora", "m_B", "m_A"]))
 
     def fail(domain: Any, meter: Any) -> Fitted:
         raise RuntimeError("no memory")
 
+    made = cells_module.METHODS["lora"]
     monkeypatch.setitem(cells_module.METHODS, "lora", Method("LoRA", fail))
-    with pytest.raises(RuntimeError, match="no memory"):
+    reason = r"but 1 failed, the first of them lora of code, seed 0 \(RuntimeError: no memory\)"
+    with pytest.raises(CalmError, match=reason):
         run(config, report=lambda line: None)
-    assert run(config, stored_only=True, report=lambda line: None)["cells"]["finished"] == 1
-    assert [path.suffix for path in (tmp_path / "cells" / "cells" / "code").iterdir()] == [".json"]
+    assert "in fail" in (tmp_path / "cells" / "log" / "code-0.txt").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "tiny.json").read_text(encoding="utf-8"))["cells"]["finished"] == 2
+    assert {path.suffix for path in (tmp_path / "cells" / "cells" / "code").iterdir()} == {".json"}
+    monkeypatch.setitem(cells_module.METHODS, "lora", made)
+    assert run(config, report=lambda line: None)["cells"]["finished"] == 3
+    assert not list((tmp_path / "cells" / "log").glob("*.failed"))
+
+
+def test_where_every_cell_fails_the_first_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "do", None)
+    with pytest.raises(CalmError, match="2 failed, the first of them m_B"):
+        run(comparison(tmp_path, code=Part([0], ["m_B", "m_A"])), report=lambda line: None)
 
 
 def test_folders_are_tried_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

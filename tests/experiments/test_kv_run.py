@@ -74,6 +74,14 @@ def test_batches_keep_the_curriculum_and_every_row():
     assert {row["labels"][0] for row in ordered[:20]} == set(range(20))
 
 
+def test_a_batch_holds_no_row_twice_where_epochs_follow_each_other():
+    rows = [{"input_ids": [0] * length, "labels": [length]} for length in range(1, 65)]
+    ordered = in_batches([*rows, *rows[::-1], *rows], 16, seed=0)
+    assert len(ordered) == 192
+    batches = [ordered[start : start + 16] for start in range(0, 192, 16)]
+    assert all(len({row["labels"][0] for row in batch}) == 16 for batch in batches)
+
+
 def test_answers_do_not_depend_on_the_batch():
     tokenizer = build_tokenizer(29)
     model = new_model(tokenizer, (32, 2, 2), 0).eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calmlm.baselines.router import prompts_of
 from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import Bases, Budget, Data, losses_of
+from calmlm.baselines.setting import Bases, Budget, Data, losses_of, positions
 
 __all__ = ["Confidence", "best_threshold", "fit"]
 
@@ -30,7 +30,8 @@ class Confidence:
     @torch.no_grad()
     def of(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The largest probability of the next token, (B,) float32; prompts are padded on the left."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -1]
+        given = positions(self.model, attention_mask)
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, **given).logits[:, -1]
         return logits.float().softmax(-1).amax(-1)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def fit_on_corpus(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
 
 
 def _fit(bases: Bases, rows: list[Row], budget: Budget) -> PreTrainedModel:
-    model = copy.deepcopy(bases.anchor).requires_grad_(True)
+    # In lower precision most steps of a training of all weights would be rounded away.
+    model = copy.deepcopy(bases.anchor).float().requires_grad_(True)
     train(model, rows, bases.tokenizer.pad_token_id, budget.full, budget.seed, meter=budget.meter)
-    return model.eval()
+    return model.to(bases.anchor.dtype).eval()

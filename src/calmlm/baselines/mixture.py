@@ -79,7 +79,13 @@ def upcycle(models: list[PreTrainedModel], copies: int = COPIES, top_k: int = TO
     mixture = MixtralForCausalLM(config).to(first.device)
     if any(width % ALIGNMENT for width in (config.hidden_size, config.intermediate_size)):
         mixture.set_experts_implementation("eager")
-    mixture.load_state_dict({k: v for k, v in first.state_dict().items() if ".mlp." not in k}, strict=False)
+    shared_weights = {name: weight for name, weight in first.state_dict().items() if ".mlp." not in name}
+    unexpected = mixture.load_state_dict(shared_weights, strict=False).unexpected_keys
+    if unexpected or getattr(first.config, "mlp_bias", False):
+        raise ModelError(
+            "A mixture of experts needs models whose layers have no biases, but the anchor's have some: leave this "
+            "baseline out."
+        )
     with torch.no_grad():
         for index, layer in enumerate(mixture.model.layers):
             block: Any = layer.mlp
@@ -114,7 +120,7 @@ def fit(bases: Bases, data: Data, budget: Budget) -> MixtralForCausalLM:
     """Make a mixture of m_B and its twin and train it on D_C."""
     anchor, twin = bases.merging_pair("A mixture of experts")
     set_seed(budget.seed)
-    model = upcycle([anchor, twin])
+    model = upcycle([anchor, twin]).float()  # all of it trains, and lower precision would swallow its steps
     train(
         model,
         data.composition,
@@ -124,4 +130,4 @@ def fit(bases: Bases, data: Data, budget: Budget) -> MixtralForCausalLM:
         trainer_class=_BalancedTrainer,
         meter=budget.meter,
     )
-    return model.eval()
+    return model.to(anchor.dtype).eval()

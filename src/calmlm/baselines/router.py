@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import Bases, Budget, Data, losses_of
+from calmlm.baselines.setting import Bases, Budget, Data, losses_of, positions
 from calmlm.experiments.fitting import IGNORED, Row
 
 __all__ = ["Router", "fit", "prompts_of", "train_router"]
@@ -35,7 +35,12 @@ class Router(nn.Module):
     @torch.no_grad()
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What it looks at, (B, D_B) float32; prompts are padded on the left."""
-        output = self.anchor(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        output = self.anchor(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            **positions(self.anchor, attention_mask),
+        )
         return output.hidden_states[-1][:, -1].float()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -45,7 +50,9 @@ class Router(nn.Module):
 
 def prompts_of(rows: list[Row], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """The prompts of rows (what stands before the first label), padded on the left: ids and mask."""
-    prompts = [row["input_ids"][: next(i for i, label in enumerate(row["labels"]) if label != IGNORED)] for row in rows]
+    # A model has to be given one token at least, of an example without a prompt as well.
+    begins = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
+    prompts = [row["input_ids"][: max(1, begin)] for row, begin in zip(rows, begins, strict=True)]
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

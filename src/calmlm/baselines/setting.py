@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calmlm.backbone import accepts
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
 
-__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded"]
+__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded", "positions"]
 
 
 LOGITS = 2**28  # 1 GiB in float32
@@ -114,6 +115,13 @@ def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+    """The positions of prompts that are padded on the left, for a model that takes any; most count the padding."""
+    if not accepts(model, "position_ids"):
+        return {}
+    return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 @torch.no_grad()

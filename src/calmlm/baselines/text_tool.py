@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.data.tokenizing import encode_prompt
 
 __all__ = ["TextTool", "fit"]
 
@@ -44,7 +45,8 @@ class TextTool:
         answers = self.tokenizer.batch_decode(told[:, width:], skip_special_tokens=True)
         prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         texts = [self.form.format(answer=a.strip(), prompt=p) for a, p in zip(answers, prompts, strict=True)]
-        batch = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        ids = [encode_prompt(text, self.tokenizer) for text in texts]
+        batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(self.device)
         written = self.anchor.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
         return torch.cat((input_ids, written[:, batch["input_ids"].shape[1] :]), dim=1)
 

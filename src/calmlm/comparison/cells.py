@@ -14,6 +14,7 @@ from typing import Any
 from calmlm.comparison.domain import Answerer, Domain, TextDomain
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
+from calmlm.errors import CalmError
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
 from calmlm.storage import write_text
@@ -53,6 +54,21 @@ class Cell:
             return None
         return found if isinstance(found, dict) and "scores" in found else None
 
+    def fail(self, cache: Path, error: Exception) -> None:
+        """Note why it could not be made; the note goes with the next attempt that can."""
+        text = str(error).strip() or type(error).__name__
+        write_text(self._note(cache), text if isinstance(error, CalmError) else f"{type(error).__name__}: {text}")
+
+    def failure(self, cache: Path) -> str:
+        """Why it could not be made, in one line."""
+        try:
+            return self._note(cache).read_text(encoding="utf-8").splitlines()[0].rstrip(".")
+        except (OSError, IndexError):
+            return "no reason was noted"
+
+    def _note(self, cache: Path) -> Path:
+        return cache / "log" / f"{self.path(cache).stem}.failed"
+
     def do(self, domain: Domain, cache: Path, report: Callable[[str], None]) -> dict[str, Any]:
         """Train and evaluate, and write the file."""
         report(f"{self.domain}, seed {self.seed}: {self.method} ...")
@@ -81,6 +97,7 @@ class Cell:
             **origin(None),
         }
         write_text(self.path(cache), json.dumps(result))
+        self._note(cache).unlink(missing_ok=True)
         report(f"{self.domain}, seed {self.seed}: {self.method} took {result['cpu_seconds']:.0f} s of processor time")
         return result
 

@@ -10,6 +10,7 @@ from calmlm.comparison.cells import Cell
 from calmlm.comparison.domains import DOMAINS, kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.comparison.own import Own
+from calmlm.comparison.own_checks import checked, reasons
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import check_seeds
 from calmlm.training.fields import read_fields
@@ -95,20 +96,19 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
     if config is not None:
         config = config if preset is None else replace(config, preset=preset)
         for name, value in config.domains.items():
-            own = isinstance(value, dict) and "own" in value
-            if name not in DOMAINS and not own:
+            if name not in DOMAINS and not (isinstance(value, dict) and "own" in value):
                 faults.append(
                     f"domains: expected experiments among {', '.join(DOMAINS)}, or one with 'own' models, but got "
                     f"{name!r}."
                 )
-            elif not str(name).replace("_", "").isalnum():
+            elif not isinstance(name, str) or not name.replace("_", "").isalnum():
                 faults.append(f"domains: expected names of letters, digits and underscores, but got {name!r}.")
             elif (part := read_fields(Part, value, faults, f"domains.{name}")) is not None:
                 if part.own is not None:
-                    checked = part.own.checked(faults, f"domains.{name}.own")
-                    if checked is None:
+                    own = checked(part.own, faults, f"domains.{name}.own")
+                    if own is None:
                         continue
-                    part = replace(part, own=checked)
+                    part = replace(part, own=own)
                 faults += _faults_of(name, part, config.preset)
                 parts[name] = part
         if not config.domains:
@@ -138,11 +138,11 @@ def _faults_of(name: str, part: Part, preset: str) -> list[str]:
     if part.methods == []:
         faults.append(f"domains.{name}.methods: expected at least one, but there is none; leave the key out for all.")
     possible = kind_of(name).methods or tuple(METHODS)
-    reasons = part.own.methods() if part.own is not None else {}
+    why = reasons(part.own) if part.own is not None else {}
     faults += [
         f"domains.{name}.methods: {method} cannot be run here, since {reason}; leave it out."
         for method in part.methods or []
-        if (reason := reasons.get(method)) is not None
+        if (reason := why.get(method)) is not None
     ]
     for key, known in (("methods", possible), ("ablations", tuple(ABLATIONS))):
         given = getattr(part, key) or []

@@ -94,6 +94,8 @@ class Domain(ABC):
     name: ClassVar[str]
     folder: ClassVar[str]
     """Where its base models lie, among those of all experiments."""
+    same_items: ClassVar[bool] = False
+    """Whether all seeds are asked the same."""
     methods: ClassVar[tuple[str, ...] | None] = None
     """Names of the methods that can be run here; None for all."""
 

@@ -83,7 +83,9 @@ def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         if own:
             points[method] = {
                 key: statistics.mean(row[key] for row in own) for key in ("mean", "low", "high", "train_flops")
-            } | {"delta": own[0]["retained_delta"] or 0.0}
+            }
+            if own[0]["retained_delta"] is not None:
+                points[method]["delta"] = own[0]["retained_delta"]
     return points
 
 
@@ -117,10 +119,14 @@ def _point(axis: Any, x: float, y: float, method: str) -> None:
 
 def _forgetting(axis: Any, points: dict[str, dict[str, float]]) -> None:
     before = points.get("m_B", {"mean": 0.0})["mean"]
+    points = {method: point for method, point in points.items() if "delta" in point}
     for method, point in points.items():
         _point(axis, point["mean"] - before, point["delta"], method)
-    low = min([-10.0, *(1.1 * point["delta"] for point in points.values())])
-    axis.set_ylim(low, max([-0.06 * low, *(1.1 * point["delta"] for point in points.values())]))
+    deltas = [1.1 * point["delta"] for point in points.values()]
+    low = min([-10.0, *deltas])
+    axis.set_ylim(low, max([-0.06 * low, *deltas]))
+    if not points:
+        axis.text(0.5, 0.5, "no task asks for retained skills", ha="center", transform=axis.transAxes)
     axis.axhline(0.0, color="lightgray", linewidth=1, zorder=0)
     axis.axvline(0.0, color="lightgray", linewidth=1, zorder=0)
     axis.set_xlabel("gain on combined skills over m_B, points")

@@ -10,6 +10,7 @@ from typing import Any
 
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
+from calmlm.comparison.domain import Task
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.figures import Scores, by_method, difference, interval, joined, kept, share
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
@@ -65,7 +66,7 @@ def summarise(
         counts[name], settings[name] = len(cells), kind.mark(preset)
         scores = by_method(cells)
         tasks = kind.tasks_of(preset)
-        retained = [task for task, about in tasks.items() if about.skill == "retained" and about.metric in SHARES]
+        retained = _retained(tasks)
         groups = kind.groups_of(preset)
         spent = {method: [cell for cell in cells if cell["method"] == method] for method in scores}
         if set(scores) & set(ABLATIONS) and "composed" in scores:
@@ -79,11 +80,11 @@ def summarise(
                 continue
             columns: dict[str, Scores] = dict(scores[method])
             columns |= {group: joined(scores[method], members) for group, members in groups.items()}
-            delta = _delta(scores, method, retained)
+            delta = _delta(scores, method, retained, kind.same_items)
             costs = _costs(spent[method])
             for column, values in columns.items():
                 about = tasks[groups[column][0] if column in groups else column]
-                mean, low, high = (interval if about.metric == "bits_per_byte" else share)(values)
+                mean, low, high = (interval if about.metric == "bits_per_byte" else share)(values, kind.same_items)
                 scale = 1.0 if about.metric == "bits_per_byte" else 100.0
                 rows.append(
                     {
@@ -104,7 +105,7 @@ def summarise(
             if about.skill == "combined" and about.metric in SHARES:
                 combined.setdefault(about.metric, []).append(task)
         if "composed" in scores and combined:
-            answers[name] = _answers(scores, combined, retained)
+            answers[name] = _answers(scores, combined, retained, kind.same_items)
     mixed = _mixed([result for _, result in found])
     return {
         "experiment": "compare",
@@ -119,6 +120,13 @@ def summarise(
         "commits": sorted({result["commit"] for _, result in found}),
         **origin(command),
     }
+
+
+def _retained(tasks: dict[str, Task]) -> list[str]:
+    """What m_B could do, in one metric: figures of two metrics have no mean."""
+    found = {task: about.metric for task, about in tasks.items() if about.skill == "retained"}
+    exact = [task for task, metric in found.items() if metric in ("exact_match", "pass@1")]
+    return exact or [task for task, metric in found.items() if metric == "chrf"]
 
 
 def _mixed(cells: list[dict[str, Any]]) -> list[str]:
@@ -141,7 +149,9 @@ def _costs(cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _delta(scores: dict[str, dict[str, Scores]], method: str, retained: list[str]) -> tuple[float, float, float] | None:
+def _delta(
+    scores: dict[str, dict[str, Scores]], method: str, retained: list[str], same_items: bool
+) -> tuple[float, float, float] | None:
     """Retained skills after minus before."""
     if (
         not retained
@@ -149,11 +159,11 @@ def _delta(scores: dict[str, dict[str, Scores]], method: str, retained: list[str
         or not set.intersection(*(set(scores[m][retained[0]]) for m in (method, "m_B")))
     ):
         return None
-    return kept(scores[method], scores["m_B"], retained)
+    return kept(scores[method], scores["m_B"], retained, same_items)
 
 
 def _answers(
-    scores: dict[str, dict[str, Scores]], combined: dict[str, list[str]], retained: list[str]
+    scores: dict[str, dict[str, Scores]], combined: dict[str, list[str]], retained: list[str], same_items: bool
 ) -> list[dict[str, Any]]:
     """Whether the composition is above the others on what asks for both models, and what each of them forgets.
 
@@ -161,9 +171,10 @@ def _answers(
         scores: by method, task and seed.
         combined: the tasks that ask for both models, by metric; figures of two metrics have no mean.
         retained: the tasks that m_B could do before.
+        same_items: whether all seeds are asked the same.
     """
     answers = []
-    deltas = {method: _delta(scores, method, retained) for method in scores}
+    deltas = {method: _delta(scores, method, retained, same_items) for method in scores}
     for question, methods in QUESTIONS.items():
         for method in (each for each in methods if each in scores):
             for metric, tasks in combined.items():
@@ -171,7 +182,7 @@ def _answers(
                 shared = set(ours) & set(theirs)
                 if not shared:
                     continue
-                mean, low, high = (100 * value for value in difference(ours, theirs))
+                mean, low, high = (100 * value for value in difference(ours, theirs, same_items))
                 verdict = "above" if low > 0 else "below" if high < 0 else "no difference shown"
                 answer: dict[str, Any] = {
                     "question": question,
@@ -330,8 +341,8 @@ def _first(rows: list[dict[str, Any]], task: str) -> dict[str, Any]:
 
 
 def _is_language(task: str) -> bool:
-    column = task.rpartition("/")[2]
-    return column.startswith("arithmetic_") and len(column.rpartition("_")[2]) == 2
+    domain, _, column = task.rpartition("/")
+    return domain == "languages" and column.startswith("arithmetic_") and len(column.rpartition("_")[2]) == 2
 
 
 def _scores(
@@ -449,7 +460,7 @@ def _combined(cells: dict[tuple[str, str], dict[str, Any]], method: str, domains
             if m == method
             and task.startswith(f"{domain}/")
             and row["skill"] == "combined"
-            and row["metric"] != "chrf"
+            and row["metric"] not in ("chrf", "bits_per_byte")
             and not _is_language(task)
         ]
         texts.append(f"{statistics.mean(means):.1f}" if means else "-")

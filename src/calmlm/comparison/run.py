@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -74,13 +75,28 @@ def run(
         _check_extras(missing)
         _make(missing, config, report)
     stored = [(cell, found) for cell in cells if (found := cell.stored(cache)) is not None]
+    if not stored and missing and not stored_only:
+        raise _failure(missing, cache)
     if not stored:
         raise CalmError(f"Expected finished cells in {cache}, but there are none: run without --stored-only first.")
+    failed = [] if stored_only else [cell for cell in missing if cell.stored(cache) is None]
     result = summarise(config, stored, len(cells), command)
     result = result if earlier is None else keep_fuller(result, earlier)
     for path in write_report(result, Path(config.output)):
         report(f"wrote {path}")
+    if failed:
+        raise _failure(failed, cache)
     return result
+
+
+def _failure(failed: list[Cell], cache: Path) -> CalmError:
+    first = failed[0]
+    reason = first.failure(cache)
+    named = f"{first.method} of {first.domain}, seed {first.seed}"
+    return CalmError(
+        f"Expected all cells to be finished, but {len(failed)} failed, the first of them {named} ({reason}): see "
+        f"{cache / 'log'}, and start the comparison again to make what is missing."
+    )
 
 
 def _check_folder(key: str, folder: Path) -> None:
@@ -166,14 +182,21 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
 
     kind = kind_of(cells[0].domain)
     domain = None
+    failed: list[Cell] = []
     # What another process is making is left to it, and waited for at the end.
     for patience in (0, -1):
         for cell in cells:
             lock = FileLock(cache / "locks" / f"{cell.path(cache).name}.lock", timeout=patience)
             with suppress(Timeout), lock:
-                if cell.stored(cache) is None:
-                    domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / kind.folder, say)
-                    cell.do(domain, cache, say)
+                if cell.stored(cache) is None and cell not in failed:
+                    try:
+                        domain = domain or kind(cell.preset, cell.seed, Path(config.bases) / kind.folder, say)
+                        cell.do(domain, cache, say)
+                    except Exception as error:  # whatever one method comes to, the others are made all the same
+                        failed.append(cell)
+                        domain = None
+                        cell.fail(cache, error)
+                        say(f"{cell.domain}, seed {cell.seed}: {cell.method} failed\n{traceback.format_exc()}")
 
 
 @contextmanager

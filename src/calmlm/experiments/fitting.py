@@ -7,7 +7,7 @@ import multiprocessing
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,15 +94,31 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def in_batches(rows: list[Row], batch_size: int, seed: int, window: int = 30) -> list[Row]:
     """Order ``rows`` so that the rows of a batch have about one length: within each window of batches, sort, cut into
-    batches and shuffle these. The order of windows stays, so a curriculum survives."""
+    batches and shuffle these. The order of windows stays, so a curriculum survives.
+
+    A window ends where a row comes again, or a batch would be made of one row's copies.
+    """
     rng = random.Random(seed)
     ordered: list[Row] = []
-    for start in range(0, len(rows), window * batch_size):
-        group = sorted(rows[start : start + window * batch_size], key=lambda row: len(row["input_ids"]))
+    for window_rows in _windows(rows, window * batch_size):
+        group = sorted(window_rows, key=lambda row: len(row["input_ids"]))
         batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
         rng.shuffle(batches)
         ordered += [row for batch in batches for row in batch]
     return ordered
+
+
+def _windows(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    found: list[Row] = []
+    seen: set[int] = set()
+    for row in rows:
+        if len(found) == size or id(row) in seen:
+            yield found
+            found, seen = [], set()
+        found.append(row)
+        seen.add(id(row))
+    if found:
+        yield found
 
 
 def collator(pad: int) -> Callable[[list[Row]], dict[str, Any]]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 import calmlm
 from calmlm.backbone import load_base
@@ -19,6 +25,8 @@ from calmlm.baselines import Data
 from calmlm.baselines.setting import losses_of
 from calmlm.comparison.domain import Answerer, Task, TextDomain
 from calmlm.comparison.own import Own, Sources, listed
+from calmlm.comparison.own_checks import reasons
+from calmlm.data.context import stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.sources import load_examples
@@ -41,6 +49,7 @@ class OwnModels(TextDomain):
 
     name = "own"
     folder = "own"
+    same_items = True
 
     def __init__(self, preset: Own, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
@@ -48,7 +57,7 @@ class OwnModels(TextDomain):
         self.full_rate = preset.full_learning_rate
         self.items = {name: load_examples(listed(task.data)) for name, task in preset.tasks.items()}
         for name, examples in self.items.items():
-            self._check_lengths(examples, preset.tasks[name].metric != "bits_per_byte")
+            self._check_lengths(name, examples)
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
@@ -56,19 +65,24 @@ class OwnModels(TextDomain):
 
     @classmethod
     def methods_of(cls, preset: Any) -> tuple[str, ...] | None:
-        return tuple(name for name, reason in preset.methods().items() if reason is None)
+        return tuple(name for name, reason in reasons(preset).items() if reason is None)
+
+    @classmethod
+    def mark(cls, preset: Any) -> str:
+        # How many prompts are answered together changes no answer.
+        return super().mark(dataclasses.replace(preset, evaluation_batch_size=1))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.settings.tokenizers[0]
         assert tokenizer is not None  # asked for when the file was read
-        return _padding(tokenizer)
+        return _padding(tokenizer, self.settings.configs[self.settings.anchor])
 
     @cached_property
     def augmenting_tokenizer(self) -> PreTrainedTokenizerBase:
         """m_A's, where it has one."""
         theirs = self.settings.tokenizers[1]
-        return self.tokenizer if theirs is None or self.settings.shares_tokenizer else _padding(theirs)
+        return self.tokenizer if theirs is None else _padding(theirs, self.settings.configs[self.settings.augmenting])
 
     # The models ------------------------------------------------------------------------------------------------------
 
@@ -92,9 +106,22 @@ class OwnModels(TextDomain):
                 self.augmenting.config, trust_remote_code=own.model.trust_remote_code
             )
         else:
-            model = super().base(name)
+            self.make(name)
+            model = load_base(
+                str(self.stages.folder / name),
+                name,
+                trust_remote_code=own.model.trust_remote_code,
+                dtype=own.model.dtype or torch.float32,
+            )
+        tokenizer = self.tokenizer if name in ("anchor", "twin") else self.augmenting_tokenizer
         if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+            model.config.pad_token_id = tokenizer.pad_token_id
+        # Greedy, whatever the model's own settings are; all that is made of it takes these over.
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=_ends(model.generation_config, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
         return model.to(device()).eval()
 
     def make(self, name: str) -> None:
@@ -105,7 +132,7 @@ class OwnModels(TextDomain):
         raise AssertionError(f"{name} is given, not trained")
 
     def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
-        model = self.fresh_anchor().requires_grad_(True)
+        model = self.fresh_anchor().float().requires_grad_(True)
         stage = dataclasses.replace(self.stage, learning_rate=self.full_rate)
         return model, fit(model, self.corpus(), self._pad, stage, self.seed)
 
@@ -140,24 +167,49 @@ class OwnModels(TextDomain):
     def _pad(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    def _check_lengths(self, examples: list[Example], answered: bool) -> None:
-        context = self.settings.context
-        if context is None:
-            return
+    def _check_lengths(self, name: str, examples: list[Example]) -> None:
+        """Raise for an item that one of the models could not read, or not answer; say how many answers are too long."""
+        answered = self.settings.tasks[name].metric != "bits_per_byte"
+        context, longer = self.settings.context, 0
         for example in examples:
             text = example.fields["prompt"] if answered else "".join(example.fields.values())
-            length = len(encode_prompt(text, self.tokenizer)) + (self.max_new_tokens if answered else 0)
-            if length > context:
-                raise DataError(
-                    f"{example.place}: expected at most {context} tokens, the shorter context of the two models, but "
-                    f"got {length}{' with the answer' if answered else ''}: shorten it, or lower max_new_tokens."
-                )
+            for tokenizer in (self.tokenizer, self.augmenting_tokenizer):
+                length = len(encode_prompt(text, tokenizer)) + (self.max_new_tokens if answered else 0)
+                if context is not None and length > context:
+                    raise DataError(
+                        f"{example.place}: expected at most {context} tokens, the shorter context of the two models, "
+                        f"but got {length}{' with the answer' if answered else ''}: shorten it, or lower "
+                        f"max_new_tokens."
+                    )
+                if answered and length == self.max_new_tokens:
+                    raise DataError(f"{example.place}: expected a prompt, but it is empty: write one.")
+            if answered:
+                whole = encode_prompt(example.fields["completion"], self.tokenizer)
+                longer += len(whole) > self.max_new_tokens
+        if longer:
+            self.stages.report(f"{longer} of {len(examples)} answers of {name} are longer than max_new_tokens.")
 
     def _encoded(self, sources: Sources) -> list[Row]:
         limits = [limit for limit in (self.settings.max_length, self.settings.context) if limit is not None]
         examples = load_examples(listed(sources))
         longest = min(limits, default=None)
-        return encode_examples(examples, self.tokenizer, max_length=longest, loss_on=self.settings.loss_on).rows
+        encoded = encode_examples(examples, self.tokenizer, max_length=longest, loss_on=self.settings.loss_on)
+        if encoded.truncated:
+            self.stages.report(f"{encoded.truncated} of {len(encoded.rows)} examples were cut at {longest} tokens.")
+        if longest is not None and not self.settings.shares_tokenizer:
+            self._check_theirs(examples)
+        return encoded.rows
+
+    def _check_theirs(self, examples: list[Example]) -> None:
+        """Raise for an example that m_A could not read in its own tokens."""
+        limit = stated_length(self.settings.configs[self.settings.augmenting])
+        for example in examples:
+            length = len(encode_prompt("".join(example.fields.values()), self.augmenting_tokenizer)) + 1
+            if limit is not None and length > limit:
+                raise DataError(
+                    f"{example.place}: expected at most {limit} of the augmenting model's tokens, but got {length}: "
+                    f"shorten it."
+                )
 
     def _repeated(self, rows: list[Row]) -> list[Row]:
         """As many rows as a training takes: each epoch in an order of its own."""
@@ -205,7 +257,6 @@ class OwnModels(TextDomain):
                         attention_mask=batch["attention_mask"],
                         max_new_tokens=tokens or self.max_new_tokens,
                         do_sample=False,
-                        eos_token_id=tokenizer.eos_token_id,
                         pad_token_id=tokenizer.pad_token_id,
                         **({} if tokens is None else {"min_new_tokens": tokens}),
                     )
@@ -226,7 +277,7 @@ class OwnModels(TextDomain):
             rights = [example.fields["completion"].strip() for example in examples]
             answers = complete([example.fields["prompt"] for example in examples])
             if task.stop is not None:
-                answers = [answer.lstrip().split(task.stop)[0] for answer in answers]
+                answers = [answer.split(task.stop)[0] for answer in answers]
             scores[name] = _scored(task.metric, [answer.strip() for answer in answers], rights)
         return scores
 
@@ -238,10 +289,16 @@ class OwnModels(TextDomain):
         rows = [_without(end, row) for row in rows]
         losses = losses_of(model, rows, int(tokenizer.pad_token_id), self.settings.evaluation_batch_size)
         counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
-        texts = [example.fields["text" if example.format == "text" else "completion"] for example in examples]
+        # A text's first token is predicted only where the tokenizer puts something before it.
+        unasked = [row["input_ids"][0] if row["labels"][0] != IGNORED else None for row in rows]
+        sizes = [
+            len(example.fields["text" if example.format == "text" else "completion"].encode())
+            - (0 if first is None else len(tokenizer.decode([first], skip_special_tokens=True).encode()))
+            for example, first in zip(examples, unasked, strict=True)
+        ]
         return [
-            float(loss) * count / math.log(2) / len(text.encode())
-            for loss, count, text in zip(losses, counts, texts, strict=True)
+            float(loss) * count / math.log(2) / max(1, size)
+            for loss, count, size in zip(losses, counts, sizes, strict=True)
         ]
 
     @property
@@ -255,10 +312,17 @@ class OwnModels(TextDomain):
         return (asked or [example.fields["text"][:_BEGINNING] for example in examples])[:_TIMED]
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, and with its end of text where it has no padding token."""
+def _ends(settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """All tokens that end an answer: the tokenizer's, and the model's own."""
+    given = getattr(settings, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    return sorted(ends) or None
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, and with its end of text where the model knows no padding token."""
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= config.get_text_config(decoder=True).vocab_size:
         if tokenizer.eos_token is None:
             raise DataError(
                 "Expected a tokenizer with a padding token or an end of text, but it has neither: set one and save it."

@@ -1,0 +1,207 @@
+"""What is found out about a user's own models and data before anything is trained, and which methods they allow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from calmlm.baselines.mixture import DENSE
+from calmlm.comparison.methods import METHODS
+from calmlm.comparison.own import Known, Own, OwnTask, Sources, listed
+from calmlm.data.extras import require
+from calmlm.data.formats import Example
+from calmlm.data.sources import load_examples
+from calmlm.errors import CalmError, DataError, ModelError
+from calmlm.training.config import ModelConfig
+from calmlm.training.fields import read_fields
+
+__all__ = ["checked", "reasons"]
+
+OWN_TOKENS = ("router", "confidence_cascade", "text_tool", "composed_encoder")
+"""Methods in which m_A reads the anchor's tokens."""
+PROMPTED = ("router", "confidence_cascade", "composed_encoder")
+"""Methods that look at the prompts of D_C."""
+WORDS_ONLY = ("router", "confidence_cascade", "text_tool")
+"""Methods that write answers, and give no probabilities."""
+BLOCK = 1 << 20
+
+
+def reasons(own: Own) -> dict[str, str | None]:
+    """All methods, each with the reason why it cannot be run, or None where it can."""
+    why: dict[str, str | None] = dict.fromkeys(METHODS)
+    why["cascade"] = "it pastes m_A's answer in a way of each experiment's own; 'text_tool' does so for any"
+    if own.vanilla is None:
+        why["composed_vanilla"] = "it needs 'own.vanilla', m_A before its training"
+    if all(task.metric == "bits_per_byte" for task in own.tasks.values()):
+        why |= dict.fromkeys(WORDS_ONLY, "it gives no probabilities, and all tasks ask for bits per byte")
+    if own.known is not None and not own.known.prompted:
+        why |= dict.fromkeys(PROMPTED, "it looks at prompts, and the loss on D_C falls on whole texts")
+    if not own.shares_tokenizer:
+        why |= dict.fromkeys(OWN_TOKENS, "the two models have different tokenizers")
+    config = own.configs[own.anchor]
+    if config.model_type not in DENSE:
+        families = " and ".join(DENSE)
+        why["moe"] = f"it is made of models of the families {families}, and the anchor's is {config.model_type}"
+    elif getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        why["moe"] = "it is made of layers without biases, and the anchor's have some"
+    return why
+
+
+def checked(own: Own, faults: list[str], where: str) -> Own | None:
+    """The same with its tasks read and what is known of its models and data; None where there are faults.
+
+    Args:
+        own: as it stands in a file.
+        faults: one sentence for each fault is appended.
+        where: dotted path within the file.
+    """
+    before = len(faults)
+    faults += [f"{where}.{fault}" for fault in _faults_of(own)]
+    tasks = {}
+    for name, value in own.tasks.items():
+        task = read_fields(OwnTask, value, faults, f"{where}.tasks.{name}")
+        if not str(name).replace("_", "").isalnum():
+            faults.append(f"{where}.tasks: expected names of letters, digits and underscores, but got {name!r}.")
+        if task is not None and task.stop == "":
+            faults.append(f"{where}.tasks.{name}.stop: expected some text, but it is empty; leave it out.")
+        tasks[str(name)] = task
+    if not tasks:
+        faults.append(f"{where}.tasks: expected at least one, but there is none.")
+    if len(faults) > before:
+        return None
+    own = replace(own, tasks=tasks)
+    try:
+        _check_models(own)
+        known = _know(own)
+    except CalmError as error:
+        faults.append(f"{where}: {error}")
+        return None
+    return replace(own, known=known)
+
+
+def _faults_of(own: Own) -> list[str]:
+    """What is wrong without looking at any model or data."""
+    found = list(own.model.faults())
+    if own.model.composition is not None or not isinstance(own.model.augmenting, str):
+        found.append("model: expected an anchor and one augmenting model; name both.")
+    if "kind" in own.model.connector:
+        found.append("model.connector.kind: each connector is a method of its own; leave it out.")
+    found += [
+        f"model.{name}: expected the default here, since all methods read the same text on one device; leave it out."
+        for name in ("refresh", "augmenting_view", "device_map")
+        if getattr(own.model, name) != getattr(ModelConfig(), name)
+    ]
+    found += [
+        f"{name}: expected at least 1, but got {getattr(own, name)}."
+        for name in ("steps", "batch_size", "max_new_tokens", "evaluation_batch_size", "validation")
+        if getattr(own, name) < 1
+    ]
+    found += [
+        f"{name}: expected a number above 0, but got {getattr(own, name)}."
+        for name in ("learning_rate", "full_learning_rate")
+        if not getattr(own, name) > 0
+    ]
+    if own.max_length is not None and own.max_length < 2:
+        found.append(f"max_length: expected 2 or more, but got {own.max_length}.")
+    if own.known is not None:
+        found.append("'known' is no key; remove it.")
+    return found
+
+
+def _check_models(own: Own) -> None:
+    """Raise unless the models can be read and fit together."""
+    configs, (ours, theirs) = own.configs, own.tokenizers
+    if ours is None:
+        raise ModelError(f"Expected an anchor with a tokenizer, but {own.anchor!r} has none: save one beside it.")
+    sizes = {source: config.get_text_config(decoder=True).vocab_size for source, config in configs.items()}
+    if theirs is None and sizes[own.augmenting] != sizes[own.anchor]:
+        raise ModelError(
+            f"Expected an augmenting model with a tokenizer, or with the anchor's vocabulary, but {own.augmenting!r} "
+            f"has none that can be loaded, and {sizes[own.augmenting]} entries instead of {sizes[own.anchor]}: save "
+            f"its tokenizer beside it."
+        )
+    if own.vanilla is not None and sizes[own.vanilla] != sizes[own.augmenting]:
+        raise ModelError(
+            f"Expected a vanilla model with the augmenting model's vocabulary of {sizes[own.augmenting]} entries, but "
+            f"{own.vanilla!r} has {sizes[own.vanilla]}: name the model that the augmenting one was trained from."
+        )
+    if own.twin is not None and _shapes(configs[own.twin], own) != _shapes(configs[own.anchor], own):
+        raise ModelError(
+            f"Expected a twin of the anchor's architecture and size, but {own.twin!r} has other weights than "
+            f"{own.anchor!r}: name another, or none to have it trained."
+        )
+
+
+def _shapes(config: PreTrainedConfig, own: Own) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=own.model.trust_remote_code)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _know(own: Own) -> Known:
+    composition, corpus = (load_examples(listed(sources)) for sources in (own.composition, own.corpus))
+    learned = {json.dumps(example.fields) for example in composition}
+    contents = {"composition": _digest_of(composition), "corpus": _digest_of(corpus), **dict(_models_of(own))}
+    shown = {}
+    for name, task in own.tasks.items():
+        examples = _load_task(task.data, task.metric)
+        contents[f"tasks.{name}"] = _digest_of(examples)
+        if count := sum(json.dumps(example.fields) in learned for example in examples):
+            shown[name] = count
+    for examples in (composition, corpus):
+        if examples[0].format == "messages":
+            raise DataError(
+                f"{examples[0].place}: expected 'prompt' and 'completion', or 'text', but got 'messages', which the "
+                f"tasks could not be asked in: write the conversation out."
+            )
+    return Known(contents, shown, composition[0].format == "prompt-completion" and own.loss_on == "completion")
+
+
+def _load_task(sources: Sources, metric: str) -> list[Example]:
+    examples = load_examples(listed(sources))
+    if metric == "chrf":
+        require("sacrebleu", "compare", "The metric chrf")
+    formats = ("prompt-completion", "text") if metric == "bits_per_byte" else ("prompt-completion",)
+    if examples[0].format not in formats:
+        wanted = "'prompt' and 'completion'" + (" or 'text'" if len(formats) > 1 else "")
+        raise DataError(
+            f"{examples[0].place}: expected the fields {wanted} for the metric {metric}, but got "
+            f"{examples[0].format}: rename the fields or take another metric."
+        )
+    return examples
+
+
+def _models_of(own: Own) -> Iterator[tuple[str, str]]:
+    """What tells one state of each model from another: its files, or its commit."""
+    for source, config in own.configs.items():
+        if Path(source).is_dir():
+            yield source, _digest_of_files(sorted(path for path in Path(source).iterdir() if path.is_file()))
+        else:
+            yield source, str(getattr(config, "_commit_hash", None))
+
+
+def _digest_of(examples: Sequence[Example]) -> str:
+    """16 digits that stand for the text of examples."""
+    text = json.dumps([example.fields for example in examples], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _digest_of_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(
+                f"Expected a readable file at {path}, but it cannot be read ({error.strerror}); check the path."
+            ) from None
+    return digest.hexdigest()[:16]

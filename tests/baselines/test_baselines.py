@@ -18,7 +18,7 @@ from calmlm.baselines.lora import rank_for
 from calmlm.baselines.merging import METHODS, WEIGHTS
 from calmlm.baselines.merging import merge as merge_vectors
 from calmlm.baselines.mixture import NoisyTopKGate, _BalancedTrainer, upcycle
-from calmlm.baselines.router import Router, prompts_of, train_router
+from calmlm.baselines.router import Router, prompts_of, read, train_router
 from calmlm.baselines.routing import Routed
 from calmlm.baselines.setting import losses_of, padded
 from calmlm.baselines.soup import greedy, uniform, weighted
@@ -383,6 +383,14 @@ def test_choices_do_not_depend_on_the_padding() -> None:
         together = of(ids, mask)
         for index, each in enumerate(alone):
             assert torch.allclose(together[index], of(each, torch.ones_like(each))[0], atol=1e-5)
+
+
+def test_one_pass_gives_a_prompts_state_and_the_rows_loss(data: Data) -> None:
+    router, rows = Router(model(0), 2), data.composition
+    states, losses = read(router, rows, PAD)
+    assert torch.allclose(states, router.states(*prompts_of(rows, PAD, "cpu")), atol=1e-5)
+    assert torch.allclose(losses, losses_of(router.anchor, rows, PAD), atol=1e-6)
+    assert len({len(row["input_ids"]) for row in rows}) > 1
 
 
 def test_a_mixture_has_no_room_for_biases() -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import Bases, Budget, Data, losses_of, positions
+from calmlm.baselines.setting import Bases, Budget, Data, batches_of, losses_of, positions, row_losses
 from calmlm.experiments.fitting import IGNORED, Row
 
-__all__ = ["Router", "fit", "prompts_of", "train_router"]
+__all__ = ["Router", "fit", "prompts_of", "read", "train_router"]
 
 STEPS = 300
 RIDGE = 1e-3
@@ -59,6 +59,24 @@ def prompts_of(rows: list[Row], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
+@torch.no_grad()
+def read(router: Router, rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
+    """What the router looks at on each row's prompt, (rows, D_B), and the anchor's losses on the rows, (rows,).
+
+    One pass gives both: the state at a prompt's last token knows nothing of what follows it.
+    """
+    anchor = router.anchor
+    states = torch.zeros(len(rows), router.score.in_features)
+    losses = torch.zeros(len(rows))
+    for indices, batch in batches_of(anchor, rows, pad, 64):
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        output = anchor(**given, output_hidden_states=True)
+        last = ((batch["labels"] != IGNORED).int().argmax(1) - 1).clamp(min=0)
+        states[indices] = output.hidden_states[-1][torch.arange(len(last)), last].float().cpu()
+        losses[indices] = row_losses(output.logits, batch["labels"]).cpu()
+    return states, losses
+
+
 def train_router(router: Router, states: Tensor, better: Tensor, steps: int = STEPS) -> None:
     """Fit the linear map by logistic regression.
 
@@ -88,10 +106,8 @@ def fit(bases: Bases, data: Data, budget: Budget) -> Routed:
     models = [bases.anchor, bases.augmenting]
     router = Router(bases.anchor, len(models))
     with budget.meter.counting():
-        losses = torch.stack([losses_of(model, rows, pad) for model in models])
-        states = []
-        for start in range(0, len(rows), 128):
-            states.append(router.states(*prompts_of(rows[start : start + 128], pad, bases.anchor.device)))
-    train_router(router, torch.cat(states), losses.argmin(0))
+        states, ours = read(router, rows, pad)
+        losses = torch.stack([ours, losses_of(bases.augmenting, rows, pad)])
+    train_router(router, states, losses.argmin(0))
     budget.meter.trainable = sum(parameter.numel() for parameter in router.score.parameters())
     return Routed(models, router)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,18 @@ from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
 
-__all__ = ["Bases", "Budget", "Data", "check_same_shapes", "least_loss", "losses_of", "padded", "positions"]
+__all__ = [
+    "Bases",
+    "Budget",
+    "Data",
+    "batches_of",
+    "check_same_shapes",
+    "least_loss",
+    "losses_of",
+    "padded",
+    "positions",
+    "row_losses",
+]
 
 
 LOGITS = 2**28  # 1 GiB in float32
@@ -124,26 +135,43 @@ def positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
     return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
 
 
-@torch.no_grad()
-def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Tensor:
-    """The mean cross-entropy of each row's labelled tokens, (rows,) float32, in nats.
+def batches_of(model: Any, rows: list[Row], pad: int, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """All rows, those of about one length together: their indices, and the batch that they make (see ``padded``).
 
     Batches are smaller than asked for where their logits would not fit into ``LOGITS`` numbers.
     """
-    found = []
-    longest = max((len(row["input_ids"]) for row in rows), default=1)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    batch_size = max(1, min(batch_size, LOGITS // (longest * vocabulary)))
-    for start in range(0, len(rows), batch_size):
-        batch = padded(rows[start : start + batch_size], pad, model.device)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
+    while order:
+        longest = len(rows[order[0]]["input_ids"])
+        size = max(1, min(batch_size, LOGITS // (longest * vocabulary)))
+        chosen, order = order[:size], order[size:]
+        yield torch.tensor(chosen), padded([rows[index] for index in chosen], pad, model.device)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each row's labelled tokens, (B,) float32, in nats.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T) int64, of the same tokens; each is predicted by the logits before it.
+    """
+    labels = labels[:, 1:]
+    supervised = labels != IGNORED
+    each = torch.nn.functional.cross_entropy(logits[:, :-1][supervised].float(), labels[supervised], reduction="none")
+    sums = torch.zeros(len(labels), device=each.device).index_add(0, supervised.nonzero()[:, 0], each)
+    return sums / supervised.sum(1).clamp(min=1)
+
+
+@torch.no_grad()
+def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Tensor:
+    """The mean cross-entropy of each row's labelled tokens, (rows,) float32, in nats."""
+    found = torch.zeros(len(rows))
+    for indices, batch in batches_of(model, rows, pad, batch_size):
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = model(**given, **prompt_argument(model, batch["labels"])).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        each = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )
-        found.append(each.sum(1) / (labels != IGNORED).sum(1).clamp(min=1))
-    return torch.cat(found).cpu()
+        logits = model(**given, **prompt_argument(model, batch["labels"])).logits
+        found[indices] = row_losses(logits, batch["labels"]).cpu()
+    return found
 
 
 def least_loss(models: Sequence[PreTrainedModel], bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:

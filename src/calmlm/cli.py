@@ -157,14 +157,22 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False)] = None,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a saved composition on benchmarks."""
     from calmlm.evaluation.harness import evaluate
     from calmlm.experiments.record import origin
-    from calmlm.storage import write_text
+    from calmlm.storage import check_writable, write_text
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
+    if output is not None:
+        check_writable(output)
     found = evaluate(
         folder,
         names,
@@ -176,6 +184,8 @@ def evaluate(
         data=data,
         tokenizer=tokenizer,
         device=device,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
         trust_remote_code=trust_remote_code,
     )
     for task, metrics in found.items():

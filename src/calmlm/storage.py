@@ -53,6 +53,24 @@ def write_atomically(path: Path, write: Writer) -> None:
     write_together(path.parent, {path.name: write})
 
 
+def check_writable(path: Path) -> None:
+    """Find out before anything is computed whether a file can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a file that can be written at {path}, but it cannot ({error.strerror}): name another."
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     write_atomically(path, text_writer(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig
 
 import calmlm
 from calmlm.cli import main
-from calmlm.errors import ConfigError
+from calmlm.errors import ConfigError, DataError
+from calmlm.evaluation.composed_lm import ComposedLM
 from calmlm.evaluation.harness import TASKS, evaluate
 from calmlm.evaluation.tasks import scoring
 from compositions import awaken
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers_tiny import tokenizer as tokenizer_of
 
 SLICES = Path(__file__).parent / "slices"
 OWN = ["calm_humaneval", "calm_mbpp", "calm_code_to_text", "calm_flores_swh_Latn"]
@@ -50,6 +57,8 @@ def test_scores_by_hand() -> None:
     doc = rows("mbpp.test.jsonl")[0]
     assert scoring.mbpp(doc, [doc["code"] + "\n[DONE] and more"]) == {"pass@1": 1.0}
     assert scoring.mbpp(doc, ["def add(a, b): return a - b"]) == {"pass@1": 0.0}
+    asks = "\nif __name__ == '__main__':\n    n = int(input())\n"
+    assert scoring.mbpp(doc, [doc["code"] + asks]) == {"pass@1": 1.0}
     assert scoring.chrf({"target": "one two"}, ["one two"])["chrf"] == pytest.approx(100.0)
     assert scoring.docstring_chrf({"docstring_tokens": ["one", "two"]}, ["xyz"])["chrf"] == 0.0
     assert scoring.docstring_chrf({"docstring_tokens": ["one", "two"]}, ["one two"])["chrf"] == pytest.approx(100.0)
@@ -82,6 +91,8 @@ def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPa
         full = 1.0 if task in best else 100.0
         assert found[task][best.get(task, "chrf,none")] == pytest.approx(full)
     assert asked["calm_mbpp"].count("[DONE]") == 3 and asked["calm_mbpp"].endswith("[BEGIN]\n")
+    examples = [asked["calm_mbpp"].index(f"adds {number}.") for number in (2, 3, 4)]
+    assert examples == sorted(examples)
     question = asked["calm_code_to_text"].split("\n\n")[-1]
     assert question.startswith("def area") and "rectangle" not in question
     assert asked["calm_flores_swh_Latn"].count(" = I have") == 5
@@ -123,6 +134,89 @@ def test_the_command_writes_its_results(composition: str, tmp_path: Path, capsys
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["results"]["calm_humaneval"]["pass@1,none"] == 0.0
     assert {"commit", "versions", "machine", "command"} <= set(written)
+
+
+def composed_lm(tokenizer: Any, anchor: Any = None, **options: Any) -> ComposedLM:
+    """A composition in the harness's hands."""
+    size = {"vocab_size": len(tokenizer)}
+    model = calmlm.compose(
+        anchor or tiny_model("llama", **size), tiny_model("mistral", seed=1, **size), connections=1, **options
+    )
+    return ComposedLM(awaken(model).eval(), tokenizer, 2)
+
+
+def beginning(tokenizer: Any) -> Any:
+    """A tokenizer that begins each text with a token of its own, as Llama's does."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def rolling(wrapped: ComposedLM, text: str) -> float:
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    return float(wrapped.loglikelihood_rolling([request], disable_tqdm=True)[0])
+
+
+def test_a_text_begins_once() -> None:
+    tokenizer = beginning(tokenizer_of("bytes"))
+    wrapped = composed_lm(tokenizer)
+    ids = tokenizer("hello world").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        likely = wrapped.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(float(likely[i - 1, ids[i]]) for i in range(1, len(ids)))
+    assert rolling(wrapped, "hello world") == pytest.approx(expected, abs=1e-3)
+    assert wrapped.tok_encode("hello world") == ids  # elsewhere as before
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "unigram", "characters"])
+def test_what_is_written_keeps_its_first_space(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    wrapped = composed_lm(tokenizer)
+    ids = tokenizer("world hello", add_special_tokens=False).input_ids
+    for end in range(1, len(ids)):
+        assert tokenizer.decode(ids[:end]) + wrapped.tok_decode(ids[end:]) == "world hello"
+    assert wrapped.tok_decode(ids[-1]) == wrapped.tok_decode(ids[-1:])
+
+
+def test_prompts_alone_give_no_probabilities() -> None:
+    tokenizer = tiny_tokenizer()
+    wrapped = composed_lm(tokenizer, refresh=False)
+    with pytest.raises(ConfigError, match="refresh=False"):
+        rolling(wrapped, "abc")
+    with wrapped.model.disable_composition():
+        assert rolling(wrapped, "abc") < 0
+
+
+def test_settings_and_context_are_the_compositions() -> None:
+    tokenizer = tiny_tokenizer()
+    anchor = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
+    anchor.generation_config = GenerationConfig(repetition_penalty=9.0, num_beams=4, eos_token_id=[2, 5])
+    wrapped = composed_lm(tokenizer, anchor)
+    settings = wrapped.model.generation_config
+    assert settings.num_beams in (None, 1) and settings.repetition_penalty in (None, 1.0)
+    assert settings.eos_token_id == [2, 5] and wrapped.max_length == 64
+
+
+def test_views_want_the_template(composition: str, tmp_path: Path) -> None:
+    both = {name: str(Path(composition).parent / name) for name in ("anchor", "augmenting")}
+    calmlm.compose(*both.values(), connections=1, augmenting_view="bare").save_pretrained(tmp_path / "viewed")
+    with pytest.raises(ConfigError, match="--apply-chat-template"):
+        evaluate(str(tmp_path / "viewed"), ["calm_humaneval"], data=SLICES, device="cpu")
+
+
+def test_what_cannot_be_run_is_said_in_a_sentence(
+    composition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="data: expected a folder"):
+        evaluate(composition, ["calm_humaneval"], data=tmp_path / "nowhere", device="cpu")
+    with pytest.raises(DataError, match="calm_humaneval came to a KeyError"):
+        evaluate(composition, ["calm_humaneval"], data=tmp_path, device="cpu")
+    arguments = ["evaluate", composition, "--tasks", "calm_humaneval", "--data", str(SLICES), "--device", "cpu"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "Expected a file that can be written" in capsys.readouterr().err
 
 
 def test_unknown_tasks_are_named(composition: str) -> None:

@@ -232,7 +232,8 @@ def main() -> None:
     code = compile(source, program, "exec")
     flush, write = sys.stdout.flush, os.write
     sys.addaudithook(guard(folder))
-    own = sys.modules["__main__"] = types.ModuleType("__main__")  # nothing of this module
+    # Nothing of this module; and what a program does when it is called as one is not asked for.
+    own = sys.modules["__main__"] = sys.modules["program"] = types.ModuleType("program")
     exec(code, own.__dict__)
     flush()
     write(descriptor, done)

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from calmlm.data.context import context_length
 from calmlm.data.extras import require
-from calmlm.errors import ConfigError
+from calmlm.errors import CalmError, ConfigError, DataError
 from calmlm.generation.text import TextModel
 
 __all__ = ["TASKS", "evaluate"]
@@ -29,6 +30,8 @@ def evaluate(
     data: str | Path | None = None,
     tokenizer: str | None = None,
     device: str = "auto",
+    dtype: str | None = None,
+    apply_chat_template: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness, those of ``TASKS`` among them.
@@ -44,6 +47,8 @@ def evaluate(
         data: folder of local slices for calmlm's own tasks, instead of the data sets.
         tokenizer: id or folder, where the composition has none.
         device: a torch device, or "auto".
+        dtype: of the base models, instead of their own.
+        apply_chat_template: put each prompt into the tokenizer's chat template.
         trust_remote_code: whether code that comes with a model may run.
 
     Returns:
@@ -51,14 +56,19 @@ def evaluate(
 
     Raises:
         MissingExtraError: without lm-eval.
-        ConfigError: for a task that does not exist.
+        ConfigError: for a task that does not exist, or one that cannot be asked of this composition.
+        DataError: the harness could not run the tasks.
         CalmError: there is no such composition.
     """
     require("lm_eval", "eval", "Evaluating on benchmarks")
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from calmlm.evaluation.composed_lm import ComposedLM
+
+    for key, folder in (("include", include), ("data", data)):
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{key}: expected a folder, but {folder} is none: check the path.")
     folders = [str(TASKS), *([] if include is None else [str(include)])]
     manager = TaskManager(include_path=folders, metadata={} if data is None else {"folder": str(Path(data).resolve())})
     unknown = [task for task in tasks if not manager.match_tasks([task])]
@@ -67,21 +77,38 @@ def evaluate(
             f"Expected names of lm-evaluation-harness's or calmlm's tasks, but got {', '.join(unknown) or 'none'}: "
             f"see `lm-eval ls tasks`, and {', '.join(sorted(path.stem for path in TASKS.glob('calm_*.yaml')))}."
         )
-    text = TextModel.load(source, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+    text = TextModel.load(source, tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model = text.model
+    if apply_chat_template and getattr(text.tokenizer, "chat_template", None) is None:
+        raise ConfigError("Expected a tokenizer with a chat template, but this one has none: leave the template out.")
+    viewed = [name for name, entry in model.config.augmenting.items() if entry.get("view")]
+    if viewed and not apply_chat_template and not anchor_only:
+        raise ConfigError(
+            f"Expected prompts in the chat template, since the augmenting model {viewed[0]!r} reads the content of "
+            "messages alone and would see nothing: pass --apply-chat-template."
+        )
     with model.disable_composition() if anchor_only else nullcontext():
-        wrapped = HFLM(
-            pretrained=model,
-            tokenizer=text.tokenizer,
-            batch_size=batch_size,
-            device=str(model.device),
-            backend="causal",
-        )
-        found = simple_evaluate(
-            wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
-        )
+        try:
+            found = simple_evaluate(
+                ComposedLM(model, text.tokenizer, batch_size),
+                tasks=manager.match_tasks(list(tasks)),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                apply_chat_template=apply_chat_template,
+            )
+        except CalmError:
+            raise
+        except Exception as error:  # whatever a task's files, its data and the network give rise to
+            reason = str(error).strip().splitlines() or [""]
+            raise DataError(
+                f"Expected tasks and data that lm-evaluation-harness can run, but {', '.join(tasks)} came to a "
+                f"{type(error).__name__} ({reason[0]}): check the data, the number of examples, and that prompts and "
+                f"answers fit into the context of {context_length(model) or 'any number of'} tokens."
+            ) from error
     assert found is not None
     return {
-        task: {name: value for name, value in metrics.items() if not name.startswith("alias")}
+        task: {name: value for name, value in metrics.items() if name not in ("alias", "name", "sample_len")}
         for task, metrics in found["results"].items()
     }

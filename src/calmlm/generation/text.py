@@ -26,7 +26,13 @@ class TextModel:
 
     @classmethod
     def load(
-        cls, source: str, *, tokenizer: str | None = None, device: str = "auto", trust_remote_code: bool = False
+        cls,
+        source: str,
+        *,
+        tokenizer: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
     ) -> TextModel:
         """Load a composition and its tokenizer: the one named, else the composition's, else the anchor's.
 
@@ -34,13 +40,14 @@ class TextModel:
             source: folder or id of the composition.
             tokenizer: id or folder of a tokenizer.
             device: a torch device, or "auto" for a GPU where there is one.
+            dtype: of the base models, instead of their own.
             trust_remote_code: whether code that comes with a model may run.
 
         Raises:
             CalmError: there is no such composition, model, tokenizer or device.
         """
         target = _device(device)
-        model = calmlm.CalmForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = calmlm.CalmForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
         places = [tokenizer] if tokenizer else [source, model.anchor.name_or_path]
         found = load_tokenizer(places, trust_remote_code=trust_remote_code, named=tokenizer is not None)
         return cls(model.to(target), found)

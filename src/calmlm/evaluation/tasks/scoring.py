@@ -14,7 +14,12 @@ _SECONDS, _MEMORY = 10.0, 1024 * 2**20
 
 
 def documents(
-    path: str, name: str | None = None, splits: dict[str, str] | None = None, folder: str | None = None, **_: Any
+    path: str,
+    name: str | None = None,
+    splits: dict[str, str] | None = None,
+    folder: str | None = None,
+    only: dict[str, list[int]] | None = None,
+    **_: Any,
 ) -> dict[str, Any]:
     """The documents of a task, by split.
 
@@ -22,6 +27,7 @@ def documents(
         path, name: a data set's id and configuration.
         splits: our name of each split and the data set's.
         folder: where local slices lie instead: ``<last part of path>.<split>.jsonl``.
+        only: the ``task_id`` of the documents that a split is to hold, in order.
     """
     from datasets import load_dataset
 
@@ -32,6 +38,10 @@ def documents(
             found[ours] = load_dataset(path, name, split=theirs)
         elif local.is_file():
             found[ours] = load_dataset("json", data_files=str(local), split="train")
+    for split, wanted in (only or {}).items():
+        if split in found:
+            rows = {row: index for index, row in enumerate(found[split]["task_id"])}
+            found[split] = found[split].select([rows[each] for each in wanted if each in rows])
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from calmlm.comparison.domains.code import Code
 from calmlm.experiments.code.judging import inputs_of, is_right, program
@@ -105,6 +107,23 @@ def test_d_c_shows_some_functions_only() -> None:
             assert name not in hidden
 
 
+def test_nothing_that_is_asked_is_shown_under_another_name(tmp_path: Path) -> None:
+    world = World(PRESETS["small"], 0)
+    rng = random.Random(0)
+    shown = {world.function(rng, shown=True).expression for _ in range(20_000)}
+    domain = Code(PRESETS["small"], 0, tmp_path, print)
+    drawn = domain.drawn_items()
+    for task in ("completion", "text_to_code", "code_to_text"):
+        asked = [function.expression for _, function in domain.items[task] if function is not None]
+        assert len(asked) > 100 and not set(asked) & shown
+        assert {function.expression for _, function in drawn[task] if function is not None} & shown
+        prompts = [example.prompt for example, _ in domain.items[task]]
+        assert len(set(prompts)) == len(prompts)
+    first = next(each for each in OPERATIONS if each.name == "first_{k}")
+    names = {each.name for each in Function(((first, "3"),)).namesakes(OPERATIONS)}
+    assert names == {"first_3", "take_3"}
+
+
 def test_each_model_reads_its_own_kind_of_text() -> None:
     world = World(PRESETS["small"], 0)
     rng = world.rng("test")
@@ -158,6 +177,7 @@ def test_bits_per_byte_by_hand(tmp_path) -> None:  # type: ignore[no-untyped-def
 
     class Even:
         device = torch.device("cpu")
+        config = LlamaConfig(vocab_size=len(domain.tokenizer))
 
         def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, len(domain.tokenizer)))

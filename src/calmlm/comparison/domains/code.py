@@ -47,7 +47,20 @@ class Code(DrawnDomain):
         }
 
     def _items(self) -> dict[str, list[tuple[Example, Function | None]]]:
-        """Items; D_C shows none of these functions."""
+        """Items: D_C shows none of these functions, nor their expressions under another name, and none comes twice."""
+        return {task: [items[index] for index in self.kept(items)] for task, items in self.drawn_items().items()}
+
+    def kept(self, items: list[tuple[Example, Function | None]]) -> list[int]:
+        """Which of the items that were drawn are asked."""
+        prompts = [example.prompt for example, _ in items]
+        return [
+            index
+            for index, (example, function) in enumerate(items)
+            if prompts.index(example.prompt) == index and (function is None or self.world.unseen(function))
+        ]
+
+    def drawn_items(self) -> dict[str, list[tuple[Example, Function | None]]]:
+        """Functions that D_C does not show by their names, and what m_B could do before."""
         world, count = self.world, self.preset.items
         items: dict[str, list[tuple[Example, Function | None]]] = {}
         for task in ("completion", "text_to_code", "code_to_text"):

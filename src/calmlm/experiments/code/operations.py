@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["OPERATIONS", "Function", "Operation", "sample_function"]
@@ -123,6 +124,17 @@ class Function:
     def code(self) -> str:
         """The whole function."""
         return f"def {self.name}(x): return {self.expression}"
+
+    def namesakes(self, operations: Sequence[Operation]) -> Iterator[Function]:
+        """All functions with this expression, under whatever name; this one among them."""
+        choices = [
+            [each for each in operations if (each.code, each.atomic) == (operation.code, operation.atomic)]
+            for operation, _ in self.steps
+        ]
+        for chosen in itertools.product(*choices):
+            if all(before.gives == after.takes for before, after in itertools.pairwise(chosen)):
+                values = [value for _, value in self.steps]
+                yield Function(tuple(zip(chosen, values, strict=True)))
 
     def description(self, rng: random.Random) -> str:
         """One way to ask for it in English."""

@@ -25,7 +25,7 @@ class Preset:
     composition_share: float = 0.3
     """Share of the functions that D_C may show."""
     items: int = 200
-    """Evaluation items per task."""
+    """Evaluation items per task, before those are left out that D_C shows otherwise or that come twice."""
     passages: int = 60
     """Passages of the standard library on which bits per byte are measured."""
 

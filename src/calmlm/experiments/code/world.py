@@ -73,6 +73,10 @@ class World:
             self._shown[name] = draw < self.preset.composition_share
         return self._shown[name]
 
+    def unseen(self, function: Function) -> bool:
+        """Whether D_C shows the function's expression under no name at all."""
+        return not any(self.shown(each) for each in function.namesakes(OPERATIONS))
+
     def function(self, rng: random.Random, shown: bool) -> Function:
         """Draw a function that D_C may show, or one that it may not."""
         while self.shown(function := sample_function(rng, OPERATIONS)) != shown:

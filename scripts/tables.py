@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.report import markdown
+from calmlm.comparison.page import markdown
 from calmlm.experiments.kv_arithmetic import report as kv
 from calmlm.experiments.statistics import cells_of, table_of
 

@@ -53,6 +53,13 @@ def write_atomically(path: Path, write: Writer) -> None:
     write_together(path.parent, {path.name: write})
 
 
+def probe_folder(folder: Path) -> None:
+    """Make a folder if it is missing, and raise an OSError unless it can be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def check_writable(path: Path) -> None:
     """Find out before anything is computed whether a file can be written.
 
@@ -62,9 +69,7 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        probe_folder(path.parent)
     except OSError as error:
         raise ConfigError(
             f"Expected a file that can be written at {path}, but it cannot ({error.strerror}): name another."

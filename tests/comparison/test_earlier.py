@@ -11,7 +11,8 @@ import pytest
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig, Part
 from calmlm.comparison.earlier import keep_fuller, read_report
-from calmlm.comparison.report import markdown, summarise
+from calmlm.comparison.page import markdown
+from calmlm.comparison.report import summarise
 from calmlm.comparison.run import run
 from calmlm.errors import CalmError
 from comparisons import cell, comparison

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calmlm.baselines import BASELINES, Bases, Budget, Data
-from calmlm.comparison.report import COLUMNS, REMOVABLE
+from calmlm.comparison.page import COLUMNS, REMOVABLE
 from calmlm.experiments.fitting import Stage, fit
 from calmlm.experiments.kv_arithmetic.bases import new_model
 from calmlm.experiments.kv_arithmetic.composition import compose_bases

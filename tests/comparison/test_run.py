@@ -21,7 +21,8 @@ from calmlm.comparison.config import CompareConfig, Part, load_config
 from calmlm.comparison.domain import Fitted
 from calmlm.comparison.domains import DOMAINS
 from calmlm.comparison.methods import ABLATIONS, METHODS, Method
-from calmlm.comparison.report import markdown, summarise
+from calmlm.comparison.page import markdown
+from calmlm.comparison.report import summarise
 from calmlm.comparison.run import run
 from calmlm.errors import CalmError, ConfigError, MissingExtraError
 from comparisons import cell, comparison

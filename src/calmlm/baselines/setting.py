@@ -14,6 +14,7 @@ from calmlm.backbone import accepts
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
+from calmlm.readers.inputs import counted
 
 __all__ = [
     "Bases",
@@ -128,11 +129,11 @@ def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def positions(model: Any, attention_mask: Tensor) -> dict[str, Tensor]:
+def positions(model: Any, attention_mask: Tensor) -> dict[str, Any]:
     """The positions of prompts that are padded on the left, for a model that takes any; most count the padding."""
     if not accepts(model, "position_ids"):
         return {}
-    return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+    return {"position_ids": counted(attention_mask, attention_mask)}
 
 
 def batches_of(model: Any, rows: list[Row], pad: int, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -208,8 +208,9 @@ class TextDomain(Domain):
         It takes as many steps as m_A. Merging takes models that come from one checkpoint, so it does not begin from
         random weights.
         """
-        model = copy.deepcopy(self.base("anchor"))
-        stage = dataclasses.replace(self.preset.augmenting, learning_rate=self.full_rate)
+        # In lower precision most steps of a training of all weights would be rounded away.
+        model = self.base("anchor").float()
+        stage = dataclasses.replace(self.twin_stage, learning_rate=self.full_rate)
         return model, fit(model, self.corpus(), self.tokenizer.pad_token_id, stage, self.seed)
 
     @cached_property
@@ -244,6 +245,11 @@ class TextDomain(Domain):
     def stage(self) -> Stage:
         """The training of a composition, and of what is compared with it."""
         return self.preset.composition
+
+    @property
+    def twin_stage(self) -> Stage:
+        """The training of the twin, but for its learning rate."""
+        return self.preset.augmenting
 
     def budget(self, meter: Meter) -> Budget:
         """What a baseline may spend: what the composition spends; ``meter`` counts it."""

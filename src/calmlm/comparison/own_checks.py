@@ -29,7 +29,6 @@ PROMPTED = ("router", "confidence_cascade", "composed_encoder")
 """Methods that look at the prompts of D_C."""
 WORDS_ONLY = ("router", "confidence_cascade", "text_tool")
 """Methods that write answers, and give no probabilities."""
-BLOCK = 1 << 20
 
 
 def reasons(own: Own) -> dict[str, str | None]:
@@ -198,8 +197,7 @@ def _digest_of_files(files: list[Path]) -> str:
         digest.update(path.name.encode())
         try:
             with path.open("rb") as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise DataError(
                 f"Expected a readable file at {path}, but it cannot be read ({error.strerror}); check the path."

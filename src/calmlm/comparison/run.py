@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from calmlm.comparison.earlier import keep_fuller, read_report
 from calmlm.comparison.report import summarise, write_report
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
+from calmlm.storage import probe_folder
 
 __all__ = ["run"]
 
@@ -102,9 +102,7 @@ def _failure(failed: list[Cell], cache: Path) -> CalmError:
 def _check_folder(key: str, folder: Path) -> None:
     """Find out before anything is trained whether a folder can be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"{key}: expected a folder that can be written to, but {folder} is none ({error.strerror}): name another."

@@ -32,7 +32,7 @@ from calmlm.data.formats import Example
 from calmlm.data.sources import load_examples
 from calmlm.data.tokenizing import encode_examples, encode_prompt
 from calmlm.errors import ConfigError, DataError
-from calmlm.experiments.fitting import IGNORED, Row, Stage, fit
+from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
 
 __all__ = ["OwnModels"]
@@ -131,11 +131,6 @@ class OwnModels(TextDomain):
     def train(self, name: str) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
         raise AssertionError(f"{name} is given, not trained")
 
-    def train_twin(self) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
-        model = self.fresh_anchor().float().requires_grad_(True)
-        stage = dataclasses.replace(self.stage, learning_rate=self.full_rate)
-        return model, fit(model, self.corpus(), self._pad, stage, self.seed)
-
     def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
         model = self.settings.model
         set_seed(self.seed + 2)
@@ -156,6 +151,10 @@ class OwnModels(TextDomain):
 
     @property
     def stage(self) -> Stage:
+        return self.settings.stage
+
+    @property
+    def twin_stage(self) -> Stage:
         return self.settings.stage
 
     def cascade(self) -> Answerer:
@@ -222,7 +221,9 @@ class OwnModels(TextDomain):
     def corpus(self) -> list[Row]:
         return self._repeated(self._encoded(self.settings.corpus))
 
-    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+    @cached_property
+    def _split(self) -> tuple[list[Row], list[Row]]:
+        """What is held out of D_C, and the rest."""
         rows = self._encoded(self.settings.composition)
         random.Random(f"own-validation-{self.seed}").shuffle(rows)
         # A fifth of a small D_C; the same text on both sides would make the choice on what was learned.
@@ -234,6 +235,10 @@ class OwnModels(TextDomain):
                 f"Expected at least 5 different examples in D_C, a fifth of which is held out, but got {len(rows)}: "
                 "add more."
             )
+        return held, rest
+
+    def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
+        held, rest = self._split
         return held if purpose == "validation" else self._repeated(rest)
 
     @cached_property
@@ -242,8 +247,12 @@ class OwnModels(TextDomain):
 
     # What is asked ---------------------------------------------------------------------------------------------------
 
+    def _tokenizer_of(self, model: Any) -> PreTrainedTokenizerBase:
+        """m_A alone reads its own tokens, all else the anchor's."""
+        return self.augmenting_tokenizer if model is self.__dict__.get("augmenting") else self.tokenizer
+
     def answerer(self, model: Any) -> Answerer:
-        tokenizer = self.augmenting_tokenizer if model is self.__dict__.get("augmenting") else self.tokenizer
+        tokenizer = self._tokenizer_of(model)
 
         def run(prompts: Sequence[str], tokens: int | None = None) -> list[str]:
             texts: list[str] = []
@@ -282,8 +291,7 @@ class OwnModels(TextDomain):
         return scores
 
     def _bits_per_byte(self, model: Any, examples: list[Example]) -> list[float]:
-        alone = model is self.__dict__.get("augmenting")
-        tokenizer = self.augmenting_tokenizer if alone else self.tokenizer
+        tokenizer = self._tokenizer_of(model)
         rows = encode_examples(examples, tokenizer, max_length=None).rows
         end = tokenizer.eos_token_id
         rows = [_without(end, row) for row in rows]

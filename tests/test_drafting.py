@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import calmlm
 from calmlm.drafting import DraftLength, DraftStatistics
 from calmlm.readers import Inputs
-from compositions import Streamer, greedy_without_cache, logits_of, pad, tiny_composition
+from compositions import Streamer, assert_helpful, greedy_without_cache, logits_of, pad, tiny_composition
 from test_cache_generation import COMPOSITIONS, GREEDY
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -464,3 +464,44 @@ def test_the_switched_off_composition_is_the_anchor() -> None:
     with model.disable_composition():
         found = model.generate(ids, max_new_tokens=8, drafting=True, **GREEDY)
     assert torch.equal(found, model.anchor.generate(ids, max_new_tokens=8, **GREEDY))
+
+
+class Interruption(LogitsProcessor):
+    """What an impatient user does after some calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls -= 1
+        if not self.calls:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("calls", [4, 5, 7])
+@pytest.mark.parametrize("assisted", [{}, *ASSISTED], ids=["plain", "drafting", "lookup"])
+def test_an_interrupted_text_goes_on_with_its_cache(assisted: dict[str, Any], calls: int) -> None:
+    model, ids = agreeing(), tiny_tokens(1, 4).repeat(1, 2)
+    cache, streamer = model.model.new_cache(), Streamer()
+    options = {**GREEDY, "past_key_values": cache}
+    processors = [Interruption(calls)]
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=14, streamer=streamer, logits_processor=processors, **options, **assisted)
+    written = [token for token in streamer.tokens if token >= 0]
+    assert cache.get_seq_length() <= len(written)
+    text = torch.cat((torch.tensor([written]), tiny_tokens(1, 3, seed=calls)), dim=1)
+    found = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=5, **options)
+    assert torch.equal(found, greedy_without_cache(model, text, 5))
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_states_of_assisted_generation_behind_a_cache_are_refused(asked: str) -> None:
+    """transformers deals them out as if the whole text had been read."""
+    model, ids = tiny_composition(), tiny_tokens(1, 8)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    options = {**GREEDY, "max_new_tokens": 4, "return_dict_in_generate": True, asked: True}
+    with pytest.raises(calmlm.ConfigError) as error:
+        model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
+    assert_helpful(error.value, asked)

@@ -373,3 +373,19 @@ def test_legonn_sees_the_distribution_and_nothing_else() -> None:
     )
     assert torch.equal(logits_of(model, ids), uniform)
     handle.remove()
+
+
+def test_guidance_reads_the_same_item_beside_another_text(seeing: Any) -> None:
+    """By hand: the text's own scores, led away from those of a text without the prompt, all beside the item."""
+    model, given = seeing
+    given = {"senses": {key: value[:1] for key, value in given["senses"].items()}}
+    text = tiny_tokens(1, 6)
+    found = model.generate(text, **GREEDY, guidance_scale=2.0, augmenting_inputs=given)
+    other = text[:, -1:]
+    for _ in range(5):
+        wanted, against = (
+            logits_of(model, one, augmenting_inputs=given)[:, -1].log_softmax(-1) for one in (text, other)
+        )
+        token = (2.0 * (wanted - against) + against).argmax(-1, keepdim=True)
+        text, other = torch.cat((text, token), dim=1), torch.cat((other, token), dim=1)
+    assert torch.equal(found, text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import calmlm
-from compositions import logits_of, pad, tiny_composition
+from compositions import assert_helpful, logits_of, pad, tiny_composition
 from test_cache_generation import COMPOSITIONS, GREEDY, ROWS
 from tiny import tiny_tokens
 
@@ -78,3 +78,32 @@ def test_no_gradient_comes_from_rows_without() -> None:
 def test_masks_of_another_shape_are_refused(wrong: Any) -> None:
     with pytest.raises(calmlm.DataError, match="one truth value for each of the 3 rows"):
         tiny_composition()(input_ids=tiny_tokens(3, 4), composition_mask=wrong)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_row_keeps_its_choice_as_long_as_its_cache(first: bool) -> None:
+    model, ids = tiny_composition(), tiny_tokens(2, 5)
+    rows = torch.tensor([True, first])
+    options = {**GREEDY, "max_new_tokens": 3, "return_dict_in_generate": True}
+    output = model.generate(ids, composition_mask=rows, **options)
+    text = torch.cat((output.sequences, tiny_tokens(2, 2, seed=4)), dim=1)
+    options |= {"attention_mask": torch.ones_like(text), "past_key_values": output.past_key_values}
+    with pytest.raises(calmlm.ModelError) as error:
+        model.generate(text, composition_mask=torch.tensor([True, not first]), **options)
+    assert_helpful(error.value, "composition_mask")
+    found = model.generate(text, composition_mask=rows.clone(), **options).sequences
+    expected = model.generate(text, composition_mask=rows, use_cache=False, max_new_tokens=3, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [[False], [True, False, True]], ids=str)
+def test_guidance_speaks_in_the_same_rows(rows: list[bool]) -> None:
+    model, ids = tiny_composition(), tiny_tokens(len(rows), 6)
+    options = {**GREEDY, "max_new_tokens": 8, "guidance_scale": 2.5}
+    found = model.generate(ids, composition_mask=torch.tensor(rows), **options)
+    composed = model.generate(ids, **options)
+    with model.disable_composition():
+        alone = model.generate(ids, **options)
+    for row, speaks in enumerate(rows):
+        assert torch.equal(found[row], (composed if speaks else alone)[row])
+    assert not torch.equal(composed, alone)

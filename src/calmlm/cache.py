@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,8 @@ class CalmCache(Cache):
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
         self.alone = 0
+        self.composed: torch.Tensor | None = None
+        self.begun = False
 
     @classmethod
     def around(
@@ -248,6 +250,26 @@ class CalmCache(Cache):
                 f"{max(lengths)} tokens: begin a new one after disable_composition()."
             )
 
+    def check_rows(self, composed: torch.Tensor | None) -> None:
+        """Raise unless the composition speaks in the same rows, (B,) bool or None for all, as in the calls before.
+
+        Raises:
+            ModelError: otherwise, because states of the anchor with it and without it would mix in a row.
+        """
+        if torch.compiler.is_compiling() or (self.begun and composed is self.composed):
+            return
+        if self.begun:
+            given = [rows.bool().cpu() for rows in (self.composed, composed) if rows is not None]
+            if not torch.equal(given[0], given[1] if len(given) > 1 else torch.ones_like(given[0])):
+                raise ModelError(
+                    "composition_mask must name the same rows as in the calls that filled past_key_values, but got "
+                    "others: begin a new cache for a row in which the composition is switched on or off."
+                )
+        self.begun, self.composed = True, composed
+
+    def _each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.composed = None if self.composed is None else change(self.composed)
+
     def parts(self) -> Iterator[Cache]:
         """Every cache in it: the anchor's, the augmenting models', the cross-attentions'."""
         yield self.anchor
@@ -301,7 +323,7 @@ class CalmCache(Cache):
     # What generation does to a cache: all parts follow.
 
     def reset(self) -> None:
-        self.alone = 0
+        self.alone, self.begun, self.composed = 0, False, None
         for ahead in self.ahead.values():
             ahead.clear()
         for part in (*self.parts(), *self.frontiers.values()):
@@ -313,6 +335,7 @@ class CalmCache(Cache):
             part.reorder_cache(beam_idx)
         for frontier in self.frontiers.values():
             frontier.select(beam_idx)
+        self._each_row(lambda rows: rows[beam_idx.to(rows.device)])
 
     def hold(self) -> None:
         """From now on, ``crop`` only takes note, until ``release``.
@@ -351,6 +374,7 @@ class CalmCache(Cache):
             part.batch_repeat_interleave(repeats)
         for frontier in self.frontiers.values():
             frontier.repeat(repeats)
+        self._each_row(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.forget_ahead()
@@ -358,6 +382,7 @@ class CalmCache(Cache):
             part.batch_select_indices(indices)
         for frontier in self.frontiers.values():
             frontier.select(indices)
+        self._each_row(lambda rows: rows[indices.to(rows.device)])
 
     def activate_past_recording(self) -> None:
         for part in self.parts():

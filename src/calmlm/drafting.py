@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from calmlm.cache import CalmCache
+from calmlm.bounds import DraftLimits
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
 from calmlm.readers import Inputs, SharedReader
-from calmlm.turning import room_before_turn
 
 __all__ = ["AugmentingCandidateGenerator", "DraftConfig", "DraftStatistics", "Drafter"]
 
@@ -180,7 +179,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
     Args:
         model: the composition.
         drafter: which augmenting model drafts, and how.
-        turns: lengths beyond which no draft may reach from a shorter text.
+        limits: where a draft has to end.
         input_ids: (1, T), what ``generate`` starts from: the whole text, or what follows the cache's tokens.
         logits_processor: applied to the draft's scores as to the composition's.
         generation_config: of this call.
@@ -191,29 +190,24 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self,
         model: CalmModel,
         drafter: Drafter,
-        turns: list[int],
+        limits: DraftLimits,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         generation_config: Any,
         model_kwargs: dict[str, Any],
     ) -> None:
-        cache = model_kwargs["past_key_values"]
-        assert isinstance(cache, CalmCache)
-        cache.check(model.active)
-        self.cache, self.name, self.settings = cache, drafter.name, drafter.settings
+        self.cache, self.limits, self.name, self.settings = limits.cache, limits, drafter.name, drafter.settings
+        self.cache.check(model.active)
         reader = model.reader(drafter.name)
         assert isinstance(reader, SharedReader)
         self.reader = reader
         self.length = DraftLength(drafter.settings, _cost(model, drafter.name))
         self.processor, self.sample = logits_processor, bool(generation_config.do_sample)
-        self.end, self.max_length = generation_config._eos_token_tensor, generation_config.max_length
+        self.end = generation_config._eos_token_tensor
         self.vocabulary = model.backbone().vocab_size
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        # The cache may hold tokens that stand before input_ids.
-        self.before: int = model_kwargs["earlier_tokens"]
-        self.turns = turns
-        self.total = self.before + input_ids.shape[1]
-        self.known = model.backbone(drafter.name).vocab_size
+        self.total = limits.before + input_ids.shape[1]
+        self.known = model.shared_ids
         self.drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -226,16 +220,15 @@ class AugmentingCandidateGenerator(CandidateGenerator):
             the text with the draft behind it, (1, T + k), and the draft's processed scores, (1, k, V) float32, or None
             for no draft.
         """
-        room = self.max_length - input_ids.shape[1] - 1
-        seen, scores = self.cache.get_seq_length() - self.before, []
-        until_turn = room_before_turn(self.turns, input_ids.shape[1], seen)
-        limit = min(self.length.next(), room if until_turn is None else min(room, until_turn))
+        text, before = input_ids.shape[1], self.limits.before
+        seen, scores = self.cache.get_seq_length() - before, []
+        limit = min(self.length.next(), self.limits.room(text, seen))
         self.drafted = 0
         if limit <= 0:
             return input_ids, None
         past = self.cache.part(self.name)
         for _ in range(limit):
-            logits = self._read(input_ids[:, seen:], self.before + seen, past)
+            logits = self._read(input_ids[:, seen:], before + seen, past)
             seen = input_ids.shape[1]
             processed = self._drawable(self.processor(input_ids, self._of_anchor(logits)))
             if not bool(processed.isfinite().any()):
@@ -244,11 +237,12 @@ class AugmentingCandidateGenerator(CandidateGenerator):
             probabilities = processed.softmax(-1)
             token = torch.multinomial(probabilities, 1) if self.sample else processed.argmax(-1, keepdim=True)
             input_ids = torch.cat((input_ids, token.to(input_ids.device)), dim=1)
-            self.drafted += 1
             ended = self.end is not None and bool(torch.isin(token, self.end.to(token.device)).any())
             if ended or float(probabilities.gather(-1, token).min()) < self.settings.confidence:
                 break
-        return input_ids, torch.stack(scores, dim=1) if scores else None
+        self.drafted = self.limits.readable(input_ids, text)
+        scores = scores[: self.drafted]
+        return input_ids[:, : text + self.drafted], torch.stack(scores, dim=1) if scores else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Take note of how many of the draft's tokens were kept."""
@@ -282,7 +276,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         return torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=float("-inf"))
 
     def _drawable(self, scores: Tensor) -> Tensor:
-        """Processed scores, without tokens that the augmenting model does not know and could not read on from."""
+        """Processed scores, without tokens that a model which shares the ids does not know and could not read."""
         scores = scores.masked_fill(scores.isnan(), float("-inf"))
         if self.known < self.vocabulary:
             scores[..., self.known :] = float("-inf")

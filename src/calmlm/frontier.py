@@ -125,7 +125,31 @@ class Frontier:
         size = sizes.gather(1, group)
         return (size - 1 - rank).float() / size
 
-    # What generation does to a cache
+    # What becomes of it later
+
+    def forget(self, columns: Tensor) -> tuple[Shift, bool]:
+        """Take anchor tokens for padding that were read as text: those in which generation has filled up ended rows.
+
+        Args:
+            columns: (B, L) bool, which ones.
+
+        Returns:
+            how rows have moved whose last augmenting tokens stood for such columns, and whether nothing but these had
+            to go; what was read after any other one has seen it.
+        """
+        assert self.ids is not None
+        assert self.owner is not None
+        self.ids = self.ids.masked_fill(columns, NOBODY)
+        if self.tokens is None:
+            return Shift(None), True
+        gone = columns.gather(1, self.owner.clamp(min=0)) & (self.owner != NOBODY)
+        last = gone.flip(1).long().cumprod(1).sum(1)  # how many at the end of each row
+        if bool((gone.sum(1) > last).any()):
+            return Shift(None), False
+        self.owner = self.owner.masked_fill(gone, NOBODY)
+        shift = Shift.of(last, self.width)
+        self.tokens, self.owner = shift.move(self.tokens, 0), shift.move(self.owner, NOBODY)
+        return shift, True
 
     def crop(self, tokens: int) -> tuple[int, Shift | None]:
         """Forget the last ``tokens`` anchor positions.

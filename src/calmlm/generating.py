@@ -15,18 +15,20 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from calmlm.backbone import accepts
+from calmlm.bounds import Bounded, DraftLimits
 from calmlm.cache import CalmCache, without_attention
 from calmlm.config import CalmConfig
 from calmlm.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
 from calmlm.readers import needs_tokens, no_cache
-from calmlm.stopping import Bounded, Gate, check_new_tokens, positions_before
+from calmlm.stopping import Gate, check_new_tokens, positions_before
 from calmlm.turning import check_turn, turns
 
 # Arguments that only a composition takes.
@@ -93,6 +95,14 @@ class CalmGenerationMixin(GenerationMixin):
         ours = () if not accepts(self.model.anchor, "token_type_ids") else ("token_type_ids",)
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in ours})
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        given = {key: value for key, value in (kwargs.get("model_kwargs") or {}).items() if key in OWN_ARGUMENTS}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                processor.model = _Unconditional(self, given)
+        return processors
+
     def _asked(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A generation setting: of this call, of its generation_config, or of the model's."""
         given = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -140,14 +150,15 @@ class CalmGenerationMixin(GenerationMixin):
             room -= before
             config.max_length = max(text + 1, min(config.max_length, room + 1))
             kwargs["generation_config"] = config
+        given = kwargs["model_kwargs"]
+        limits = DraftLimits(self.model, given["past_key_values"], given["earlier_tokens"], config.max_length, lengths)
         if isinstance(assistant, Drafter):
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
-            return AugmentingCandidateGenerator(self.model, assistant, lengths, **{key: kwargs[key] for key in wanted})
-        arguments = {key: value for key, value in kwargs["model_kwargs"].items() if key not in LOOP_ARGUMENTS}
+            return AugmentingCandidateGenerator(self.model, assistant, limits, **{key: kwargs[key] for key in wanted})
+        arguments = {key: value for key, value in given.items() if key not in LOOP_ARGUMENTS}
         kwargs["model_kwargs"] = arguments if isinstance(assistant, CalmGenerationMixin) else _without_own(arguments)
-        generator = super()._get_candidate_generator(*args, **kwargs)
         # Prompt lookup takes max_length for a place in the text that it copies from.
-        return generator if room is None and not lengths else Bounded(generator, config.max_length, lengths)
+        return Bounded(super()._get_candidate_generator(*args, **kwargs), limits)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop over drafts, which ends exactly where decoding token by token would.
@@ -169,8 +180,8 @@ class CalmGenerationMixin(GenerationMixin):
             )
         if not isinstance(cache, CalmCache) or not cache.is_croppable:
             raise ConfigError(
-                "Assisted generation must be able to take tokens back, but this composition's cache is quantised or "
-                "recurrent: leave drafts and prompt lookup out."
+                "Assisted generation must be able to take tokens back, but this composition's cache is static, "
+                "quantised or recurrent: leave drafts and prompt lookup out."
             )
         processors = kwargs.get("logits_processor") or ()
         keeping = {
@@ -189,9 +200,15 @@ class CalmGenerationMixin(GenerationMixin):
         kwargs["earlier_tokens"] = earlier = total - input_ids.shape[1]
         kwargs["cached_tokens"] = cache.get_seq_length() - earlier
         check_new_tokens(input_ids.shape[1] - kwargs["cached_tokens"], input_ids)
+        if kwargs["cached_tokens"] > 0 and (config.output_hidden_states or config.output_attentions):
+            raise ConfigError(
+                f"The states of assisted generation must begin with the text, but past_key_values hold "
+                f"{kwargs['cached_tokens']} of its tokens: leave output_hidden_states and output_attentions out, or "
+                f"the cache."
+            )
         kwargs["whole_mask"] = mask
         recorded = cache.recording()
-        gate = Gate(kwargs["stopping_criteria"], kwargs.get("streamer"), input_ids.shape[1], cache)
+        gate = Gate(kwargs["stopping_criteria"], kwargs.get("streamer"), input_ids.shape[1], cache, earlier)
         kwargs["stopping_criteria"] = StoppingCriteriaList([gate])
         kwargs["streamer"] = gate if kwargs.get("streamer") is not None else None
         try:
@@ -292,6 +309,34 @@ class CalmGenerationMixin(GenerationMixin):
                 name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
             )
         return masks
+
+
+class _Unconditional:
+    """The composition as classifier-free guidance calls it: on another text, in the same rows, beside the same inputs.
+
+    Args:
+        model: the composition.
+        given: what ``generate`` was given of ``OWN_ARGUMENTS``.
+    """
+
+    def __init__(self, model: CalmGenerationMixin, given: dict[str, Any]) -> None:
+        self.model, self.given = model, dict(given)
+        self.prompt: Tensor | None = None
+        # The prompt's columns say nothing of a text that begins elsewhere: its items stand at the beginning.
+        encoders = (self.given.get("augmenting_inputs") or {}).items()
+        inputs = {name: {k: v.clamp(max=0) if k == "at" else v for k, v in own.items()} for name, own in encoders}
+        if inputs:
+            self.given["augmenting_inputs"] = inputs
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        if self.prompt is None:
+            self.prompt = torch.ones_like(input_ids, dtype=torch.bool)
+        if "prompt_mask" in self.given:
+            self.given["prompt_mask"] = self.prompt
+        rows = self.given.get("composition_mask")
+        if rows is not None and len(rows) < len(input_ids):
+            self.given["composition_mask"] = rows.repeat_interleave(len(input_ids) // len(rows), 0)
+        return self.model(input_ids, **kwargs, **self.given)
 
 
 def _without_own(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -286,6 +286,12 @@ class CalmModel(CalmPreTrainedModel):
         return min((most for most in found if most is not None), default=None)
 
     @property
+    def shared_ids(self) -> int:
+        """All models that share the anchor's token ids know those below."""
+        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
+        return min(self._backbones[name].vocab_size for name in ("", *reading))
+
+    @property
     def turns_at(self) -> list[int]:
         """The lengths beyond which a model that advances with the anchor turns all positions of a text otherwise."""
         reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
@@ -409,6 +415,8 @@ class CalmModel(CalmPreTrainedModel):
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)
         backbone = self._backbones[""]
+        if cache is not None:
+            cache.check_rows(inputs.composed)
         if cache is not None and inputs.ids.shape[1] > 1:
             check_continues(self._backbones, cache)
         if cache is not None:

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.streamers import BaseStreamer
 
 from calmlm.cache import CalmCache
 from calmlm.errors import DataError
-from calmlm.turning import room_before_turn
 
 
 class Gate(StoppingCriteria, BaseStreamer):
@@ -27,12 +25,19 @@ class Gate(StoppingCriteria, BaseStreamer):
         streamer: the caller's, or None.
         start: length of the prompt.
         cache: the composition's; what the loop crops it by is put off until the gate knows the end.
+        before: tokens that the cache holds from before the prompt.
     """
 
     def __init__(
-        self, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, start: int, cache: CalmCache
+        self,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        start: int,
+        cache: CalmCache,
+        before: int,
     ) -> None:
         self.criteria, self.streamer, self.length, self.cache = criteria, streamer, start, cache
+        self.before = before
         self.ended = False
         self.beyond = 0
         cache.hold()
@@ -61,9 +66,10 @@ class Gate(StoppingCriteria, BaseStreamer):
             self.streamer.end()
 
     def close(self) -> None:
-        """Let the cache follow the loop again, whatever ended it."""
+        """Let the cache follow the loop again, whatever ended it; drafts that nobody accepted are no part of it."""
         if self.cache.held is not None:
-            self.cache.release()
+            over = int(self.cache.get_seq_length()) + self.cache.held - self.before - self.length
+            self.cache.release(-max(0, over))
 
     def cut(self, output: Any) -> Any:
         """The output of generation without what was written after the end."""
@@ -75,34 +81,6 @@ class Gate(StoppingCriteria, BaseStreamer):
             if steps is not None:
                 setattr(output, name, steps[: len(steps) - self.beyond])
         return output
-
-
-class Bounded(CandidateGenerator):
-    """Another generator's drafts, cut off so that reading them ends before a length.
-
-    Args:
-        generator: the other one.
-        max_length: of the text with the draft and the token behind it.
-        turns: lengths beyond which no draft may reach from a shorter text.
-    """
-
-    def __init__(self, generator: CandidateGenerator, max_length: int, turns: list[int]) -> None:
-        self.generator, self.max_length, self.turns = generator, max_length, turns
-        self.requires_model_outputs = generator.requires_model_outputs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.generator, name)
-
-    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        ids, scores = self.generator.get_candidates(input_ids, **kwargs)
-        length = input_ids.shape[1]
-        count = max(0, min(ids.shape[1], self.max_length - 1) - length)
-        room = room_before_turn(self.turns, length)
-        count = count if room is None else min(count, room)
-        return ids[:, : length + count], scores[:, :count] if scores is not None and count else None
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 def positions_before(input_ids: Tensor, positions: Tensor | None) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from calmlm.cache import Past
 from calmlm.errors import DataError
+from calmlm.frontier import NOBODY
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
+from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
 from calmlm.rewriting import Rewriter
-from calmlm.transcoding import Transcoder
+from calmlm.transcoding import Block, Transcoder
 
 
 @dataclass
@@ -29,9 +33,8 @@ class AlignedReader(Common):
                 f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
                 f"{inputs.ids.shape[0]}: begin a new cache for other rows."
             )
-        lookback = self.transcoder.lookback
-        previous = frontier.previous(frontier.length if lookback is None else lookback, inputs.ids)
-        block = self.transcoder(inputs.ids, real, previous)
+        self._forget(padded_since(inputs, frontier), past)
+        block = self._written(inputs.ids, real, past)
         new, queries = block.ids.shape[1], inputs.ids.shape[1]
         past.move(frontier.append(block.ids, block.owner))
         frontier.extend(inputs.ids, real)
@@ -56,3 +59,33 @@ class AlignedReader(Common):
                 ),
             )
         return stream
+
+    def _forget(self, columns: Tensor | None, past: Past) -> None:
+        """Leave out what stood for anchor tokens that have turned out to be padding."""
+        if columns is None:
+            return
+        shift, exact = past.frontier.forget(columns)
+        if not exact:
+            raise DataError(
+                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
+                f"augmenting model {self.name!r} has read on from them, but it calls some of them padding: begin a new "
+                f"cache."
+            )
+        past.move(shift)
+
+    def room(self, ids: Tensor, past: Past) -> int:
+        """How many of the next tokens (1, T) the model has positions for, behind what it has read."""
+        most = self.backbone.max_positions
+        if most is None:
+            return ids.shape[1]
+        block = self._written(ids, torch.ones_like(ids, dtype=torch.bool), past)
+        free = most - (0 if past.frontier.owner is None else int((past.frontier.owner[0] != NOBODY).sum()))
+        return ids.shape[1] if block.ids.shape[1] <= free else int(block.owner[0, max(0, free)])
+
+    def _written(self, ids: Tensor, real: Tensor, past: Past) -> Block:
+        """The anchor's new tokens in the model's own."""
+        assert self.transcoder is not None
+        lookback = self.transcoder.lookback
+        return self.transcoder(
+            ids, real, past.frontier.previous(past.frontier.length if lookback is None else lookback, ids)
+        )

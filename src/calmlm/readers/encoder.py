@@ -12,10 +12,10 @@ from calmlm.backbone import first_line
 from calmlm.cache import Past
 from calmlm.connector import eager_attention
 from calmlm.errors import DataError
-from calmlm.frontier import NOBODY
+from calmlm.frontier import NOBODY, Frontier
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, real_tokens
+from calmlm.readers.inputs import Inputs, padded_since, real_tokens
 
 
 @dataclass
@@ -45,6 +45,9 @@ class EncoderReader(Common):
                 f"The padding of a row must come in one call with its first token where items of {self.name!r} stand "
                 f"further on, but got a call that ends in padding: leave prefill_chunk_size out, or make it larger."
             )
+        padding = padded_since(inputs, frontier)
+        if padding is not None:
+            self._forget(padding, frontier)
         frontier.extend(inputs.ids, real, owner)
         stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
         if self.connector.rotary:
@@ -52,6 +55,16 @@ class EncoderReader(Common):
                 inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
             )
         return stream
+
+    def _forget(self, columns: Tensor, frontier: Frontier) -> None:
+        """Count on from the text without the anchor tokens that have turned out to be padding."""
+        assert frontier.owner is not None
+        if self.connector.rotary and bool((frontier.owner >= frontier.length).any()):
+            raise DataError(
+                f"attention_mask must keep the tokens that past_key_values hold while items of {self.name!r} stand "
+                f"further on, but it calls some of them padding: begin a new cache."
+            )
+        frontier.forget(columns)
 
     def _encode(self, stream: Stream, given: dict[str, Any], ids: Tensor) -> Tensor:
         """Run the encoder; returns the owners of its positions."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from calmlm.backbone import Backbone
 from calmlm.cache import length_in
 from calmlm.errors import ConfigError, DataError
+from calmlm.frontier import NOBODY, Frontier
 
 # The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
 STATE = "cache_params"
@@ -118,6 +119,16 @@ def real_tokens(inputs: Inputs, name: str) -> Tensor:
             f"own, but got {tuple(mask.shape)}: pass a padding mask."
         )
     return mask[:, -inputs.ids.shape[1] :].bool()
+
+
+def padded_since(inputs: Inputs, frontier: Frontier) -> Tensor | None:
+    """Which earlier tokens the mask calls padding that were read as text, (B, L) bool; None for none."""
+    mask, length = inputs.mask, frontier.length
+    if not length or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != length + inputs.ids.shape[1]:
+        return None
+    assert frontier.ids is not None
+    columns = (frontier.ids != NOBODY) & ~mask[:, :length].bool()
+    return columns if bool(columns.any()) else None
 
 
 def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:

@@ -1,32 +1,30 @@
-"""What differs from one model family to the next: loading, finding layers and widths, freezing, fingerprints.
+"""What differs from one model family to the next: finding layers and widths, positions, padding, freezing.
 
 No other file of the library knows model families.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from calmlm.errors import CheckpointError, DataError, ModelError
+from calmlm.errors import DataError, ModelError
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 LAYER_NAMES = ("layers", "h", "blocks")
 POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
-SAMPLE = 256  # values per tensor that go into a fingerprint
 # Relative. Experts' kernels round differently with other tokens (1e-6 in float32); an untrained encoder leaks 2e-3.
 PROBE_TOLERANCE = 1e-4
 PROBE_TOLERANCE_HALF = 1e-2
+PADDING_TOLERANCE, PADDING_TOLERANCE_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Backbone:
         takes_use_cache: whether ``decoder`` accepts ``use_cache``.
         cache_argument: the name under which it takes a cache of transformers' general form, or None.
         turns_at: the length of a text beyond which all its positions are turned otherwise (LongRoPE), or None.
+        first_position: the position that it gives to the first token of a text (RoBERTa begins behind its padding id).
     """
 
     decoder: nn.Module
@@ -58,6 +57,7 @@ class Backbone:
     takes_use_cache: bool
     cache_argument: str | None
     turns_at: int | None = None
+    first_position: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
@@ -89,6 +89,8 @@ class Backbone:
         embedding = model.get_input_embeddings()
         positions = _absolute_positions(decoder, layers)
         learned = any(isinstance(module, nn.Embedding) for module in positions)
+        first = _first_position(positions)
+        most = getattr(config, "max_position_embeddings", None) if learned else None
         return cls(
             decoder=decoder,
             layers=layers,
@@ -97,10 +99,11 @@ class Backbone:
             vocab_size=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
             takes_positions=accepts(decoder, "position_ids"),
             absolute_positions=bool(positions),
-            max_positions=getattr(config, "max_position_embeddings", None) if learned else None,
+            max_positions=most if most is None else most - first,
             takes_use_cache=accepts(decoder, "use_cache"),
             cache_argument=_cache_argument(model, decoder),
             turns_at=_turns_at(config),
+            first_position=first,
         )
 
     @classmethod
@@ -168,6 +171,56 @@ class Backbone:
                 f"positions, but got {needed}: shorten the prompt, or generate fewer tokens."
             )
 
+    def check_padding(self, role: str, mask: Any) -> None:
+        """Raise where rows are padded on the left and the model would read something else for it.
+
+        Args:
+            role: what to call the model in the message.
+            mask: of all tokens so far, (B, past + T); others tell nothing.
+
+        Raises:
+            DataError: for such rows.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or torch.compiler.is_compiling() or self.pads_left:
+            return
+        if bool((mask[:, 0] == 0).any()):  # waits for the device, but hardly any model comes here
+            raise DataError(
+                f"The rows of a batch must not be padded on the left, because the {role} "
+                f"({type(self.decoder).__name__}) counts padding there, but some are: give one row at a time."
+            )
+
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether padding on the left of a text leaves what the model reads in it as it is; tried out once."""
+        ids = torch.arange(5, device=_device(self.decoder))[None] % self.vocab_size
+        padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
+        try:
+            alone, beside = (
+                self._layer_outputs(one, "model", keep, self.positions(one, keep))
+                for one, keep in ((ids, torch.ones_like(ids)), (padded, mask))
+            )
+        except ModelError:
+            return True  # it cannot be tried out, and the call itself will say why
+        differences = torch.stack(
+            [
+                (a.float() - b[:, 2:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
+                for a, b in zip(alone, beside, strict=True)
+            ]
+        )
+        if alone[0].dtype == torch.float32:
+            return bool(differences.max() <= PADDING_TOLERANCE)
+        # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
+        # most tokens.
+        return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
+
+    def positions(self, ids: Tensor, mask: Any) -> Tensor | None:
+        """Positions (B, T) that the model has to be given, counted over real tokens; None where it counts by itself.
+
+        A model that adds an embedding of the absolute position would count padding on the left, so that a padded row
+        would differ from the same row alone. A model with relative positions counts by itself, as it does alone.
+        """
+        return counted(ids, mask) if self.absolute_positions else None
+
     def probe(self, role: str) -> None:
         """Run six tokens through the decoder once and look at what its layers give.
 
@@ -196,16 +249,21 @@ class Backbone:
                     f"use a decoder, or set is_decoder=True in its configuration if it has that setting."
                 )
 
-    def _layer_outputs(self, ids: Tensor, role: str) -> list[Any]:
+    def _layer_outputs(
+        self, ids: Tensor, role: str, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> list[Any]:
         outputs: list[Any] = []
         handles = [
             layer.register_forward_hook(lambda _m, _a, out: outputs.append(state_of(out))) for layer in self.layers
         ]
         training = self.decoder.training
         self.decoder.eval()
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids) if mask is None else mask}
+        if positions is not None and self.takes_positions:
+            given["position_ids"] = positions + self.first_position
         try:
             with torch.no_grad():
-                self.decoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+                self.decoder(input_ids=ids, **given)
         except Exception as error:
             raise ModelError(
                 f"The {role} must run on token ids alone, but {type(self.decoder).__name__} failed with "
@@ -221,6 +279,14 @@ class Backbone:
                 f"{type(self.decoder).__name__} ran {len(outputs)}: this architecture cannot be composed."
             )
         return outputs
+
+
+def counted(ids: Tensor, mask: Any) -> Tensor | None:
+    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    positions = mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, -ids.shape[1] :]
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -253,77 +319,6 @@ def first_line(error: BaseException) -> str:
     """The first sentence of an error's message, at most one line of it, without its final full stop."""
     lines = str(error).strip().splitlines()
     return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__
-
-
-def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model from a hub id or a folder.
-
-    Args:
-        source: id or folder.
-        role: ``"anchor"`` or ``"augmenting model"``, for messages.
-        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None; remote code is off unless
-            ``trust_remote_code`` is given.
-
-    Raises:
-        ModelError: when there is no such model, it is no causal language model, or some of its weights are missing.
-    """
-    return _load(AutoModelForCausalLM, "causal language model", source, role, options)
-
-
-def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
-    """Load a text, image or sound encoder from a hub id or a folder, as the class that was saved.
-
-    Otherwise like ``load_base``.
-    """
-    named = getattr(transformers, (_architectures(source, options) or [""])[0], AutoModel)
-    return _load(named, "model", source, role, options)
-
-
-def holds_decoder(source: str, **options: Any) -> bool:
-    """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
-    architectures = _architectures(source, options)
-    causal = {
-        name
-        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for name in ([names] if isinstance(names, str) else names)
-    }
-    return not architectures or any(name in causal for name in architectures)
-
-
-def _architectures(source: str, options: dict[str, Any]) -> list[str] | None:
-    """The classes that a model was saved as; None where nothing tells, and loading will say what is wrong."""
-    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
-    try:
-        return AutoConfig.from_pretrained(source, **hub).architectures
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
-    options = {"trust_remote_code": False, "use_safetensors": True} | {
-        k: v for k, v in options.items() if v is not None
-    }
-    try:
-        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
-            f"({first_line(error)}): check the name, the revision and your access to it."
-        ) from error
-    except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
-            raise
-        raise ModelError(
-            f"The {role} must have readable weights, but those of {source!r} are damaged "
-            f"({first_line(error)}): fetch or save the model again."
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would draw them at random
-        raise ModelError(
-            f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
-            f"example {missing[0]!r}: choose a complete {kind}."
-        )
-    return model
 
 
 def _find_layers(
@@ -410,59 +405,11 @@ def _absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> list[Any]:
     return found
 
 
+def _first_position(positions: list[Any]) -> int:
+    """Position embeddings with a row for padding begin behind it."""
+    paddings = [getattr(module, "padding_idx", None) for module in positions if isinstance(module, nn.Embedding)]
+    return max((padding + 1 for padding in paddings if padding is not None), default=0)
+
+
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-# Fingerprints
-
-
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a base model: its architecture, the shapes of its tensors and a sample of their values.
-
-    The sample is rounded to bfloat16 first, so that a model loaded in float32 or bfloat16 keeps its fingerprint.
-
-    Returns:
-        ``{"architecture", "shapes", "values", "dtype"}``: a class name, two sha256 digests, and the dtype of the
-        weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser.
-    """
-    shapes, values, quantised = hashlib.sha256(), hashlib.sha256(), getattr(model, "hf_quantizer", None) is not None
-    for name, tensor in sorted(model.named_parameters()):
-        shapes.update(f"{name}:{tuple(tensor.shape)};".encode())
-        if quantised or tensor.is_meta:
-            quantised = True
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
-        values.update(sample.view(torch.int16).numpy().tobytes())
-    return {
-        "architecture": type(model).__name__,
-        "shapes": None if quantised else shapes.hexdigest(),
-        "values": None if quantised else values.hexdigest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def check_fingerprint(
-    model: PreTrainedModel, expected: dict[str, Any] | None, role: str, wanted: str, got: str
-) -> None:
-    """Raise unless ``model`` is the base that a composition was made on.
-
-    Values are compared where both sides are float32 or bfloat16; other dtypes round differently, so that only
-    architecture and shapes can be held against each other.
-
-    Raises:
-        CheckpointError: naming both models.
-    """
-    if not expected:
-        return
-    found = fingerprint(model)
-    keys = ["architecture", "shapes"]
-    if {found["dtype"], expected.get("dtype")} <= {"float32", "bfloat16"}:
-        keys.append("values")
-    for key in keys:
-        if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
-            raise CheckpointError(
-                f"The {role} must be {wanted!r} ({expected.get('architecture')}), on which this composition was made, "
-                f"but got {got!r} ({found['architecture']}) with other {key}: load it on the model that it was made on."
-            )

@@ -19,9 +19,10 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm import storage
 from calmlm.alignment import Alignment
-from calmlm.backbone import accepts, check_fingerprint
+from calmlm.backbone import accepts
 from calmlm.config import CalmConfig, check_names
 from calmlm.errors import ConfigError
+from calmlm.fingerprint import check_fingerprint
 from calmlm.generating import CalmGenerationMixin
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel

@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.alignment import Alignment
-from calmlm.backbone import Backbone, fingerprint, holds_decoder, load_base, load_encoder, text_config
+from calmlm.backbone import Backbone, text_config
+from calmlm.bases import load_anchor, load_any
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
+from calmlm.fingerprint import fingerprint
 from calmlm.rewriting import METHODS, Rewriting
 from calmlm.tokenizers import find_tokenizer
 from calmlm.views import VIEWS
@@ -114,8 +116,9 @@ def compose(
             f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
             f"got {', '.join(sorted(load_options))}: check the spelling or leave them out."
         )
-    anchor_model = load_base(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
+    anchor_model = load_anchor(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
     anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
+    anchor_entry = _entry(anchor_model, revision, layers_path)  # before it runs: RWKV scales its weights then
     anchor_backbone.probe("anchor")
     hub = {key: shared[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in shared}
     if tokenizer is None:
@@ -184,7 +187,7 @@ def compose(
 
     config = CalmConfig(
         text_config=text_config(anchor_model),
-        anchor=_entry(anchor_model, revision, layers_path),
+        anchor=anchor_entry,
         augmenting=entries,
     )
     composed = CalmForCausalLM(config, anchor_model, models, alignments)
@@ -204,15 +207,6 @@ def is_decoder(model: PreTrainedModel) -> bool:
 def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None) -> dict[str, Any]:
     entry = {"id": model.name_or_path or "", "revision": revision, "fingerprint": fingerprint(model)}
     return entry | ({"layers_path": layers_path} if layers_path else {})
-
-
-def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model or, where the id or folder was saved as something else, an encoder.
-
-    Raises:
-        ModelError: when it is neither.
-    """
-    return (load_base if holds_decoder(source, **options) else load_encoder)(source, role, **options)
 
 
 def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:

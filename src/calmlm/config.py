@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from calmlm.errors import ConfigError
@@ -209,6 +209,9 @@ class CalmConfig(PreTrainedConfig):
         # Compositions saved before there was anything else to read have no "reads".
         self.augmenting = {name: {"reads": "tokens"} | self.augmenting[name] for name in names}
         anchor, experts = self.text_config, None
+        if isinstance(anchor, dict) and anchor.get("model_type") not in CONFIG_MAPPING:
+            # The anchor brings code of its own; its configuration takes this one's place once it is loaded.
+            self.text_config = PreTrainedConfig(**{k: v for k, v in anchor.items() if k != "model_type"})
         if isinstance(anchor, PreTrainedConfig):
             # transformers hands these two down to sub-configurations: without them the anchor's own would be unset.
             kwargs.setdefault("attn_implementation", anchor._attn_implementation)

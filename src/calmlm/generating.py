@@ -64,6 +64,11 @@ class CalmGenerationMixin(GenerationMixin):
                 "Early exit must leave out layers of one model, but assistant_early_exit was given to a composition, "
                 "whose connections may stand in them: use drafting=True."
             )
+        if self._asked("prefill_chunk_size", args, kwargs) is not None and not self.model.can_cache:
+            raise no_cache("prefill_chunk_size")
+        assisted = kwargs.get("assistant_model") is not None or self._asked("prompt_lookup_num_tokens", args, kwargs)
+        if assisted and self._is_stateful:
+            raise _keeps()
         given = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         ids = next((found for found in given if found is not None), None)
         if drafting:
@@ -93,7 +98,14 @@ class CalmGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # What only the anchor's forward names reaches it through ours.
         ours = () if not accepts(self.model.anchor, "token_type_ids") else ("token_type_ids",)
-        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in ours})
+        given = {key: value for key, value in model_kwargs.items() if key not in ours}
+        pictures = [key for key in given if not accepts(self, key) and accepts(self.model.anchor, key)]
+        if pictures:
+            raise ConfigError(
+                f"A composition must generate from text alone, but got {', '.join(pictures)} for its anchor: leave "
+                f"them out, or generate with disable_composition()."
+            )
+        super()._validate_model_kwargs(given)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -179,10 +191,7 @@ class CalmGenerationMixin(GenerationMixin):
                 "lookup."
             )
         if not isinstance(cache, CalmCache) or not cache.is_croppable:
-            raise ConfigError(
-                "Assisted generation must be able to take tokens back, but this composition's cache is static, "
-                "quantised or recurrent: leave drafts and prompt lookup out."
-            )
+            raise _keeps()
         processors = kwargs.get("logits_processor") or ()
         keeping = {
             f"guidance_scale={config.guidance_scale}": config.guidance_scale not in (None, 1),
@@ -309,6 +318,13 @@ class CalmGenerationMixin(GenerationMixin):
                 name, inputs_embeds, attention_mask, position_ids, past_key_values.cross[name]
             )
         return masks
+
+
+def _keeps() -> ConfigError:
+    return ConfigError(
+        "Assisted generation must be able to take tokens back, but this composition's cache is static, quantised or "
+        "recurrent: leave drafts and prompt lookup out."
+    )
 
 
 class _Unconditional:

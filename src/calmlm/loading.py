@@ -12,9 +12,11 @@ from transformers.utils import cached_file
 
 from calmlm import storage
 from calmlm.alignment import Alignment, digest
-from calmlm.backbone import Backbone, check_fingerprint, first_line, load_base, load_encoder
+from calmlm.backbone import Backbone, first_line
+from calmlm.bases import load_again
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError
+from calmlm.fingerprint import check_fingerprint
 from calmlm.rewriting import Rewriting
 from calmlm.tokenizers import find_tokenizer
 
@@ -67,8 +69,9 @@ def load_composition(
         else:
             name = str(given) if given is not None else storage.resolve_source(recorded, folder)
             base_revision = entry.get("revision") if given is None else None
-            load = load_encoder if entry.get("reads") == "inputs" else load_base
-            model = load(name, role, trust_remote_code=trust_remote_code, revision=base_revision, **options)
+            made = None if given is not None else (entry.get("fingerprint") or {}).get("architecture")
+            settings = {"trust_remote_code": trust_remote_code, "revision": base_revision, **options}
+            model = load_again(name, role, made, **settings)
         check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
         # Relative to this folder, the name would lead nowhere once the composition is saved in another.
         entry["id"] = storage.resolve_source(recorded, folder)
@@ -138,7 +141,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
             f"{str(source)!r} must describe an anchor and, for each augmenting model, connections and a connector, but "
             f"its config.json lacks some of them: save the composition again or fetch it anew."
         )
-    return CalmConfig.from_dict(data)
+    return CalmConfig.from_json_file(path)  # which knows how infinities are written
 
 
 def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig | None:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.backbone import accepts
+from calmlm.backbone import accepts, counted
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
-from calmlm.readers.inputs import counted
 
 __all__ = [
     "Bases",

@@ -47,6 +47,7 @@ class AlignedReader(Common):
             assert frontier.tokens is not None
             filled = (frontier.owner >= 0).long()
             positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])
+            self.backbone.check_padding(f"augmenting model {self.name!r}", filled)
             self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width, positions)
             self.run(
                 stream,

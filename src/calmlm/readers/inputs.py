@@ -158,7 +158,7 @@ def base_arguments(
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
     if position_ids is not None and backbone.takes_positions:
-        arguments["position_ids"] = position_ids
+        arguments["position_ids"] = position_ids + backbone.first_position if backbone.first_position else position_ids
     if cache is not None and backbone.cache_argument is not None:
         arguments[backbone.cache_argument] = cache
     if backbone.takes_use_cache:
@@ -166,25 +166,9 @@ def base_arguments(
     return arguments
 
 
-def positions_for(
-    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
-) -> Tensor | None:
-    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that.
-
-    A model that adds an embedding of the absolute position would count padding on the left, so that a padded row would
-    differ from the same row alone. A model with relative positions counts by itself, exactly as it does alone.
-    """
-    if position_ids is not None or not backbone.absolute_positions:
-        return position_ids
-    return counted(input_ids, attention_mask)
-
-
-def counted(input_ids: Tensor, attention_mask: Any) -> Tensor | None:
-    """Positions (B, T) of the new tokens, counted over the real ones; None where no 2-D mask tells which those are."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.clamp(min=0)[:, -input_ids.shape[1] :]
+def positions_for(backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any) -> Any:
+    """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that."""
+    return position_ids if position_ids is not None else backbone.positions(input_ids, attention_mask)
 
 
 def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> int:

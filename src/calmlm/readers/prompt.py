@@ -27,6 +27,7 @@ class PromptReader(Common):
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         if frontier.width == 0:
             prompt = real if inputs.prompt is None else real & self._prompt(inputs)
+            self.backbone.check_padding(f"augmenting model {self.name!r}", prompt)
             self.run(
                 stream,
                 **base_arguments(

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from calmlm.backbone import counted
 from calmlm.cache import Past
 from calmlm.connector import eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, counted, length_of, mask_of, positions_for
+from calmlm.readers.inputs import Inputs, base_arguments, length_of, mask_of, positions_for
 
 
 @dataclass
@@ -64,6 +65,7 @@ class SharedReader(Common):
         ids = inputs.ids[:, read:]
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
         positions = positions if positions is None else positions[..., read:]
+        self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
         length = length_of(ids, inputs.mask, past.own)
         self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
         return base_arguments(

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import calmlm
-from calmlm.backbone import load_base
 from calmlm.baselines import Data
 from calmlm.baselines.setting import losses_of
+from calmlm.bases import load_base
 from calmlm.comparison.domain import Answerer, Task, TextDomain
 from calmlm.comparison.own import Own, Sources, listed
 from calmlm.comparison.own_checks import reasons

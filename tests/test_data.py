@@ -251,3 +251,63 @@ class TestTokenizer:
     def test_named_one_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="none was found in .*; name another"):
             load_tokenizer([str(tmp_path)], named=True)
+
+
+class TestConversations:
+    """Chat templates and records as they are found in the wild."""
+
+    REASONING = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and loop.last %}[thinks]{% endif %}{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+
+    @pytest.mark.parametrize("answer", ["yo", "<b>x</b>", "[thinks]", "</s", "x"])
+    def test_reasoning_that_only_the_last_turn_shows(self, answer: str) -> None:
+        tokenizer = tiny_tokenizer(chat_template=self.REASONING)
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        row = encode(tokenizer, {"messages": [*turns, *turns, *turns]})
+        text = f"<user>hi</s><assistant>{answer}</s>"
+        assert tokenizer.decode(row["input_ids"]) == text * 2 + f"<user>hi</s><assistant>[thinks]{answer}</s>"
+        assert learned(tokenizer, row) == f"{answer}</s>" * 2 + f"[thinks]{answer}</s>"
+
+    def test_a_turn_whose_end_cannot_be_told_is_refused(self) -> None:
+        template = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+        with pytest.raises(DataError, match="expected a chat template"):
+            encode(tiny_tokenizer(chat_template=template), {"messages": [*turns, *turns]})
+
+    def test_tools_reach_the_template(self, tmp_path: Path) -> None:
+        template = (
+            "{% if tools %}[{% for tool in tools %}{{ tool.name }}{% endfor %}]{% endif %}{% for m in messages %}"
+            "<{{ m.role }}>{% if m.tool_calls %}call {{ m.tool_calls[0].name }}{% else %}{{ m.content }}{% endif %}!"
+            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        tokenizer = tiny_tokenizer(chat_template=template)
+        messages = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "it is 3"},
+        ]
+        path = write(tmp_path / "data.jsonl", {"messages": messages, "tools": [{"name": "add"}]})
+        (row,) = encode_examples(read_examples(read_jsonl(path)), tokenizer, max_length=None).rows
+        whole = "[add]<user>hi!<assistant>call add!<tool>3!<assistant>it is 3!"
+        assert tokenizer.decode(row["input_ids"]) == whole
+        assert learned(tokenizer, row) == "call add!it is 3!"
+
+    @pytest.mark.parametrize("tools", ["add", [1]])
+    def test_tools_that_are_none(self, tools: Any, tmp_path: Path) -> None:
+        assert "in 'tools'" in fault(write(tmp_path / "data.jsonl", {**CHAT, "tools": tools}))
+
+    def test_only_an_assistant_that_calls_may_say_nothing(self, tmp_path: Path) -> None:
+        for silent in ({"role": "user", "content": None}, {"role": "assistant", "content": None}):
+            messages = [silent, *CHAT["messages"]]
+            assert "message 1" in fault(write(tmp_path / "data.jsonl", {"messages": messages}))
+
+
+def test_an_end_of_text_that_stands_in_a_prompt_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+    end = tokenizer.eos_token
+    assert encode_prompt(f"a{end}", tokenizer)[-1] == tokenizer.eos_token_id
+    row = encode(tokenizer, {"prompt": f"a{end}", "completion": "b"})
+    assert learned(tokenizer, row) == f"b{end}"

@@ -467,3 +467,25 @@ def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest
     assert pushed == [(("someone/other",), {"private": True})]
     model.save_pretrained(models / "mine", push_to_hub=True)
     assert pushed[-1] == (("mine",), {})
+
+
+def test_a_base_is_not_overwritten(models: Path) -> None:
+    model, before = from_folders(models), (models / "anchor" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        model.save_pretrained(models / "anchor")
+    assert_helpful(error.value, "anchor", "llama")
+    assert (models / "anchor" / "model.safetensors").read_bytes() == before
+    model.save_pretrained(models / "composition")
+    model.save_pretrained(models / "composition")  # its own folder may be written again
+
+
+def test_bases_inside_the_folder_are_found_again(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = models / "composition"
+    shutil.copytree(models / "anchor", folder / "bases" / "anchor")
+    model = awaken(calmlm.compose(folder / "bases" / "anchor", models / "augmenting", connections=2))
+    model.save_pretrained(folder)
+    moved = tmp_path_factory.mktemp("elsewhere") / "parent"
+    shutil.copytree(models, moved)
+    found = CalmForCausalLM.from_pretrained(moved / "composition")
+    assert torch.equal(logits_of(found, IDS), logits_of(model, IDS))
+    assert Path(found.config.anchor["id"]) == moved / "composition" / "bases" / "anchor"

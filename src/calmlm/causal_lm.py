@@ -14,8 +14,9 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm import storage
 from calmlm.alignment import Alignment
@@ -253,13 +254,13 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache,
-            hidden_states=getattr(output, "hidden_states", None),
-            attentions=getattr(output, "attentions", None),
-        )
+        found = {"loss": loss, "logits": logits, "past_key_values": cache}
+        found |= {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
+        if getattr(output, "router_logits", None) is None:
+            return CausalLMOutputWithPast(**found)
+        # Asked for, by trainers too, where the anchor is a mixture of experts; its router is frozen as all of it is.
+        aux_loss = getattr(output, "aux_loss", None)
+        return MoeCausalLMOutputWithPast(**found, aux_loss=aux_loss, router_logits=output.router_logits)
 
     # Files
 
@@ -284,6 +285,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         folder = Path(save_directory)
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
+        storage.check_free(folder)
         config = storage.portable_config(self.config, folder)
         files = {
             storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),
@@ -358,3 +360,5 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
 
 AutoConfig.register(CalmConfig.model_type, CalmConfig)
 AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)
+# Trainer smooths the labels of classes that stand here as those of causal models, shifted by one, and of others as not.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CalmConfig.model_type] = CalmForCausalLM.__name__

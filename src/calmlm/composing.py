@@ -190,6 +190,7 @@ def compose(
         anchor=anchor_entry,
         augmenting=entries,
     )
+    config.name_or_path = anchor_entry["id"]  # where trainers look for a tokenizer
     composed = CalmForCausalLM(config, anchor_model, models, alignments)
     composed.model.connectors.to(composition_dtype)
     return composed.eval()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.alignment import Alignment
@@ -377,19 +377,16 @@ class CalmModel(CalmPreTrainedModel):
             DataError: in training, where such a model would read what is to be learned.
         """
         kwargs.pop("return_dict", None)
-        if prompt_mask is None and self.training and self.enabled and self.reads_prompts:
-            raise DataError(
-                "An augmenting model with refresh=False needs to know where each prompt ends in training, but neither "
-                "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
-            )
         inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask)
         decoder = self._backbones[""].decoder
         output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=cache,
-            hidden_states=getattr(output, "hidden_states", None),
-            attentions=getattr(output, "attentions", None),
+        found = {"last_hidden_state": output.last_hidden_state, "past_key_values": cache}
+        found |= {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
+        routed = getattr(output, "router_logits", None)
+        return (
+            BaseModelOutputWithPast(**found)
+            if routed is None
+            else MoeModelOutputWithPast(**found, router_logits=routed)
         )
 
     def run(
@@ -404,12 +401,18 @@ class CalmModel(CalmPreTrainedModel):
         """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache.
 
         Raises:
-            DataError: when there are no token ids, or an augmenting model cannot read what it is given.
+            DataError: when there are no token ids, or an augmenting model cannot read what it is given, or would read
+                in training what is to be learned.
         """
         if not self.enabled:
             return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         if inputs.ids is None or inputs_embeds is not None:
             raise needs_tokens()
+        if inputs.prompt is None and self.training and self.reads_prompts:
+            raise DataError(
+                "An augmenting model with refresh=False needs to know where each prompt ends in training, but neither "
+                "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
+            )
         check_inputs(inputs, {name: entry["reads"] for name, entry in self.config.augmenting.items()})
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -76,6 +77,24 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
+def check_free(folder: Path) -> None:
+    """Raise where a folder holds another model, which a composition would overwrite: one of its bases, say.
+
+    Raises:
+        ConfigError: naming that model.
+    """
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind is not None and kind != CalmConfig.model_type:
+        raise ConfigError(
+            f"save_directory must be a folder of its own, but {str(folder)!r} holds another model ({kind}), which "
+            f"would be overwritten: choose another folder."
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     write_atomically(path, text_writer(text))
@@ -134,7 +153,8 @@ def relative_source(source: str, folder: Path) -> str:
     base, folder = Path(source).resolve(), folder.resolve()
     if folder == base or folder.parent not in base.parents:
         return str(base)
-    return Path(os.path.relpath(base, folder)).as_posix()
+    relative = Path(os.path.relpath(base, folder)).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"  # or it would be taken for a hub id
 
 
 def resolve_source(source: str, folder: Path | None) -> str:
@@ -148,7 +168,7 @@ def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
     """A copy of ``config`` for ``folder``: complete, and with the bases named so that they are found from there."""
     config = copy.deepcopy(config)
     config.architectures = ["CalmForCausalLM"]
-    config.text_config.name_or_path = ""
+    config.name_or_path = config.text_config.name_or_path = ""
     config.order = list(config.augmenting)
     for entry in (config.anchor, *config.augmenting.values()):
         entry["id"] = relative_source(entry.get("id") or "", folder)

@@ -166,3 +166,37 @@ def test_packing_changes_nothing(
     expected = reference(model, rows)
     loss = train_once("sft", model, rows, tokenizer, tmp_path, size=len(rows), padding_free=True)
     assert loss == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*:FutureWarning")
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_smoothed_labels_are_those_of_the_next_token(
+    backend: str, refresh: bool, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """With next to nothing of it, smoothing changes next to nothing; and no answer becomes a prompt for it."""
+    model, rows = tiny_composition("llama", "gpt2", refresh=refresh), rows[:6]
+    start = {name: tensor.clone() for name, tensor in model.composition_tensors().items()}
+    losses = []
+    for factor in (0.0, 1e-6):
+        model.load_state_dict(start, strict=False)
+        losses.append(
+            train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows), label_smoothing_factor=factor)
+        )
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_anchor_of_experts(backend: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = tiny_composition("mixtral", "gpt2")
+    expected = reference(model, rows)
+    assert train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_router_logits_come_out_where_they_are_asked_for(rows: Rows) -> None:
+    model = tiny_composition("mixtral", "gpt2")
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        for output in (model(ids, output_router_logits=True), model.model(ids, output_router_logits=True)):
+            assert len(output.router_logits) == model.anchor.config.num_hidden_layers
+        assert "router_logits" not in model(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,32 @@ class TestReplacingFolder:
             (fresh / "x").write_text("new")
         assert snapshot(tmp_path) == {"b/x": b"new"}
         assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_finished_run_stays_as_it_is(kept: bool, best: bool, settings: Settings) -> None:
+    """Whether its composition is there, or was still to be written."""
+    values = settings(max_steps=7, lr_scheduler_type="constant", save_steps=7)
+    if best:
+        values["data"]["eval"] = values["data"]["train"]
+        values["trainer"] |= {
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_steps": 1,
+        }
+        values["trainer"] |= {"learning_rate": 0.5, "save_total_limit": 1}  # so fast that the last step is not the best
+    run = RunFolder(go(values).parent)
+    before = load_file(run.composition / "model.safetensors")
+    checkpoint = snapshot(run.last_checkpoint())
+    if not kept:
+        shutil.rmtree(run.composition)
+    lines: list[str] = []
+    result = train(parse_config(values), resume=True, report=lines.append)
+    assert result.steps == 7
+    assert any("nothing is left to train" in line for line in lines)
+    after = load_file(run.composition / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert snapshot(run.last_checkpoint()) == checkpoint

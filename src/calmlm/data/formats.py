@@ -16,12 +16,14 @@ FIELDS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
+OPTIONAL: dict[Format, tuple[str, ...]] = {"messages": ("tools",)}
+"""What a record may hold besides: the tools that an assistant may call, as a chat template takes them."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example: `fields` holds exactly the keys of its format, checked; other keys of the record are dropped."""
+    """One example: `fields` holds the keys of its format, checked; other keys of the record are dropped."""
 
     format: Format
     fields: dict[str, Any]
@@ -43,6 +45,9 @@ def read_examples(records: Iterable[Record]) -> list[Example]:
                 f"{_fields(found)}; keep one format in all data of a run."
             )
         fields = {key: record.fields[key] for key in FIELDS[found]}
+        for key in OPTIONAL.get(found, ()):
+            if record.fields.get(key) is not None:
+                fields[key] = _tools(record.fields[key], record.place)
         _check_messages(fields["messages"], record.place) if found == "messages" else _check_texts(fields, record.place)
         examples.append(Example(found, fields, record.place))
     return examples
@@ -93,7 +98,11 @@ def _check_messages(messages: Any, place: str) -> None:
             f'[{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}].'
         )
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
+        said = isinstance(message, dict) and (
+            isinstance(message.get("content"), str) or (calls and message.get("content") is None)
+        )
+        if not said:
             raise DataError(
                 f"{place}: expected 'role' and 'content' as strings in message {number}, but got {_short(message)}; "
                 f"write both."
@@ -108,6 +117,15 @@ def _check_messages(messages: Any, place: str) -> None:
             f"{place}: expected a message of the role assistant, but there is none, so there is nothing to learn from "
             f"it; add the answer or remove the record."
         )
+
+
+def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{place}: expected a list of tool descriptions in 'tools', but got {_short(tools)}; write them as JSON "
+            f"schemas, or leave the field out."
+        )
+    return tools
 
 
 def _short(value: object) -> str:

@@ -7,7 +7,7 @@ begins at the first token in which the whole differs from the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +71,11 @@ def encode_examples(
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """The ids that a prompt has in training: as the tokenizer gives them, without an end-of-text token."""
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    # One that stands in the prompt stays.
+    appended = tokenizer("a", verbose=False)["input_ids"][-1] == tokenizer.eos_token_id
+    return ids[:-1] if appended else ids
 
 
 def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -114,25 +118,59 @@ def _encode_messages(example: Example, tokenizer: Any) -> tuple[list[int], list[
             f"{example.place}: expected a tokenizer with a chat template for 'messages', but this one has none; use "
             f"an instruction-tuned model's tokenizer or write the data as 'prompt' and 'completion'."
         )
-    messages = example.fields["messages"]
-    ids = _render(messages, tokenizer, example.place)
+    messages, tools = example.fields["messages"], example.fields.get("tools")
+
+    def render(turns: list[dict[str, Any]], **options: Any) -> list[int]:
+        return _render(turns, tokenizer, example.place, **options, **({} if tools is None else {"tools": tools}))
+
+    ids = render(messages)
     learned = [False] * len(ids)
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:position], tokenizer, example.place, add_generation_prompt=True) if position else []
-        through = _render(messages[: position + 1], tokenizer, example.place)
-        # Templates may render an earlier turn differently once the conversation goes on (dropping its reasoning, say):
-        # what both renderings share is what the model sees.
+        before = render(messages[:position], add_generation_prompt=True) if position else []
+        through = render(messages[: position + 1])
         start, end = _common_prefix(before, ids), _common_prefix(through, ids)
+        if end < len(through):
+            # Templates may render an earlier turn differently once the conversation goes on (dropping its reasoning,
+            # say): the end of the turn is sought before the next one then.
+            end = _end_of_turn(messages, position, ids, start, through, render)
         if start >= end:
             raise DataError(
                 f"{example.place}: expected a chat template that renders message {position + 1} the same way within "
-                f"the conversation and at its end, but this one does not; use another template, or 'prompt' and "
-                f"'completion'."
+                f"the conversation and at its end, or ends it with the same mark, but this one does neither; use "
+                f"another template, or 'prompt' and 'completion'."
             )
         learned[start:end] = [True] * (end - start)
     return ids, learned
+
+
+def _end_of_turn(
+    messages: list[dict[str, Any]],
+    position: int,
+    ids: list[int],
+    start: int,
+    through: list[int],
+    render: Callable[[list[dict[str, Any]]], list[int]],
+) -> int:
+    """Where an assistant's message that begins at ``start`` ends within the conversation; 0 where it cannot be told.
+
+    Its closing mark is what the message ends with whatever it says; the next message's content begins where another
+    content would change the conversation. The message ends with the last closing mark before that.
+    """
+    changed = render([*messages[:position], _otherwise(messages[position])])
+    mark = through[len(through) - _common_prefix(through[::-1], changed[::-1]) :]
+    following = [*messages[: position + 1], _otherwise(messages[position + 1]), *messages[position + 2 :]]
+    limit = _common_prefix(render(following), ids)
+    if not mark:
+        return 0
+    return next((e for e in range(limit, start + len(mark), -1) if ids[e - len(mark) : e] == mark), 0)
+
+
+def _otherwise(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that says something else from its first character to its last."""
+    said = str(message.get("content") or "")
+    return {**message, "content": next(c for c in "xyz" if not said.startswith(c) and not said.endswith(c))}
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: Any, place: str, **options: Any) -> list[int]:

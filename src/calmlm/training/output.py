@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from calmlm.errors import ConfigError
 from calmlm.storage import write_text
@@ -67,6 +69,21 @@ class RunFolder:
             if folder.name.removeprefix("checkpoint-").isdigit() and (folder / "trainer_state.json").is_file()
         ]
         return max(found)[1] if found else None
+
+
+def steps_of(checkpoint: Path) -> int:
+    """After how many steps a complete checkpoint was written."""
+    return int(_state(checkpoint).get("global_step", 0))
+
+
+def best_of(checkpoint: Path) -> Path:
+    """The best checkpoint so far, as a checkpoint knows it; itself where that one is gone."""
+    best = checkpoint.parent / Path(_state(checkpoint).get("best_model_checkpoint") or checkpoint).name
+    return best if (best / "trainer_state.json").is_file() else checkpoint
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from calmlm.data.sources import HubDataset, load_examples
 from calmlm.data.tokenizer import load_tokenizer
 from calmlm.data.tokenizing import encode_examples
 from calmlm.errors import ConfigError
+from calmlm.storage import WEIGHTS_NAME, read_tensors
 from calmlm.training.config import ModelConfig, TrainingConfig
-from calmlm.training.output import RunFolder, replacing_folder
+from calmlm.training.output import RunFolder, best_of, replacing_folder, steps_of
 from calmlm.training.trainers import Rows, make_arguments, make_trainer, set_packing_length
 
 Report = Callable[[str], None]
@@ -25,7 +27,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run gave: where its composition lies, and the mean loss over the steps that were trained."""
+    """What a run gave: where its composition lies, and the mean loss over the steps that were trained, if any were."""
 
     composition: Path
     steps: int
@@ -75,13 +77,22 @@ def train(
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
+        report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
+        # Trainer would look at the limit behind one more step.
+        kept = best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint
+        tensors = read_tensors(kept / WEIGHTS_NAME, model.composition_tensors().items(), str(kept))
+        model.load_state_dict(tensors, strict=False)
+        steps, loss = steps_of(checkpoint), math.nan
+    else:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps, loss = outcome.global_step, outcome.training_loss
     if trainer.is_world_process_zero():
         with replacing_folder(folder.composition) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
     trainer.accelerator.wait_for_everyone()
-    return TrainingResult(folder.composition, outcome.global_step, outcome.training_loss)
+    return TrainingResult(folder.composition, steps, loss)
 
 
 def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:

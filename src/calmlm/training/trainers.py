@@ -48,6 +48,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     cls = _arguments_class(backend)
     merged = {**defaults, **arguments, "output_dir": str(folder.checkpoints)}
     if backend == "sft":
+        merged.setdefault("router_aux_loss_coef", 0.0)  # of a mixture of experts, whose router is frozen
         merged["max_length"] = None  # rows are cut before they get there; see set_packing_length
     if "tensorboard" in _as_list(merged["report_to"]):
         require("tensorboard", "train", "Logging (trainer.report_to: tensorboard)")
@@ -126,14 +127,15 @@ def _with_prompts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], d
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     from transformers import DataCollatorForSeq2Seq, Trainer
 
+    # Despite its name the collator for any rows with labels: it pads those with -100.
+    collate = DataCollatorForSeq2Seq(tokenizer)
     return Trainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        # Despite its name the collator for any rows with labels: it pads those with -100.
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=_with_prompts(collate) if model.model.reads_prompts else collate,
     )
 
 

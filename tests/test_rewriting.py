@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import json
 from typing import Any
@@ -10,12 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 import calmlm
 from calmlm.rewriting import Rewriter, Rewriting, class_of, literal_encoder
 from compositions import assert_close, awaken, greedy_without_cache, logits_of, pad
 from tiny import tiny_model
 from tokenizers_tiny import AWKWARD, KINDS, tokenizer
+
+# One of these tokenizers has tokens that reach across words: its model reads late, and no less.
+pytestmark = pytest.mark.filterwarnings("ignore:The augmenting tokenizer has tokens that reach across")
 
 PAIRS = [
     ("bytes", "bytes-large"),
@@ -145,3 +151,34 @@ def test_batches_and_beams_equal_their_references(model: Any) -> None:
     assert torch.equal(*beams)
     drafted = composed.generate(rows[0][None], prompt_lookup_num_tokens=3, **options)
     assert torch.equal(drafted[0], expected[0][mask.shape[1] - len(rows[0]) :])
+
+
+def test_the_first_space_is_put_once_in_a_text() -> None:
+    """With ``prepend_scheme="first"`` nothing is put before what follows a special token."""
+    theirs = copy.deepcopy(tokenizer("sentencepiece"))
+    data = json.loads(theirs.backend_tokenizer.to_str())
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    theirs._tokenizer = Tokenizer.from_str(json.dumps(data))
+    writer = Rewriter(Rewriting.between(tokenizer("bytes"), theirs, "retokenize", None))
+    text = "x</s>hi</s>"
+    written = [index for index, _ in writer.write(tokenizer("bytes")(text).input_ids)]
+    assert written == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_an_added_token_of_two_words_keeps_no_word_back() -> None:
+    theirs = copy.deepcopy(tokenizer("bytes-large"))
+    theirs.add_tokens(["New York"])
+    writer = Rewriter(Rewriting.between(tokenizer("bytes"), theirs, "retokenize", None))
+    text = "the quick brown fox is in New York and jumps"
+    written = theirs.decode([index for index, _ in writer.write(tokenizer("bytes")(text).input_ids)])
+    assert written == text.removesuffix(" jumps")
+
+
+@pytest.mark.parametrize(("kind", "late"), [("bytes", False), ("unigram", False), ("sentencepiece", True)])
+def test_tokens_that_reach_across_words_are_warned_of(kind: str, late: bool) -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer(kind)
+    models = tiny_model("llama", vocab_size=len(ours)), tiny_model("gpt2", vocab_size=len(theirs))
+    options = {"tokenizer": ours, "augmenting_tokenizer": theirs, "alignment": "retokenize"}
+    with pytest.warns(UserWarning, match="across the ends of words") if late else contextlib.nullcontext():
+        calmlm.compose(*models, 1, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
 from calmlm.spelling import Spelling
 from calmlm.transcoding import Transcoder
-from compositions import assert_close, assert_helpful, awaken, logits_of
-from tiny import tiny_model
+from compositions import assert_close, assert_helpful, awaken, logits_of, pad
+from tiny import CHAT_TEMPLATE, tiny_model
 from tokenizers_tiny import CORPUS, SPECIAL, _wrapped, tokenizer
 
 
@@ -190,3 +191,68 @@ def test_an_augmenting_tokenizer_without_an_unknown_token_is_refused() -> None:
     with pytest.raises(calmlm.ModelError) as caught:
         Alignment.between(tokenizer("bytes"), theirs)
     assert_helpful(caught.value, "unknown token")
+
+
+@pytest.mark.parametrize("text", ["1+1", "\nhi", "你", " x", "  x", "hello"])
+def test_a_space_that_begins_a_text_is_neither_lost_nor_doubled(text: str) -> None:
+    """Llama's tokenizer begins some texts with a token that is its own space and nothing else."""
+    ours, theirs = tokenizer("sentencepiece"), copy.deepcopy(tokenizer("sentencepiece"))
+    theirs.add_tokens(["something else"])
+    ids = ours(text, add_special_tokens=False).input_ids
+    assert written(ours, theirs, ids) == ids
+
+
+def test_a_space_comes_before_a_character_that_begins_in_bytes() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
+    text = "😀 hi"
+    found = written(ours, theirs, ours(text, add_special_tokens=False).input_ids)
+    assert found == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_byte_level_tokenizers_may_begin_texts_with_a_space_of_their_own() -> None:
+    ours, theirs = tokenizer("bytes"), copy.deepcopy(tokenizer("bytes-large"))
+    data = json.loads(theirs.backend_tokenizer.to_str())
+    data["pre_tokenizer"]["add_prefix_space"] = True
+    theirs._tokenizer = Tokenizer.from_str(json.dumps(data))
+    for text in ("hello world", " hello"):
+        found = written(ours, theirs, ours(text, add_special_tokens=False).input_ids)
+        assert theirs.decode(found) == theirs.decode(theirs(text, add_special_tokens=False).input_ids)
+
+
+def test_padding_needs_no_embedding() -> None:
+    ours, theirs = tokenizer("bytes"), copy.deepcopy(tokenizer("unigram"))
+    size = len(theirs)
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    for alignment in ("transcode", "retokenize"):
+        models = tiny_model("llama", vocab_size=len(ours)), tiny_model("gpt2", vocab_size=size)
+        model = calmlm.compose(*models, 1, tokenizer=ours, augmenting_tokenizer=theirs, alignment=alignment)
+        rows = [ours(text, return_tensors="pt").input_ids[0] for text in ("hello world, the quick", "def")]
+        ids, mask = pad(rows, "left")
+        model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("changed", ["role", "anchor's template", "augmenting model's template"])
+def test_changed_roles_and_templates_are_noticed(changed: str, tmp_path: Path) -> None:
+    ours, theirs = copy.deepcopy(tokenizer("bytes")), copy.deepcopy(tokenizer("bytes-large"))
+    ours.chat_template = theirs.chat_template = CHAT_TEMPLATE
+    for name, made, family in (("anchor", ours, "llama"), ("augmenting", theirs, "gpt2")):
+        tiny_model(family, vocab_size=len(made)).save_pretrained(tmp_path / name)
+        made.save_pretrained(tmp_path / name)
+    model = calmlm.compose(tmp_path / "anchor", tmp_path / "augmenting", 1, augmenting_view="template")
+    model.save_pretrained(tmp_path / "composition")
+    calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")  # unchanged, it says nothing
+    if changed == "role":
+        ours.bos_token = "</s>"
+    else:
+        (ours if "anchor" in changed else theirs).chat_template = CHAT_TEMPLATE + " "
+    ours.save_pretrained(tmp_path / "anchor")
+    theirs.save_pretrained(tmp_path / "augmenting")
+    with pytest.warns(UserWarning, match="is not the one that this composition was made with"):
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")
+
+
+def test_marks_on_letters_do_not_break_words() -> None:
+    ours, theirs = tokenizer("bytes"), tokenizer("wordpiece")
+    for text in ("naïve", "naïve café"):
+        found = written(ours, theirs, ours(text, add_special_tokens=False).input_ids)
+        assert theirs.decode(found) == theirs.decode(theirs(text, add_special_tokens=False).input_ids)

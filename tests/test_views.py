@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
@@ -17,6 +18,9 @@ from calmlm.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from tiny import CHAT_TEMPLATE, tiny_model
 from tokenizers_tiny import tokenizer
+
+# One of these tokenizers has tokens that reach across words: its model reads late, and no less.
+pytestmark = pytest.mark.filterwarnings("ignore:The augmenting tokenizer has tokens that reach across")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -275,3 +279,62 @@ def test_faults_are_named() -> None:
     with pytest.raises(calmlm.ModelError) as caught:
         calmlm.compose(anchor, augmenting, 1, augmenting_view="bare", tokenizer=broken, augmenting_tokenizer=theirs)
     assert_helpful(caught.value, "begins and ends")
+
+
+def sentencepiece_like(kind: str) -> Any:
+    """A tokenizer that puts a space before a text, or before every part of one, with ChatML's marks."""
+    made = chatty("sentencepiece", "chatml")
+    if kind == "first":
+        data = json.loads(made.backend_tokenizer.to_str())
+        data["normalizer"] = None
+        data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+        made._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return made
+
+
+@pytest.mark.parametrize("method", ["transcode", "retokenize"])
+@pytest.mark.parametrize("kind", ["every", "first"])
+class TestSpacesOfTheTokenizersOwn:
+    """SentencePiece's space before a text is no part of the text, and messages are no texts of their own."""
+
+    def test_the_bare_view(self, kind: str, method: str) -> None:
+        ours, theirs = chatty("bytes", "chatml"), sentencepiece_like(kind)
+        writer = Rewriter(Rewriting.between(ours, theirs, method, "bare"))
+        written = [index for index, _ in writer.write(rendered(ours, CONVERSATION + NEXT))]
+        content = "\n".join(message["content"] for message in CONVERSATION + NEXT)
+        assert theirs.decode(written) == theirs.decode(theirs(content, add_special_tokens=False).input_ids)
+
+    def test_the_own_view(self, kind: str, method: str) -> None:
+        ours, theirs = chatty("bytes", "chatml"), sentencepiece_like(kind)
+        writer = Rewriter(Rewriting.between(ours, theirs, method, "template"))
+        written = [index for index, _ in writer.write(rendered(ours, CONVERSATION + NEXT))]
+        whole = rendered(theirs, CONVERSATION + NEXT)
+        if method == "retokenize":
+            assert whole[: len(written)] == written
+        assert theirs.decode(whole).startswith(theirs.decode(written))
+        assert len(written) > len(whole) // 2
+
+
+NO_SYSTEM = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '</turn>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("user assistant", "<s><turn>user\none</turn>\n<turn>assistant\ntwo</turn>"),
+        ("system user assistant", "<s>one\n<turn>user\ntwo</turn>\n<turn>assistant\nthree</turn>"),
+        ("assistant user", "<s><turn>assistant\none</turn>\n<turn>user\ntwo</turn>"),
+    ],
+)
+def test_a_conversation_begins_whoever_speaks_first(roles: str, expected: str) -> None:
+    """Also one with a role that the augmenting model's template has not."""
+    ours, theirs = chatty("bytes", "chatml"), copy.deepcopy(tokenizer("bytes-large"))
+    theirs.add_special_tokens({"additional_special_tokens": ["<turn>", "</turn>"]})
+    theirs.chat_template = NO_SYSTEM
+    words = ("one", "two", "three")
+    talk = [{"role": role, "content": word} for role, word in zip(roles.split(), words, strict=False)]
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "template"))
+    assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == expected

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calmlm.spelling import Spelling, token_bytes
+from calmlm.spelling import BYTE_TOKEN, Spelling, in_word, token_bytes
 from calmlm.writing import Writer
 
 ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "mask_token", "unk_token", "pad_token")
@@ -38,7 +38,7 @@ class Alignment:
         characters: the augmenting ids of each character it knows; needed where there are such parts.
         unknown: the augmenting ids of a character that it does not know.
         fill: the augmenting id that stands where a row has no token.
-        digest: sha256 over both tokenizers.
+        digest: sha256 over both tokenizers, and with a view over their chat templates.
     """
 
     body: list[list[int]]
@@ -75,8 +75,7 @@ class Alignment:
             if ids is None:
                 partial[index], ids = piece, []
             body.append(ids)
-            text = piece.decode(errors="ignore")
-            if not text[-1:].isalnum():
+            if index not in partial and not in_word(piece.decode(errors="ignore")[-1:]):
                 opens.append(index)
             first = writer.write(piece.removeprefix(b" ") if spelling.dummy_space else piece, start=True)
             if first is not None and first != ids:
@@ -84,7 +83,10 @@ class Alignment:
         if writer.spelling.kind != "wordpiece":
             leads = spelling if spelling.dummy_space else writer.spelling
             begin = (anchor.bos_token_id, anchor.cls_token_id)
-            opens = [i for i in opens if pieces[i] is None and (leads.every_segment or i in begin)]
+            added = anchor.added_tokens_decoder.items()
+            apart = {index for index, token in added if not BYTE_TOKEN.fullmatch(token.content)}
+            apart |= {index for index, piece in enumerate(pieces) if piece is None}
+            opens = sorted(i for i in apart if leads.every_segment or i in begin)
             opens = opens if leads.dummy_space else []
         unknown = [] if augmenting.unk_token_id is None else [augmenting.unk_token_id]
         return cls(
@@ -100,9 +102,13 @@ class Alignment:
 
     @property
     def highest(self) -> int:
-        """The largest augmenting id in it."""
-        rows = (*self.body, *self.start.values(), *self.characters.values(), self.unknown, [self.fill])
-        return max(i for row in rows for i in row)
+        """The largest augmenting id that a text may need."""
+        rows = (*self.body, *self.start.values(), *self.characters.values(), self.unknown)
+        return max((i for row in rows for i in row), default=-1)
+
+    def filled(self, vocabulary: int) -> Alignment:
+        """The same for a model with so many embeddings, which need not have one for padding: nobody looks there."""
+        return self if self.fill < vocabulary else dataclasses.replace(self, fill=0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``from_json`` is the inverse."""
@@ -133,10 +139,18 @@ def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenize
     return found
 
 
-def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> str:
-    """sha256 over both tokenizers, so that a changed one is noticed; how they last padded or cut is no part of them."""
+def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool = False) -> str:
+    """sha256 over both tokenizers, so that a changed one is noticed; how they last padded or cut is no part of them.
+
+    Args:
+        anchor, augmenting: the tokenizers.
+        templates: whether their chat templates matter.
+    """
     mark = hashlib.sha256()
     for tokenizer in (anchor, augmenting):
         data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES}
+        data["special"] = sorted(set(tokenizer.all_special_tokens))
+        data["template"] = tokenizer.chat_template if templates else None
         mark.update(json.dumps(data, sort_keys=True).encode())
     return mark.hexdigest()

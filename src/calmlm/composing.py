@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -249,6 +250,13 @@ def align(
                 found = Alignment.between(tokenizer, augmenting_tokenizer)
             else:
                 found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
+            found = found.filled(augmenting.vocab_size)
+            if isinstance(found, Rewriting) and found.late:
+                warnings.warn(
+                    "The augmenting tokenizer has tokens that reach across the ends of words, so that with "
+                    "alignment='retokenize' its model hardly reads anything before a text ends: use 'transcode'.",
+                    stacklevel=3,
+                )
             if found.highest >= augmenting.vocab_size:
                 raise ModelError(
                     f"The augmenting tokenizer's ids must lie below {augmenting.vocab_size}, the vocabulary of its "

@@ -194,10 +194,11 @@ def _check_tokenizers(
     ]
     if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
         return  # the saved table needs neither
-    if digest(*found) != alignment.digest:
+    if digest(*found, templates=getattr(alignment, "view", None) is not None) != alignment.digest:
         warnings.warn(
-            f"The tokenizer of the anchor or of the augmenting model {name!r} is not the one that this composition was "
-            f"made with: its saved table still reads by the old ones. Use those to write its input.",
+            f"The tokenizer of the anchor or of the augmenting model {name!r}, with its special tokens and its chat "
+            f"template, is not the one that this composition was made with: its saved table still reads by the old "
+            f"ones. Use those to write its input.",
             stacklevel=4,
         )
 

@@ -8,6 +8,7 @@ on the tokens up to it alone: it grows at its end and is exactly causal.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import unicodedata
@@ -19,8 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from calmlm.alignment import Alignment
-from calmlm.spelling import Spelling, token_bytes
+from calmlm.alignment import Alignment, digest
+from calmlm.spelling import Spelling, in_word, token_bytes
 from calmlm.transcoding import Block, block_of
 from calmlm.views import Event, Template
 from calmlm.writing import Writer
@@ -107,6 +108,8 @@ class Rewriting:
             ModelError: when a tokenizer cannot be read, or a chat template that the view needs is missing.
         """
         alignment = Alignment.between(anchor, augmenting)
+        if view is not None:
+            alignment = dataclasses.replace(alignment, digest=digest(anchor, augmenting, templates=True))
         pieces = token_bytes(anchor, "anchor")
         ours = theirs = None
         if view is not None:
@@ -114,6 +117,7 @@ class Rewriting:
         if view == "template":
             own = token_bytes(augmenting, "augmenting model")
             theirs = Template.in_ids(augmenting, own, "augmenting model")
+        stable = sorted(stable_pairs(augmenting)) if method == "retokenize" else []
         spelling = Spelling.of(anchor, "anchor")
         begins = augmenting.bos_token_id is not None and augmenting("a").input_ids[:1] == [augmenting.bos_token_id]
         return cls(
@@ -123,7 +127,7 @@ class Rewriting:
             pieces=pieces,
             tokenizer=augmenting.backend_tokenizer.to_str(),
             unknown=augmenting.unk_token,
-            stable=sorted(stable_pairs(augmenting)) if method == "retokenize" else [],
+            stable=stable,
             anchor_template=ours,
             own_template=theirs,
             begin=augmenting.bos_token_id if begins else None,
@@ -132,8 +136,22 @@ class Rewriting:
 
     @property
     def highest(self) -> int:
-        """The largest augmenting id in it."""
-        return max(self.alignment.highest, *Tokenizer.from_str(self.tokenizer).get_vocab().values())
+        """The largest augmenting id that a text may need: special tokens come from the table and the template alone."""
+        backend = Tokenizer.from_str(self.tokenizer)
+        special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        own = self.own_template
+        rows = () if own is None else (*own.openings.values(), *own.closings.values(), *own.beginnings.values())
+        ids = (set(backend.get_vocab().values()) - special).union(*rows, () if self.begin is None else (self.begin,))
+        return max((self.alignment.highest, *ids))
+
+    @property
+    def late(self) -> bool:
+        """Whether tokens reach across the ends of words, so that hardly anything is read before a text ends."""
+        return self.method == "retokenize" and ("letter", "space") not in self.stable
+
+    def filled(self, vocabulary: int) -> Rewriting:
+        """See ``Alignment.filled``."""
+        return dataclasses.replace(self, alignment=self.alignment.filled(vocabulary))
 
     @property
     def digest(self) -> str:
@@ -192,11 +210,15 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
     """Between which classes of characters a text may be cut without changing its tokens, whatever follows.
 
     A pair counts where no token of the vocabulary reaches across such a place, and where the tokens of all samples that
-    end there stay as they are when others follow.
+    end there stay as they are when others follow. A token that was added to the vocabulary does not count: one of two
+    words would keep all words back, so it is read as these words instead.
     """
     encode = literal_encoder(tokenizer.backend_tokenizer.to_str())
     pairs = {(left, right) for left in CLASSES for right in CLASSES}
-    for piece in token_bytes(tokenizer, "augmenting model"):
+    added = tokenizer.added_tokens_decoder
+    for index, piece in enumerate(token_bytes(tokenizer, "augmenting model")):
+        if index in added:
+            continue
         # A part of a character may be that of any character beyond ASCII.
         classes = [
             BEYOND_ASCII if character == "\ufffd" else (class_of(character),)
@@ -250,6 +272,7 @@ class Rewriter(nn.Module):
         self.writer = Writer(tokenizer)
         self.encode = literal_encoder(given.tokenizer)
         self.stable = set(given.stable)
+        self.pieces = token_bytes(tokenizer, "augmenting model") if given.own_template is not None else []
         self.raw = self.writer.write(b"\xf0") is not None  # whether it can write parts of characters
 
     def __getstate__(self) -> dict[str, Any]:
@@ -282,30 +305,47 @@ class Rewriter(nn.Module):
         for event in self._events(ids):
             if event.kind == "text":
                 run.feed(event)
-                continue
-            run.end(event.owner)
-            if event.kind == "special":
+            elif event.kind == "special":
+                run.end(event.owner)
                 assert event.token is not None
                 usual = given.alignment.body[event.token]
                 # One token may be both the beginning and the end of a text: its place tells.
                 run.add(given.alignment.start.get(event.token, usual) if event.owner == 0 else usual, event.owner)
             elif event.kind == "open":
-                run.add(self._opened(event.role, messages == 0), event.owner)
+                self._open(run, event, first=messages == 0)
                 messages += 1
-            elif given.own_template is not None and event.role in given.own_template.closings:
-                run.add(given.own_template.closings[event.role], event.owner)
+            else:
+                run.flush(event.owner)
+                if given.own_template is not None:
+                    run.enter(given.own_template.closings.get(event.role, ()), event.owner)
         return run.out
 
-    def _opened(self, role: str, first: bool) -> Sequence[int]:
-        """What the augmenting model reads where a message begins."""
-        own = self.alignment.own_template
+    def _open(self, run: _Run, event: Event, *, first: bool) -> None:
+        """Write what the augmenting model reads where a message begins."""
+        own, begin = self.alignment.own_template, self.alignment.begin
+        run.flush(event.owner)
         if own is not None:
-            if first and role in own.beginnings:
-                return own.beginnings[role]
-            return own.openings.get(role, ())
-        if first:
-            return () if self.alignment.begin is None else (self.alignment.begin,)
-        return self.encode("\n")  # keeps the messages apart
+            run.enter(self._opening(own, event.role, first), event.owner)
+        elif not first:
+            run.write(b"\n", event.owner)  # keeps the messages apart
+        elif begin is not None:
+            run.add((begin,), event.owner)
+
+    def _opening(self, own: Template, role: str, first: bool) -> Sequence[int]:
+        if not first or role in own.beginnings:
+            return own.beginnings[role] if first else own.openings.get(role, ())
+        # Begun as no sample was: with what conversations begin with, and the role's own mark.
+        for other, beginning in own.beginnings.items():
+            mark = self._mark(own, other)
+            if mark and beginning[-len(mark) :] == mark:
+                return (*beginning[: -len(mark)], *self._mark(own, role))
+        return self._mark(own, role)
+
+    def _mark(self, own: Template, role: str) -> tuple[int, ...]:
+        """The opening of a role without what follows the message before."""
+        opening = tuple(own.openings.get(role, ()))
+        special = [place for place, index in enumerate(opening) if self.pieces[index] is None]
+        return opening[special[0] :] if special else opening
 
     def _events(self, ids: Sequence[int]) -> Any:
         pieces = self.alignment.pieces
@@ -331,6 +371,7 @@ class _Run:
         self.before = ""  # characters that are, as far as they matter
         self.runs = 0  # that have ended
         self.fed = self.started = False  # whether this one has been given bytes, and has written any
+        self.segment = True  # whether its first word stands where the tokenizer puts a space of its own
 
     def add(self, ids: Sequence[int], owner: int) -> None:
         """Tokens that are no text."""
@@ -341,26 +382,44 @@ class _Run:
         text = event.text if self.fed else self._undummied(event.text)
         self.fed = True
         if self.rewriter.alignment.method == "transcode" and (self.rewriter.raw or self._whole(text)):
-            self._write(text, event.owner)
+            self.write(text, event.owner)
             return
         self.raw += text
         whole, self.raw = _split(self.raw)
         for part, is_text in whole:
             if not is_text:
                 self._cut(event.owner)
-                self._write(part, event.owner)
+                self.write(part, event.owner)
             elif self.rewriter.alignment.method == "transcode":
-                self._write(part, event.owner)
+                self.write(part, event.owner)
             else:
                 self._characters(part.decode(), event.owner)
 
-    def end(self, owner: int) -> None:
-        """No more bytes come."""
+    def flush(self, owner: int) -> None:
+        """Write what was put off."""
         self._cut(owner)
         if self.raw:
-            self._write(self.raw, owner)
+            self.write(self.raw, owner)
+        self.raw = b""
+
+    def end(self, owner: int) -> None:
+        """No more bytes come."""
+        self.flush(owner)
         self.runs += self.started
-        self.raw, self.before, self.fed, self.started = b"", "", False, False
+        self.before, self.fed, self.started = "", False, False
+        self.segment = self.runs == 0 or self.rewriter.writer.spelling.every_segment
+
+    def enter(self, ids: Sequence[int], owner: int) -> None:
+        """Tokens of a chat template: special ones, and text, which the text of a message follows."""
+        pieces = self.rewriter.pieces
+        for index in ids:
+            self.add((index,), owner)
+            piece = pieces[index]
+            if piece is None:
+                self.started = True
+                self.end(owner)
+            else:
+                self.started, self.before = True, (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 
     def _undummied(self, text: bytes) -> bytes:
         """The first bytes of a run without a space that the anchor's tokenizer has put there."""
@@ -382,19 +441,23 @@ class _Run:
         if not self.text:
             return
         encode = self.rewriter.encode
+        if not self.started and not self.segment:  # its tokenizer would begin a text
+            self.write(self.text.encode(), owner)
+            self.text = ""
+            return
         whole, lead = encode(self.before + self.text), encode(self.before) if self.before else []
         if whole[: len(lead)] == lead:
             self.add(whole[len(lead) :], owner)
             self.started = True
         else:
-            self._write(self.text.encode(), owner)
+            self.write(self.text.encode(), owner)
         self.before, self.text = (self.before + self.text)[-CONTEXT:], ""
 
-    def _write(self, piece: bytes, owner: int) -> None:
+    def write(self, piece: bytes, owner: int) -> None:
         """Write bytes by themselves."""
         writer = self.rewriter.writer
-        first = not self.started and (self.runs == 0 or writer.spelling.every_segment)
-        new_word = writer.spelling.kind == "wordpiece" and not self.before[-1:].isalnum()
+        first = not self.started and self.segment
+        new_word = writer.spelling.kind == "wordpiece" and not in_word(self.before[-1:])
         ids = writer.write(piece, start=first or new_word)
         self.add(self.rewriter.alignment.alignment.unknown if ids is None else ids, owner)
         self.started = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,10 @@ class Spelling:
         if replaced and "String" in replaced[0]["pattern"]:
             every = "Prepend" in normalizers or before.get("Metaspace", {}).get("prepend_scheme") == "always"
             return cls("metaspace", replaced[0]["pattern"]["String"], "Strip" in parts or every, every)
+        if "Metaspace" in before:  # and no decoder, which few texts need
+            scheme = before["Metaspace"].get("prepend_scheme", "always")
+            mark = before["Metaspace"].get("replacement", SPACE)
+            return cls("metaspace", mark, scheme != "never", scheme == "always")
         if model["type"] == "WordPiece" or "WordPiece" in parts:
             return cls("wordpiece", model.get("continuing_subword_prefix") or "##", True, True)
         suffix = parts.get("BPEDecoder", {}).get("suffix") or model.get("end_of_word_suffix")
@@ -99,6 +104,11 @@ class Spelling:
         if self.kind == "words":
             return f" {token}".encode()
         return token.encode()
+
+
+def in_word(character: str) -> bool:
+    """Whether a character belongs to a word: a letter, a digit, or a mark on one; "" does not."""
+    return character.isalnum() or (bool(character) and unicodedata.category(character)[0] == "M")
 
 
 def flat(part: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:

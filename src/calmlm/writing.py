@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
-from calmlm.spelling import CHARACTER_OF, Spelling, flat
+from calmlm.spelling import CHARACTER_OF, Spelling, flat, in_word
 
 CUTTING = ("Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength")
 REWRITING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Precompiled")
@@ -50,8 +50,11 @@ class Writer:
             start: whether it starts a word that no space announces.
         """
         if self.spelling.kind == "bytes":
+            piece = b" " + piece if start and self.spelling.dummy_space and piece[:1] != b" " else piece
             return self._tokenize("".join(CHARACTER_OF[byte] for byte in piece))
         ids: list[int] = []
+        if start and self._is_announced(piece):
+            ids += self._tokenize(self.spelling.mark)
         for text, raw in _characters(piece):
             if raw:
                 written = [self.byte_ids[byte] for byte in raw]
@@ -61,6 +64,12 @@ class Writer:
             else:
                 ids += self._write_text(text, start and not ids)
         return ids
+
+    def _is_announced(self, piece: bytes) -> bool:
+        """Whether a space stands by itself before a word's first bytes: before nothing, and before no character."""
+        if self.spelling.kind != "metaspace" or not self.spelling.dummy_space:
+            return False
+        return not piece or bool(_characters(piece)[0][1])
 
     def _write_text(self, text: str, start: bool) -> list[int]:
         kind, mark = self.spelling.kind, self.spelling.mark
@@ -85,7 +94,7 @@ class Writer:
         ids: list[int] = []
         words = self.backend.pre_tokenizer.pre_tokenize_str(text) if self.backend.pre_tokenizer else [(text, (0, 0))]
         for word, (position, _) in words:
-            begins = position > 0 or start or not word[0].isalnum()
+            begins = position > 0 or start or not in_word(word[0])
             ids += self._tokenize(word) if begins else self._continue(word)
         return ids
 
@@ -116,7 +125,12 @@ class Writer:
 
 def _rewriting(parts: list[dict[str, Any]]) -> Any:
     """Those normalizers that change characters one by one (case, accents, compatibility forms), or None."""
-    parts = [part for part in parts if part["type"] in REWRITING]
+    space = {"String": " "}  # which becomes the mark, as everywhere
+    parts = [
+        part
+        for part in parts
+        if part["type"] in REWRITING or (part["type"] == "Replace" and part.get("pattern") != space)
+    ]
     if not parts:
         return None
     bare = json.loads(Tokenizer(models.WordLevel({}, unk_token="")).to_str())

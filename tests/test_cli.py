@@ -313,4 +313,4 @@ def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_seeds_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     message = fault(capsys, "repro", "kv-arithmetic", "--preset", "tiny", "--seeds", "one")
-    assert message == "Expected seeds as whole numbers with commas, but got 'one'; write 0,1,2."
+    assert message == "Expected seeds as whole numbers from 0 with commas, but got 'one'; write 0,1,2."

@@ -131,3 +131,14 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         ConnectorConfig.build(options, 45, 5)
     assert_helpful(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": "a"}, {"rank": 1.5}, {"query_key_bias": "x"}, {"norm": 3}, {"gate": "on"}, {"rank": True}],
+    ids=str,
+)
+def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        ConnectorConfig.build(options, 48, 4)
+    assert_helpful(error.value, next(iter(options)))

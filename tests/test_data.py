@@ -311,3 +311,14 @@ def test_an_end_of_text_that_stands_in_a_prompt_stays(tokenizer: PreTrainedToken
     assert encode_prompt(f"a{end}", tokenizer)[-1] == tokenizer.eos_token_id
     row = encode(tokenizer, {"prompt": f"a{end}", "completion": "b"})
     assert learned(tokenizer, row) == f"b{end}"
+
+
+def test_halves_of_characters_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    for record in ({"prompt": "a\ud800", "completion": "b"}, {"text": "\udc00"}):
+        assert "half of a character" in fault(write(tmp_path / "data.jsonl", json.dumps(record)))
+    messages = [{"role": "user", "content": "\ud800"}, CHAT["messages"][1]]
+    assert "half of a character" in fault(write(tmp_path / "data.jsonl", json.dumps({"messages": messages})))
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
+    assert "line 1: expected one JSON object" in fault(write(tmp_path / "data.jsonl", '{"text": ' + "1" * 5000 + "}"))

@@ -346,6 +346,16 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a number of heads that divides nothing": change_config(lambda data: entry(data)["connector"].update(num_heads=7)),
     "generation settings cut short": lambda folder: cut(folder / "generation_config.json"),
     "generation settings are a list": lambda folder: (folder / "generation_config.json").write_text("[1, 2]"),
+    "a tensor of whole numbers": change_tensors(lambda tensors: tensors.update({FIRST: tensors[FIRST].long()})),
+    "connections of one layer": change_config(lambda data: entry(data).update(connections=[[3]])),
+    "a connector of nothing": change_config(lambda data: entry(data).update(connector={})),
+    "a rank that is a word": change_config(lambda data: entry(data)["connector"].update(rank="zzz")),
+    "an id that is a number": change_config(lambda data: data["anchor"].update(id=-1)),
+    "a fingerprint that is a word": change_config(lambda data: data["anchor"].update(fingerprint="zzz")),
+    "a fingerprint of lists": change_config(lambda data: data["anchor"]["fingerprint"].update(dtype=[])),
+    "no order": change_config(lambda data: data.update(order=None)),
+    "the anchor's size is a word": change_config(lambda data: data["text_config"].update(hidden_size="zzz")),
+    "the anchor's kind is a number": change_config(lambda data: data["text_config"].update(model_type=3)),
     "no anchor configuration": change_config(lambda data: data.update(text_config="text")),
 }
 

@@ -338,3 +338,17 @@ def test_a_conversation_begins_whoever_speaks_first(roles: str, expected: str) -
     talk = [{"role": role, "content": word} for role, word in zip(roles.split(), words, strict=False)]
     writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "template"))
     assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == expected
+
+
+def test_a_batch_of_which_nothing_is_read_trains_nothing() -> None:
+    """Text without a conversation, for a model that reads conversations."""
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    models = tiny_model("llama", vocab_size=len(ours)), tiny_model("gpt2", vocab_size=len(theirs))
+    options = {"tokenizer": ours, "augmenting_tokenizer": theirs, "augmenting_view": "bare"}
+    model = awaken(calmlm.compose(*models, 2, **options)).train()
+    ids = ours("no conversation", return_tensors="pt").input_ids
+    output = model(ids, labels=ids)
+    with torch.no_grad():
+        assert torch.equal(output.logits, model.anchor(ids).logits)
+    output.loss.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)

@@ -107,7 +107,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most, within the context.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
     draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts: the same text, sooner.")] = False,
     tokenizer: TokenizerId = None,
@@ -290,9 +290,14 @@ def visual_arithmetic(
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        seeds = [int(seed) for seed in text.split(",")]
+        if not all(0 <= seed < 2**32 for seed in seeds):
+            raise ValueError
+        return seeds
     except ValueError:
-        raise ConfigError(f"Expected seeds as whole numbers with commas, but got '{text}'; write 0,1,2.") from None
+        raise ConfigError(
+            f"Expected seeds as whole numbers from 0 with commas, but got '{text}'; write 0,1,2."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -164,6 +164,12 @@ class ConnectorConfig:
                 f"num_heads must be a whole number that divides the anchor's width {anchor_size}, but got {heads}: "
                 f"leave it out to take the anchor's own."
             )
+        for name, kinds in _OPTION_TYPES.items():
+            value = options.get(name)
+            fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            if name in options and value is not None and not fits:
+                wanted = {bool: "true or false", int: "a whole number", str: "a name"}.get(kinds[0], "a number")
+                raise ConfigError(f"{name} must be {wanted}, but got {value!r}: correct it or leave it out.")
         config = cls(**{**options, "num_heads": heads})
         if config.kind not in KINDS:
             raise ConfigError(
@@ -179,6 +185,14 @@ class ConnectorConfig:
                 f"rotary needs an even width per head, but {anchor_size} / {heads} is odd: choose another num_heads."
             )
         return config
+
+
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("norm", "gate", "rotary", "null_key"), (bool,)),
+    "query_key_bias": (float, int),
+    "rank": (int,),
+    "kind": (str,),
+}
 
 
 class CalmConfig(PreTrainedConfig):

@@ -108,10 +108,20 @@ class InjectHook:
             past = stream.cache.layers[self.connection]
             keys, values = past.keys, past.values
         else:
-            return None  # the augmenting model has read nothing yet
+            return self._unread(state)
         mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
         new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
         return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
+
+    def _unread(self, state: Tensor) -> Tensor | None:
+        """What becomes of the state where the augmenting model has read nothing yet: nothing.
+
+        In training it depends on the connection all the same, by nothing, or a batch of which no augmenting model reads
+        anything would have no gradient to pass back.
+        """
+        if not (torch.is_grad_enabled() and self.connector.training):
+            return None
+        return state + 0 * torch.stack([p.sum() for p in self.connector.parameters()]).sum().to(state)
 
 
 class InjectBeforeHook(InjectHook):

@@ -128,20 +128,43 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
             f"{str(source)!r} must hold a calmlm composition, but its config.json describes "
             f"{kind or 'nothing known'!r}: give the folder that save_pretrained wrote."
         )
-    entries = data["augmenting"].values() if isinstance(data["augmenting"], dict) else [None]
-    whole = all(isinstance(data.get(key), dict) for key in ("anchor", "text_config")) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("connections"), list)
-        and isinstance(entry.get("connector"), dict)
-        and entry.get("reads", "tokens") in READS
-        for entry in entries
-    )
-    if not whole:
+    if not _is_whole(data):
         raise CheckpointError(
             f"{str(source)!r} must describe an anchor and, for each augmenting model, connections and a connector, but "
             f"its config.json lacks some of them: save the composition again or fetch it anew."
         )
-    return CalmConfig.from_json_file(path)  # which knows how infinities are written
+    try:
+        return CalmConfig.from_json_file(path)  # which knows how infinities are written
+    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable config.json, but the anchor's part of it is damaged "
+            f"({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
+
+
+def _is_whole(data: dict[str, Any]) -> bool:
+    """Whether all that a composition's own configuration needs is there, and of its kind."""
+    if not all(isinstance(data.get(key), dict) for key in ("anchor", "text_config", "augmenting")):
+        return False
+    if not isinstance(data.get("order", []), list) or not isinstance(data["text_config"].get("model_type"), str):
+        return False
+    for entry in data["augmenting"].values():
+        pairs = entry.get("connections") if isinstance(entry, dict) else None
+        if not isinstance(pairs, list) or not isinstance(entry.get("connector"), dict):
+            return False
+        if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
+            return False
+        if entry.get("reads", "tokens") not in READS or not isinstance(entry["connector"].get("num_heads"), int):
+            return False
+    for entry in (data["anchor"], *data["augmenting"].values()):
+        mark = entry.get("fingerprint")
+        named = all(entry.get(key) is None or isinstance(entry[key], str) for key in ("id", "revision", "layers_path"))
+        marked = mark is None or (
+            isinstance(mark, dict) and all(value is None or isinstance(value, str) for value in mark.values())
+        )
+        if not named or not marked:
+            return False
+    return True
 
 
 def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig | None:

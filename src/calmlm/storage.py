@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from calmlm.errors import CheckpointError, ConfigError
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
 CARD_NAME = "README.md"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def alignment_name(name: str) -> str:
@@ -57,6 +59,16 @@ def write_atomically(path: Path, write: Writer) -> None:
 def probe_folder(folder: Path) -> None:
     """Make a folder if it is missing, and raise an OSError unless it can be written to."""
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def probe_place(folder: Path) -> None:
+    """Raise an OSError or a ValueError unless a folder can be written to, or made; it is not made."""
+    if "\0" in str(folder):
+        raise ValueError("its name holds a null character")
+    while not folder.exists():
+        folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -129,6 +141,12 @@ def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str
             f"{source!r} must hold a readable {WEIGHTS_NAME}, but the file is damaged or cut short "
             f"({str(error).strip().rstrip('.')}): save the composition again or fetch it anew."
         ) from error
+    strange = next((name for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{source!r} must hold weights in a floating-point format, but {strange!r} is {tensors[strange].dtype}: it "
+            f"belongs to something else."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in expected}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != found:

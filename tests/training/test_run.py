@@ -324,3 +324,93 @@ def test_a_finished_run_stays_as_it_is(kept: bool, best: bool, settings: Setting
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert snapshot(run.last_checkpoint()) == checkpoint
+
+
+def damage(path: Path) -> None:
+    """As a full disk leaves a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "rng_state.pth"]
+)
+def test_a_damaged_checkpoint_is_passed_over(name: str, empty: bool, settings: Settings) -> None:
+    run = RunFolder(go(settings()).parent)
+    path = run.checkpoints / "checkpoint-20" / name
+    path.write_bytes(b"") if empty else damage(path)
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-15"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"connections": [[0, 0]]}, "connections"),
+        ({"num_heads": 2}, "connector"),
+        ({"connector": {"kind": "flamingo"}}, "connector"),
+        ({"anchor": "another"}, "fingerprint of the anchor"),
+    ],
+)
+def test_a_checkpoint_of_another_composition_is_not_gone_on_from(
+    changed: dict[str, Any], named: str, settings: Settings, tmp_path: Path
+) -> None:
+    values = settings()
+    run = RunFolder(go(values).parent)
+    before = snapshot(run.path)
+    if "anchor" in changed:
+        tiny_model("llama", seed=77).save_pretrained(tmp_path / "another")
+        shutil.copytree(tmp_path / "another", tmp_path / "other", dirs_exist_ok=True)
+        for path in Path(values["model"]["anchor"]).glob("tokenizer*"):
+            shutil.copy(path, tmp_path / "other")
+        changed = {"anchor": str(tmp_path / "other")}
+    values["model"] |= changed
+    with pytest.raises(ConfigError, match=f"--resume: .*{named}"):
+        go(values, resume=True)
+    assert snapshot(run.path) == before
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_from(settings: Settings) -> None:
+    values = settings(save_only_model=True)
+    go(values)
+    with pytest.raises(ConfigError, match="--resume: expected optimizer.pt"):
+        go(values, resume=True)
+
+
+def test_other_settings_are_named(settings: Settings) -> None:
+    values = settings()
+    go(values)
+    values["trainer"] |= {"learning_rate": 0.001, "num_train_epochs": 3}
+    lines: list[str] = []
+    train(parse_config(values), resume=True, report=lines.append)
+    assert "Other settings than before: trainer.learning_rate, trainer.num_train_epochs." in lines
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"per_device_train_batch_size": 0},
+        {"optim": "adamw_bnb_8bit"},
+        {"adam_beta1": 2.0},
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"lr_scheduler_kwargs": {"x": 1}},
+        {"report_to": ["wandb"]},
+        {"loss_type": "zzz"},
+    ],
+    ids=str,
+)
+def test_arguments_that_a_trainer_refuses_change_nothing(refused: dict[str, Any], settings: Settings) -> None:
+    values = settings()
+    run = RunFolder(go(values).parent)
+    before = snapshot(run.path)
+    with pytest.raises(ConfigError, match="^trainer: "):
+        go({**values, "trainer": values["trainer"] | refused}, overwrite=True)
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "a\0b"])
+def test_an_output_that_cannot_be_written(place: str, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    values = settings()
+    values["output"] = place if place.startswith("/") else str(tmp_path / place)
+    with pytest.raises(ConfigError, match="Expected a folder for the output"):
+        go(values)

@@ -84,11 +84,27 @@ def _check_texts(fields: dict[str, Any], place: str) -> None:
             raise DataError(
                 f"{place}: expected a string in '{key}', but got {type(value).__name__}; put the text in quotes."
             )
+        check_text(value, place)
         if key != "prompt" and not value:
             raise DataError(
                 f"{place}: expected text in '{key}', but it is empty, so there is nothing to learn from it; "
                 f"fill it in or remove the record."
             )
+
+
+def check_text(text: str, place: str) -> None:
+    """Raise unless a text can be written down: halves of characters come from cut escapes and wrong encodings.
+
+    Raises:
+        DataError: otherwise.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: expected text in Unicode, but got half of a character ({text[error.start]!r}) at position "
+            f"{error.start + 1}; save the text as UTF-8."
+        ) from None
 
 
 def _check_messages(messages: Any, place: str) -> None:
@@ -107,6 +123,7 @@ def _check_messages(messages: Any, place: str) -> None:
                 f"{place}: expected 'role' and 'content' as strings in message {number}, but got {_short(message)}; "
                 f"write both."
             )
+        check_text(message["content"] or "", place)
         if message.get("role") not in ROLES:
             raise DataError(
                 f"{place}: expected the role of message {number} to be one of {', '.join(ROLES)}, but got "

@@ -54,6 +54,8 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
             f"{place}: expected one JSON object, but got malformed JSON ({error.msg} at character {error.colno}); "
             f"mend or remove the line."
         ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{place}: expected one JSON object, but got {error}; mend the line.") from None
     except RecursionError:
         raise DataError(f"{place}: expected one JSON object, but it is nested too deeply; mend the line.") from None
     if not isinstance(value, dict):

@@ -12,9 +12,12 @@ from transformers import TextStreamer, set_seed
 
 import calmlm
 from calmlm.data.context import context_length
+from calmlm.data.formats import check_text
 from calmlm.data.tokenizer import load_tokenizer
 from calmlm.data.tokenizing import encode_prompt
 from calmlm.errors import ConfigError, DataError
+
+COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class TextModel:
             DataError: the prompt is empty or leaves no room in the context.
             ConfigError: no augmenting model of this composition can draft.
         """
+        check_text(prompt, "the prompt")
         ids = encode_prompt(prompt, self.tokenizer)
         if not ids:
             raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
@@ -90,7 +94,8 @@ class TextModel:
         if seed is not None:
             set_seed(seed)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-        # The anchor's own generation settings may sample; None takes them back without a warning.
+        # The anchor's own generation settings may sample, or ask for beams, which no stream can follow; None takes
+        # them back without a warning.
         greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         inputs = torch.tensor([ids], device=self.model.device)
         with self.model.disable_composition() if anchor_only else nullcontext():
@@ -100,8 +105,11 @@ class TextModel:
                 max_new_tokens=room,
                 pad_token_id=self._padding(),
                 streamer=_Streamer(self.tokenizer, emit),
+                tokenizer=self.tokenizer,  # for strings that end a text
+                num_beams=1,
+                num_return_sequences=1,
                 drafting=drafting,
-                **(sampling if temperature > 0 else greedy),
+                **(sampling if temperature > COLDEST else greedy),
             )
 
     def _padding(self) -> int | None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+from safetensors import SafetensorError, safe_open
+
 from calmlm.errors import ConfigError
-from calmlm.storage import write_text
+from calmlm.storage import WEIGHTS_NAME, probe_place, write_text
 
 
 class RunFolder:
@@ -40,6 +44,13 @@ class RunFolder:
             raise ConfigError("Expected --resume or --overwrite, but got both; choose one.")
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"Expected a folder for the output, but {self.path} is a file; name another output.")
+        try:
+            probe_place(self.path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"Expected a folder for the output that can be written to, but {self.path} is none ({error}); name "
+                f"another output."
+            ) from None
         if not any(path.is_file() for path in self.path.rglob("*")):
             return
         if not resume and not overwrite:
@@ -61,14 +72,49 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         write_text(self.config, config_text)
 
+    def changes(self, config: dict[str, Any]) -> list[str]:
+        """Which settings differ from those that the run was started with, as dotted keys."""
+        try:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
+        one, other = _flat(before), _flat(config)
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last."""
+        """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last.
+
+        One that was damaged since is passed over.
+        """
         found = [
             (int(folder.name.removeprefix("checkpoint-")), folder)
             for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit() and (folder / "trainer_state.json").is_file()
+            if folder.name.removeprefix("checkpoint-").isdigit() and _is_whole(folder)
         ]
         return max(found)[1] if found else None
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    return {
+        key: value
+        for name, part in settings.items()
+        for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether everything in a checkpoint can be opened."""
+    try:
+        for name in ("trainer_state.json", "config.json"):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        with safe_open(checkpoint / WEIGHTS_NAME, framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch.save writes archives, whose table of contents comes last.
+    return all(zipfile.is_zipfile(path) for kind in ("*.pt", "*.pth") for path in checkpoint.glob(kind))
 
 
 def steps_of(checkpoint: Path) -> int:

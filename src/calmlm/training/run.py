@@ -71,10 +71,15 @@ def train(
         report(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
+    if checkpoint is not None:
+        check_continues(model, checkpoint)
+        changed = folder.changes(config.to_dict())
+        if changed:
+            report(f"Other settings than before: {', '.join(changed)}.")
+    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
     with arguments.main_process_first(local=False, desc="making the output folder"):
         if arguments.process_index == 0:
             folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
-    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
@@ -93,6 +98,34 @@ def train(
             tokenizer.save_pretrained(fresh)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder.composition, steps, loss)
+
+
+def check_continues(model: Any, checkpoint: Path) -> None:
+    """Raise unless a checkpoint was written while this composition was trained.
+
+    Raises:
+        ConfigError: naming what differs, or that its optimizer is missing.
+    """
+    from calmlm.loading import read_config
+
+    before, now = read_config(checkpoint), model.config
+    pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
+    for name in (*before.augmenting, *now.augmenting):
+        pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
+    parts = ("fingerprint", "reads", "alignment", "view", "connections", "connector")
+    for name, (one, other) in pairs.items():
+        differing = [key for key in parts if (one or {}).get(key) != (other or {}).get(key)]
+        if differing:
+            raise ConfigError(
+                f"--resume: expected the composition that {checkpoint} belongs to, but the configuration asks for "
+                f"another {differing[0]} of {name}; take that back, or start anew with --overwrite."
+            )
+    for file in ("optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / file).is_file():
+            raise ConfigError(
+                f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "
+                f"anew with --overwrite, or from that checkpoint as model.composition."
+            )
 
 
 def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:

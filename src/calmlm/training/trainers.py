@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calmlm.data.extras import require
-from calmlm.errors import ConfigError
+from calmlm.errors import CalmError, ConfigError
 from calmlm.training.output import RunFolder
 
 Rows = list[dict[str, list[int]]]
@@ -82,13 +82,30 @@ def make_trainer(
     evaluation: Rows | None,
     folder: RunFolder,
 ) -> Any:
-    """A trainer over rows of `input_ids` and `labels`, ready for `train()`."""
+    """A trainer over rows of `input_ids` and `labels`, ready for `train()`.
+
+    Raises:
+        ConfigError: it refuses its arguments.
+    """
     from transformers.integrations import TensorBoardCallback
 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     build = _sft_trainer if backend == "sft" else _plain_trainer
-    trainer = build(model, arguments, tokenizer, train, evaluation)
+    try:
+        trainer = build(model, arguments, tokenizer, train, evaluation)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these make them once the model is spread
+            # What it would find out in the middle: an unknown optimizer or schedule, batches of no rows.
+            trainer.create_optimizer_and_scheduler(num_training_steps=max(arguments.max_steps, 1))
+            trainer.get_train_dataloader()
+            trainer.optimizer = trainer.lr_scheduler = None
+    except CalmError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"trainer: expected arguments that the trainer can begin with, but it refused them: {reason}"
+        ) from error
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(folder.logs)

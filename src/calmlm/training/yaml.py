@@ -46,3 +46,5 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}, line {mark.line + 1}" if mark else source
         raise ConfigError(f"{place}: expected YAML, but it cannot be read ({problem}); mend it.") from None
+    except (ValueError, RecursionError) as error:  # a day that no month has, or thousands of brackets
+        raise ConfigError(f"{source}: expected YAML, but it cannot be read ({error}); mend it.") from None

@@ -271,6 +271,14 @@ class TestConversations:
         assert tokenizer.decode(row["input_ids"]) == text * 2 + f"<user>hi</s><assistant>[thinks]{answer}</s>"
         assert learned(tokenizer, row) == f"{answer}</s>" * 2 + f"[thinks]{answer}</s>"
 
+    def test_a_mark_that_the_next_opening_ends_with_is_not_taken_for_the_end(self) -> None:
+        template = (
+            "{% for m in messages %}[{{ m.role }}]\n{% if m.role == 'assistant' and loop.last %}(thinks){% endif %}"
+            "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+        )
+        with pytest.raises(DataError, match="expected a chat template"):
+            encode(tiny_tokenizer(chat_template=template), {"messages": [*CHAT["messages"], *CHAT["messages"]]})
+
     def test_a_turn_whose_end_cannot_be_told_is_refused(self) -> None:
         template = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}"
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

@@ -107,3 +107,13 @@ def test_guidance_speaks_in_the_same_rows(rows: list[bool]) -> None:
     for row, speaks in enumerate(rows):
         assert torch.equal(found[row], (composed if speaks else alone)[row])
     assert not torch.equal(composed, alone)
+
+
+def test_an_empty_cache_has_no_choice_yet() -> None:
+    model, ids = tiny_composition(), tiny_tokens(1, 6)
+    cache = model.model.new_cache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, composition_mask=torch.tensor([False]))
+        cache.crop(-6)
+        found = model(ids, past_key_values=cache, composition_mask=torch.tensor([True])).logits
+    assert torch.equal(found, logits_of(model, ids))

@@ -241,6 +241,9 @@ def test_changed_roles_and_templates_are_noticed(changed: str, tmp_path: Path) -
     model = calmlm.compose(tmp_path / "anchor", tmp_path / "augmenting", 1, augmenting_view="template")
     model.save_pretrained(tmp_path / "composition")
     calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")  # unchanged, it says nothing
+    ours.pad_token = ours.eos_token
+    ours.save_pretrained(tmp_path / "anchor")
+    calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition")  # nor of what pads
     if changed == "role":
         ours.bos_token = "</s>"
     else:

@@ -205,3 +205,27 @@ def test_half_precision_is_no_padding() -> None:
             base.to(torch.bfloat16)
         ids, mask = pad([tiny_tokens(1, 9)[0], tiny_tokens(1, 4)[0]], "left")
         logits_of(model, ids, mask)
+
+
+def test_trying_out_padding_leaves_checkpointing_on() -> None:
+    model = tiny_composition().train()
+    model.gradient_checkpointing_enable()
+    model.train()
+    layers = model.model.backbone().layers
+    before = [layer.training for layer in layers]
+    ids = tiny_tokens(1, 6)
+    model(ids, attention_mask=torch.ones_like(ids))
+    assert any(before)
+    assert [layer.training for layer in layers] == before
+
+
+def test_autocast_is_no_padding() -> None:
+    model, (ids, mask) = tiny_composition(), pad([tiny_tokens(1, 9)[0], tiny_tokens(1, 4)[0]], "left")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(model, ids, mask)
+    logits_of(model, ids, mask)
+
+
+def test_settings_of_the_anchors_forward_reach_it_in_generation() -> None:
+    model = tiny_composition("mixtral")
+    model.generate(tiny_tokens(1, 5), max_new_tokens=2, output_router_logits=False, **GREEDY)

@@ -149,8 +149,8 @@ def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase,
     mark = hashlib.sha256()
     for tokenizer in (anchor, augmenting):
         data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-        data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES}
-        data["special"] = sorted(set(tokenizer.all_special_tokens))
+        # What pads says nothing, and is often set by hand.
+        data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES if role != "pad_token"}
         data["template"] = tokenizer.chat_template if templates else None
         mark.update(json.dumps(data, sort_keys=True).encode())
     return mark.hexdigest()

@@ -200,14 +200,14 @@ class Backbone:
                 for one, keep in ((ids, torch.ones_like(ids)), (padded, mask))
             )
         except ModelError:
-            return True  # it cannot be tried out, and the call itself will say why
+            return True  # it cannot be tried out, and the call itself will say why; it is asked once
         differences = torch.stack(
             [
                 (a.float() - b[:, 2:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
                 for a, b in zip(alone, beside, strict=True)
             ]
         )
-        if alone[0].dtype == torch.float32:
+        if alone[0].dtype in (torch.float32, torch.float64):
             return bool(differences.max() <= PADDING_TOLERANCE)
         # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
         # most tokens.
@@ -256,13 +256,13 @@ class Backbone:
         handles = [
             layer.register_forward_hook(lambda _m, _a, out: outputs.append(state_of(out))) for layer in self.layers
         ]
-        training = self.decoder.training
+        training = {module: module.training for module in self.decoder.modules()}
         self.decoder.eval()
         given: dict[str, Any] = {"attention_mask": torch.ones_like(ids) if mask is None else mask}
         if positions is not None and self.takes_positions:
             given["position_ids"] = positions + self.first_position
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
                 self.decoder(input_ids=ids, **given)
         except Exception as error:
             raise ModelError(
@@ -270,7 +270,8 @@ class Backbone:
                 f"{type(error).__name__} ({first_line(error)}): this architecture cannot be composed."
             ) from error
         finally:
-            self.decoder.train(training)
+            for module, flag in training.items():
+                module.training = flag
             for handle in handles:
                 handle.remove()
         if len(outputs) != len(self.layers):

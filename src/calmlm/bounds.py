@@ -56,8 +56,9 @@ class DraftLimits:
 class Bounded(CandidateGenerator):
     """Another generator's drafts, cut off where ``limits`` ask for it.
 
-    Sampling keeps its distribution: what a draft may not hold gets no probability in its scores, so that a token that
-    stays was drawn from what is left, and behind the place of one that does not stay nothing was proposed.
+    Sampling keeps its distribution: an id that a draft may not hold gets no probability in its scores, so that a token
+    that stays was drawn from what is left, and behind the place of one that does not stay nothing was proposed. (At the
+    last positions of an augmenting model with tokens of its own, what still fits depends on the token that is drafted.)
     """
 
     def __init__(self, generator: CandidateGenerator, limits: DraftLimits) -> None:
@@ -79,3 +80,7 @@ class Bounded(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+        settings = getattr(getattr(self.generator, "assistant_model", None), "generation_config", None)
+        if getattr(settings, "num_assistant_tokens_schedule", None) == "heuristic":
+            # transformers keeps the length that an assistant has arrived at, for generators that it knows.
+            settings.num_assistant_tokens = self.generator.num_assistant_tokens  # type: ignore[union-attr]

@@ -258,7 +258,8 @@ class CalmCache(Cache):
         """
         if torch.compiler.is_compiling() or (self.begun and composed is self.composed):
             return
-        if self.begun:
+        length = self.get_seq_length()
+        if self.begun and not (type(length) is int and length == 0):
             given = [rows.bool().cpu() for rows in (self.composed, composed) if rows is not None]
             if not torch.equal(given[0], given[1] if len(given) > 1 else torch.ones_like(given[0])):
                 raise ModelError(

@@ -223,7 +223,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, past + T), 1 at real tokens; padding may stand on either side.
-            position_ids: (B or 1, T) int64; counted by the models themselves by default.
+            position_ids: (B or 1, T) int64, counted from 0 in every family; by the models themselves by default.
             past_key_values: the ``CalmCache`` of an earlier call, or an empty cache.
             labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
             use_cache: whether to return a cache; by default in evaluation mode.

@@ -139,13 +139,14 @@ class Frontier:
         """
         assert self.ids is not None
         assert self.owner is not None
-        self.ids = self.ids.masked_fill(columns, NOBODY)
         if self.tokens is None:
+            self.ids = self.ids.masked_fill(columns, NOBODY)
             return Shift(None), True
         gone = columns.gather(1, self.owner.clamp(min=0)) & (self.owner != NOBODY)
         last = gone.flip(1).long().cumprod(1).sum(1)  # how many at the end of each row
         if bool((gone.sum(1) > last).any()):
             return Shift(None), False
+        self.ids = self.ids.masked_fill(columns, NOBODY)
         self.owner = self.owner.masked_fill(gone, NOBODY)
         shift = Shift.of(last, self.width)
         self.tokens, self.owner = shift.move(self.tokens, 0), shift.move(self.owner, NOBODY)

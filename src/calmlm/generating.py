@@ -33,6 +33,8 @@ from calmlm.turning import check_turn, turns
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
+# How the arguments begin that bring an anchor something else than text.
+MODALITIES = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_", "second_per_grid")
 # Arguments that assisted generation hands on to itself.
 LOOP_ARGUMENTS = ("cached_tokens", "earlier_tokens", "whole_mask")
 
@@ -96,16 +98,15 @@ class CalmGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"].activate_past_recording()
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # What only the anchor's forward names reaches it through ours.
-        ours = () if not accepts(self.model.anchor, "token_type_ids") else ("token_type_ids",)
-        given = {key: value for key, value in model_kwargs.items() if key not in ours}
-        pictures = [key for key in given if not accepts(self, key) and accepts(self.model.anchor, key)]
+        pictures = [key for key, value in model_kwargs.items() if key.startswith(MODALITIES) and value is not None]
         if pictures:
             raise ConfigError(
                 f"A composition must generate from text alone, but got {', '.join(pictures)} for its anchor: leave "
                 f"them out, or generate with disable_composition()."
             )
-        super()._validate_model_kwargs(given)
+        # What only the anchor's forward names reaches it through ours: token_type_ids, output_router_logits.
+        theirs = [key for key in model_kwargs if not accepts(self, key) and accepts(self.model.anchor, key)]
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in theirs})
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, **kwargs)

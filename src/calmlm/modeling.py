@@ -337,6 +337,12 @@ class CalmModel(CalmPreTrainedModel):
             return past_key_values
         return self.new_cache(past_key_values)
 
+    def try_padding(self) -> None:
+        """Find out how the models read rows that are padded on the left now, and not in the first call with a mask."""
+        for name, backbone in self._backbones.items():
+            if not name or self.config.augmenting[name]["reads"] != "inputs":
+                _ = backbone.pads_left
+
     def begin(self, inputs: Inputs, cache: CalmCache | None) -> Call:
         """Let every augmenting model read; returns what the anchor's hooks need.
 

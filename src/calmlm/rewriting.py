@@ -147,7 +147,8 @@ class Rewriting:
     @property
     def late(self) -> bool:
         """Whether tokens reach across the ends of words, so that hardly anything is read before a text ends."""
-        return self.method == "retokenize" and ("letter", "space") not in self.stable
+        ends = {("letter", "space"), ("space", "letter")}  # a mark at the end of words leaves the second alone
+        return self.method == "retokenize" and not ends & set(self.stable)
 
     def filled(self, vocabulary: int) -> Rewriting:
         """See ``Alignment.filled``."""

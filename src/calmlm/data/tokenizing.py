@@ -134,7 +134,7 @@ def _encode_messages(example: Example, tokenizer: Any) -> tuple[list[int], list[
         if end < len(through):
             # Templates may render an earlier turn differently once the conversation goes on (dropping its reasoning,
             # say): the end of the turn is sought before the next one then.
-            end = _end_of_turn(messages, position, ids, start, through, render)
+            end = _end_of_turn(messages, position, ids, start, through, render, set(tokenizer.all_special_ids))
         if start >= end:
             raise DataError(
                 f"{example.place}: expected a chat template that renders message {position + 1} the same way within "
@@ -152,19 +152,20 @@ def _end_of_turn(
     start: int,
     through: list[int],
     render: Callable[[list[dict[str, Any]]], list[int]],
+    special: set[int],
 ) -> int:
     """Where an assistant's message that begins at ``start`` ends within the conversation; 0 where it cannot be told.
 
     Its closing mark is what the message ends with whatever it says; the next message's content begins where another
-    content would change the conversation. The message ends with the last closing mark before that.
+    content would change the conversation. The message ends with the last closing mark before that; a mark of plain
+    text, which may stand in what it says or in the next message's opening, has to stand there once.
     """
     changed = render([*messages[:position], _otherwise(messages[position])])
     mark = through[len(through) - _common_prefix(through[::-1], changed[::-1]) :]
     following = [*messages[: position + 1], _otherwise(messages[position + 1]), *messages[position + 2 :]]
     limit = _common_prefix(render(following), ids)
-    if not mark:
-        return 0
-    return next((e for e in range(limit, start + len(mark), -1) if ids[e - len(mark) : e] == mark), 0)
+    ends = [end for end in range(start + len(mark) + 1, limit + 1) if ids[end - len(mark) : end] == mark]
+    return ends[-1] if mark and ends and (len(ends) == 1 or special & set(mark)) else 0
 
 
 def _otherwise(message: dict[str, Any]) -> dict[str, Any]:

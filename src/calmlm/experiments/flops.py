@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calmlm.data.tokenizing import IGNORE
+from calmlm.modeling import CalmModel
 
 __all__ = ["Meter"]
 
@@ -60,6 +61,8 @@ class Meter:
         """
         model, size = trainer.model, trainer.args.per_device_train_batch_size
         model.train()
+        if isinstance(getattr(model, "model", None), CalmModel):
+            model.model.try_padding()  # once, and so no part of a batch
         one_pass = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
         batches = [one_pass[step % len(one_pass)] for step in range(steps)]
         shapes = torch.tensor([_shape(batch) for batch in batches], dtype=torch.float64)

@@ -109,8 +109,9 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         for name in ("trainer_state.json", "config.json"):
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        with safe_open(checkpoint / WEIGHTS_NAME, framework="pt"):
-            pass
+        if (checkpoint / WEIGHTS_NAME).is_file():  # a model that is spread over processes lies elsewhere
+            with safe_open(checkpoint / WEIGHTS_NAME, framework="pt"):
+                pass
     except (OSError, ValueError, SafetensorError):
         return False
     # torch.save writes archives, whose table of contents comes last.

@@ -72,7 +72,7 @@ def train(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
     if checkpoint is not None:
-        check_continues(model, checkpoint)
+        check_continues(model, checkpoint, spread=bool(arguments.fsdp or arguments.deepspeed))
         changed = folder.changes(config.to_dict())
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
@@ -100,8 +100,13 @@ def train(
     return TrainingResult(folder.composition, steps, loss)
 
 
-def check_continues(model: Any, checkpoint: Path) -> None:
+def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
     """Raise unless a checkpoint was written while this composition was trained.
+
+    Args:
+        model: the composition.
+        checkpoint: a complete one.
+        spread: whether the trainer spreads the model over processes, and saves its optimizer in files of other names.
 
     Raises:
         ConfigError: naming what differs, or that its optimizer is missing.
@@ -114,18 +119,24 @@ def check_continues(model: Any, checkpoint: Path) -> None:
         pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
     parts = ("fingerprint", "reads", "alignment", "view", "connections", "connector")
     for name, (one, other) in pairs.items():
-        differing = [key for key in parts if (one or {}).get(key) != (other or {}).get(key)]
+        differing = [key for key in parts if _part(one, key) != _part(other, key)]
         if differing:
             raise ConfigError(
                 f"--resume: expected the composition that {checkpoint} belongs to, but the configuration asks for "
                 f"another {differing[0]} of {name}; take that back, or start anew with --overwrite."
             )
-    for file in ("optimizer.pt", "scheduler.pt"):
+    for file in () if spread else ("optimizer.pt", "scheduler.pt"):
         if not (checkpoint / file).is_file():
             raise ConfigError(
                 f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "
                 f"anew with --overwrite, or from that checkpoint as model.composition."
             )
+
+
+def _part(entry: dict[str, Any] | None, key: str) -> Any:
+    """A part of a composition's configuration; of a fingerprint, what does not hang on how the model was loaded."""
+    found = (entry or {}).get(key)
+    return {k: v for k, v in found.items() if k != "dtype"} if key == "fingerprint" and found else found
 
 
 def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:

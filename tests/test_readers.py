@@ -182,6 +182,7 @@ def test_a_prompt_reader_reads_no_drafts_and_no_generated_tokens() -> None:
     model = awaken(calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), 2, refresh=False))
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     seen: list[Tensor] = []
+    model.model.try_padding()  # which runs the models once
     handle = model.augmenting["augmenting"].base_model.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"].sum()), with_kwargs=True
     )

@@ -229,3 +229,34 @@ def test_autocast_is_no_padding() -> None:
 def test_settings_of_the_anchors_forward_reach_it_in_generation() -> None:
     model = tiny_composition("mixtral")
     model.generate(tiny_tokens(1, 5), max_new_tokens=2, output_router_logits=False, **GREEDY)
+
+
+def packed() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Two texts in one row, their positions, and each of them alone."""
+    texts = [tiny_tokens(1, length, seed=length) for length in (5, 7)]
+    places = [torch.arange(text.shape[1])[None] for text in texts]
+    return torch.cat(texts, dim=1), torch.cat(places, dim=1), texts
+
+
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "opt", "biogpt", "xglm"])
+def test_models_that_mix_packed_texts_are_given_none(family: str, role: str) -> None:
+    options = {"alibi": True} if family == "falcon" else {}
+    models = [tiny_model(family, **options), tiny_model("llama", seed=2)]
+    model = awaken(calmlm.compose(*(models if role == "anchor" else reversed(models)), 2))
+    ids, positions, texts = packed()
+    try:
+        found = logits_of(model, ids, position_ids=positions)
+    except calmlm.DataError as error:
+        assert_helpful(error, role, "packing")
+    else:  # then it keeps them apart
+        assert_close(found, torch.cat([logits_of(model, text) for text in texts], dim=1), 1e-4)
+    logits_of(model, ids, position_ids=torch.arange(ids.shape[1])[None])  # one text may come with positions
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text", "qwen3", "gpt_neox", "phi", "gptj"])
+def test_models_that_keep_packed_texts_apart_are_given_them(family: str) -> None:
+    model = tiny_composition(family, "gpt2")
+    ids, positions, texts = packed()
+    found = logits_of(model, ids, position_ids=positions)
+    assert_close(found, torch.cat([logits_of(model, text) for text in texts], dim=1), 1e-4)

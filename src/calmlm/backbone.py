@@ -213,6 +213,47 @@ class Backbone:
         # most tokens.
         return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
 
+    def check_packing(self, role: str, positions: Tensor | None, mask: Any) -> None:
+        """Raise where a row holds several texts and the model would read them as one.
+
+        Args:
+            role: what to call the model in the message.
+            positions: (B or 1, T) of this call, or None; they begin anew with each text.
+            mask: of all tokens so far, (B, past + T), or what else tells padding.
+
+        Raises:
+            DataError: for such rows.
+        """
+        if positions is None or positions.ndim != 2 or positions.shape[1] < 2 or torch.compiler.is_compiling():
+            return
+        if self.packs:
+            return
+        anew = positions[:, 1:] < positions[:, :-1]
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -positions.shape[1] :].bool().to(positions.device)
+            anew = anew & real[:, 1:] & real[:, :-1]
+        if bool(anew.any()):
+            raise DataError(
+                f"Each row must hold one text, because the {role} ({type(self.decoder).__name__}) does not keep apart "
+                f"texts whose positions begin anew within a row, but some do: switch packing and padding_free off."
+            )
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether positions that begin anew within a row keep its texts apart; tried out once."""
+        ids = torch.arange(4, device=_device(self.decoder))[None] % self.vocab_size
+        place = torch.tensor([[0, 1, 0, 1]], device=ids.device)
+        try:
+            beside = self._layer_outputs(ids, "model", None, place)
+            alone = self._layer_outputs(ids[:, 2:], "model", None, place[:, 2:])
+        except ModelError:
+            return True  # it cannot be tried out, and the call itself will say why; it is asked once
+        half = alone[0].dtype not in (torch.float32, torch.float64)
+        tolerance = PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE
+        one, other = alone[0].float(), beside[0][:, 2:].float()
+        # The first layer tells, and is the one that rounding reaches least.
+        return bool((one - other).abs().max() <= tolerance * one.abs().max())
+
     def positions(self, ids: Tensor, mask: Any) -> Tensor | None:
         """Positions (B, T) that the model has to be given, counted over real tokens; None where it counts by itself.
 
@@ -229,10 +270,11 @@ class Backbone:
                 depends on a later token.
         """
         ids = torch.arange(6, device=_device(self.decoder)).view(2, 3) % self.vocab_size
-        first = self._layer_outputs(ids, role)
+        everything = torch.ones_like(ids)
+        first = self._layer_outputs(ids, role, everything)
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
-        second = self._layer_outputs(changed, role)
+        second = self._layer_outputs(changed, role, everything)
         name = type(self.decoder).__name__
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             if not isinstance(a, Tensor) or a.shape != (2, 3, self.size):
@@ -249,16 +291,16 @@ class Backbone:
                     f"use a decoder, or set is_decoder=True in its configuration if it has that setting."
                 )
 
-    def _layer_outputs(
-        self, ids: Tensor, role: str, mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> list[Any]:
+    def _layer_outputs(self, ids: Tensor, role: str, mask: Tensor | None, positions: Tensor | None = None) -> list[Any]:
         outputs: list[Any] = []
         handles = [
             layer.register_forward_hook(lambda _m, _a, out: outputs.append(state_of(out))) for layer in self.layers
         ]
         training = {module: module.training for module in self.decoder.modules()}
         self.decoder.eval()
-        given: dict[str, Any] = {"attention_mask": torch.ones_like(ids) if mask is None else mask}
+        given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if self.takes_use_cache:
+            given["use_cache"] = False
         if positions is not None and self.takes_positions:
             given["position_ids"] = positions + self.first_position
         try:

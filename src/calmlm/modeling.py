@@ -431,7 +431,8 @@ class CalmModel(CalmPreTrainedModel):
         if cache is not None:
             check_turn(self.turns_at, cache, inputs.ids.shape[1], inputs.positions)
         backbone.check_padding("anchor", inputs.mask)
-        backbone.check_packing("anchor", inputs.positions, inputs.mask)
+        if cache is None:  # with one, transformers takes a row for one text
+            backbone.check_packing("anchor", inputs.positions, inputs.mask)
         positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
         backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
         call = self.begin(inputs, cache)

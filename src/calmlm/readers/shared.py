@@ -66,7 +66,8 @@ class SharedReader(Common):
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
         positions = positions if positions is None else positions[..., read:]
         self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
-        self.backbone.check_packing(f"augmenting model {self.name!r}", inputs.positions, inputs.mask)
+        if past.own is None:
+            self.backbone.check_packing(f"augmenting model {self.name!r}", inputs.positions, inputs.mask)
         length = length_of(ids, inputs.mask, past.own)
         self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
         return base_arguments(

@@ -62,8 +62,9 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def shows_data(rows: list[dict[str, Any]]) -> bool:
-    """Whether there is something to draw over the size of D_C."""
-    return any(row["method"] in _SHARES for row in rows)
+    """Whether there is something to draw over the size of D_C: key-value arithmetic with two sizes of it or more."""
+    found = {row["method"] for row in rows if row["task"].startswith("kv_arithmetic/")}
+    return len(found & _SHARES.keys()) > 1
 
 
 def _saved(figure: Any, pyplot: Any, path: Path) -> Path:

@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 import calmlm
 from calmlm.rewriting import Rewriter, Rewriting, class_of, literal_encoder
 from compositions import assert_close, awaken, greedy_without_cache, logits_of, pad
 from tiny import tiny_model
-from tokenizers_tiny import AWKWARD, KINDS, tokenizer
+from tokenizers_tiny import AWKWARD, KINDS, first_space_only, tokenizer
 
 # One of these tokenizers has tokens that reach across words: its model reads late, and no less.
 pytestmark = pytest.mark.filterwarnings("ignore:The augmenting tokenizer has tokens that reach across")
@@ -155,11 +154,7 @@ def test_batches_and_beams_equal_their_references(model: Any) -> None:
 
 def test_the_first_space_is_put_once_in_a_text() -> None:
     """With ``prepend_scheme="first"`` nothing is put before what follows a special token."""
-    theirs = copy.deepcopy(tokenizer("sentencepiece"))
-    data = json.loads(theirs.backend_tokenizer.to_str())
-    data["normalizer"] = None
-    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    theirs._tokenizer = Tokenizer.from_str(json.dumps(data))
+    theirs = first_space_only(copy.deepcopy(tokenizer("sentencepiece")))
     writer = Rewriter(Rewriting.between(tokenizer("bytes"), theirs, "retokenize", None))
     text = "x</s>hi</s>"
     written = [index for index, _ in writer.write(tokenizer("bytes")(text).input_ids)]

@@ -88,6 +88,14 @@ def test_a_saved_composition_loads(name: str, role: str, tmp_path: Path) -> None
     assert reloaded(*(models if role == "anchor" else reversed(models)), tmp_path) == 0
 
 
+def assert_rows_as_alone(model: calmlm.CalmForCausalLM, rows: list[Tensor], side: str) -> None:
+    """Rows padded on one side have the logits that each of them has alone."""
+    ids, mask = pad(rows, side)
+    found = logits_of(model, ids, mask)
+    for row, text in enumerate(rows):
+        assert_close(found[row][mask[row].bool()], logits_of(model, text[None])[0], 1e-4)
+
+
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "data2vec-text"])
 class TestPositionsBehindThePadding:
     """RoBERTa's first token stands at position ``padding_idx + 1``."""
@@ -104,10 +112,7 @@ class TestPositionsBehindThePadding:
         model = awaken(calmlm.compose(*(models if role == "anchor" else reversed(models)), 2))
         rows = [tiny_tokens(1, length, seed=length)[0] for length in (9, 4)]
         for side in ("left", "right"):
-            ids, mask = pad(rows, side)
-            found = logits_of(model, ids, mask)
-            for row, text in enumerate(rows):
-                assert_close(found[row][mask[row].bool()], logits_of(model, text[None])[0], 1e-4)
+            assert_rows_as_alone(model, rows, side)
         ids, mask = pad(rows, "left")
         written = model.generate(ids, attention_mask=mask, max_new_tokens=5, **GREEDY)
         assert torch.equal(written, greedy_without_cache(model, ids, 5, mask))
@@ -119,23 +124,15 @@ class TestPositionsBehindThePadding:
             model(tiny_tokens(1, 127))
 
 
-def left_and_right(model: calmlm.CalmForCausalLM) -> list[Tensor]:
-    """Largest difference between a padded row and the row alone, padded on the right."""
-    rows = [tiny_tokens(1, length, seed=length)[0] for length in (9, 4)]
-    ids, mask = pad(rows, "right")
-    found = logits_of(model, ids, mask)
-    for row, text in enumerate(rows):
-        assert_close(found[row][mask[row].bool()], logits_of(model, text[None])[0], 1e-4)
-    return list(pad(rows, "left"))
-
-
 @pytest.mark.parametrize("role", ["anchor", "augmenting"])
 @pytest.mark.parametrize("family", ["bart", "rwkv"])
 def test_padding_that_a_model_counts_is_refused_on_the_left_alone(family: str, role: str) -> None:
     sizes = BART if family == "bart" else {"hidden_size": 32, "num_hidden_layers": 4, "attention_hidden_size": 32}
     models = [other(family, **sizes), tiny_model("llama", seed=2)]
     model = awaken(calmlm.compose(*(models if role == "anchor" else reversed(models)), 2))
-    ids, mask = left_and_right(model)
+    rows = [tiny_tokens(1, length, seed=length)[0] for length in (9, 4)]
+    assert_rows_as_alone(model, rows, "right")
+    ids, mask = pad(rows, "left")
     with pytest.raises(calmlm.DataError) as error:
         logits_of(model, ids, mask)
     assert_helpful(error.value, "left", role)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
@@ -17,7 +16,7 @@ from calmlm.rewriting import Rewriter, Rewriting
 from calmlm.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from tiny import CHAT_TEMPLATE, tiny_model
-from tokenizers_tiny import tokenizer
+from tokenizers_tiny import first_space_only, tokenizer
 
 # One of these tokenizers has tokens that reach across words: its model reads late, and no less.
 pytestmark = pytest.mark.filterwarnings("ignore:The augmenting tokenizer has tokens that reach across")
@@ -284,12 +283,7 @@ def test_faults_are_named() -> None:
 def sentencepiece_like(kind: str) -> Any:
     """A tokenizer that puts a space before a text, or before every part of one, with ChatML's marks."""
     made = chatty("sentencepiece", "chatml")
-    if kind == "first":
-        data = json.loads(made.backend_tokenizer.to_str())
-        data["normalizer"] = None
-        data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-        made._tokenizer = Tokenizer.from_str(json.dumps(data))
-    return made
+    return first_space_only(made) if kind == "first" else made
 
 
 @pytest.mark.parametrize("method", ["transcode", "retokenize"])

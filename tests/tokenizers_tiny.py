@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -102,3 +103,12 @@ KINDS = {
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """The tokenizer of this kind."""
     return _wrapped(KINDS[kind]())
+
+
+def first_space_only(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Let a tokenizer of SentencePiece's kind put its own space before a text alone, not before every part of one."""
+    data = json.loads(made.backend_tokenizer.to_str())
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    made._tokenizer = Tokenizer.from_str(json.dumps(data))
+    return made

@@ -26,6 +26,9 @@ PROBE_TOLERANCE = 1e-4
 PROBE_TOLERANCE_HALF = 1e-2
 PADDING_TOLERANCE, PADDING_TOLERANCE_HALF = 1e-3, 5e-2
 
+Row = tuple[Tensor, Tensor | None, Tensor | None]
+"""Ids, mask and positions of a row that is tried out."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -193,21 +196,15 @@ class Backbone:
     def pads_left(self) -> bool:
         """Whether padding on the left of a text leaves what the model reads in it as it is; tried out once."""
         ids = torch.arange(5, device=_device(self.decoder))[None] % self.vocab_size
-        padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
-        try:
-            alone, beside = (
-                self._layer_outputs(one, "model", keep, self.positions(one, keep))
-                for one, keep in ((ids, torch.ones_like(ids)), (padded, mask))
-            )
-        except ModelError:
-            return True  # it cannot be tried out, and the call itself will say why; it is asked once
-        differences = torch.stack(
-            [
-                (a.float() - b[:, 2:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
-                for a, b in zip(alone, beside, strict=True)
-            ]
+        everything = torch.ones_like(ids)
+        padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(everything, (2, 0))
+        found = self._differences(
+            (ids, everything, self.positions(ids, everything)), (padded, mask, self.positions(padded, mask))
         )
-        if alone[0].dtype in (torch.float32, torch.float64):
+        if found is None:
+            return True
+        differences, half = found
+        if not half:
             return bool(differences.max() <= PADDING_TOLERANCE)
         # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
         # most tokens.
@@ -243,16 +240,33 @@ class Backbone:
         """Whether positions that begin anew within a row keep its texts apart; tried out once."""
         ids = torch.arange(4, device=_device(self.decoder))[None] % self.vocab_size
         place = torch.tensor([[0, 1, 0, 1]], device=ids.device)
-        try:
-            beside = self._layer_outputs(ids, "model", None, place)
-            alone = self._layer_outputs(ids[:, 2:], "model", None, place[:, 2:])
-        except ModelError:
-            return True  # it cannot be tried out, and the call itself will say why; it is asked once
-        half = alone[0].dtype not in (torch.float32, torch.float64)
-        tolerance = PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE
-        one, other = alone[0].float(), beside[0][:, 2:].float()
+        found = self._differences((ids[:, 2:], None, place[:, 2:]), (ids, None, place))
+        if found is None:
+            return True
+        differences, half = found
         # The first layer tells, and is the one that rounding reaches least.
-        return bool((one - other).abs().max() <= tolerance * one.abs().max())
+        return bool(differences[0].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
+
+    def _differences(self, alone: Row, beside: Row) -> tuple[Tensor, bool] | None:
+        """How far a text's states lie from those of the same text at the end of a longer row.
+
+        Args:
+            alone, beside: ids (1, T), mask and positions of each.
+
+        Returns:
+            (layers, T), relative to the largest value of a layer, and whether the model computes in half precision;
+            None where it cannot be tried out, and the call itself will say why.
+        """
+        try:
+            first, second = (self._layer_outputs(ids, "model", mask, places) for ids, mask, places in (alone, beside))
+        except ModelError:
+            return None
+        length = alone[0].shape[1]
+        differences = [
+            (a.float() - b[:, -length:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
+            for a, b in zip(first, second, strict=True)
+        ]
+        return torch.stack(differences), first[0].dtype not in (torch.float32, torch.float64)
 
     def positions(self, ids: Tensor, mask: Any) -> Tensor | None:
         """Positions (B, T) that the model has to be given, counted over real tokens; None where it counts by itself.

@@ -59,8 +59,7 @@ def write_atomically(path: Path, write: Writer) -> None:
 def probe_folder(folder: Path) -> None:
     """Make a folder if it is missing, and raise an OSError unless it can be written to."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    probe_place(folder)
 
 
 def probe_place(folder: Path) -> None:

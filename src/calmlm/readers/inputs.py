@@ -166,7 +166,9 @@ def base_arguments(
     return arguments
 
 
-def positions_for(backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any) -> Any:
+def positions_for(
+    backbone: Backbone, position_ids: Tensor | None, input_ids: Tensor, attention_mask: Any
+) -> Tensor | None:
     """The positions that one base model gets: the caller's, or counted over real tokens where the model needs that."""
     return position_ids if position_ids is not None else backbone.positions(input_ids, attention_mask)
 

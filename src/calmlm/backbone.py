@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -307,9 +308,13 @@ class Backbone:
 
     def _layer_outputs(self, ids: Tensor, role: str, mask: Tensor | None, positions: Tensor | None = None) -> list[Any]:
         outputs: list[Any] = []
-        handles = [
-            layer.register_forward_hook(lambda _m, _a, out: outputs.append(state_of(out))) for layer in self.layers
-        ]
+        own = threading.get_ident()
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() == own:  # another thread's call may be under way
+                outputs.append(state_of(output))
+
+        handles = [layer.register_forward_hook(keep) for layer in self.layers]
         training = {module: module.training for module in self.decoder.modules()}
         self.decoder.eval()
         given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}

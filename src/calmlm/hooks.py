@@ -2,11 +2,12 @@
 
 The hooks are plain callable objects, so that a composition can be copied and pickled, and the bases' own state-dict
 names stay as they are. All state of a call lives in one ``Call`` object that the model puts into the ``Slot`` which its
-hooks share, and takes out when the call ends.
+hooks share, and takes out when the call ends; each thread has its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,18 +57,14 @@ class Call:
     composed: Tensor | None = None
 
 
-class Slot:
-    """Where hooks find the call in progress, if there is one."""
+class Slot(threading.local):
+    """Where hooks find the call that their thread is in, if it is in one; a copy is empty."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        memo[id(self)] = copy = Slot()
-        return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"call": None}
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()
 
 
 class CaptureHook:

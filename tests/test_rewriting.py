@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import calmlm
-from calmlm.rewriting import Rewriter, Rewriting, class_of, literal_encoder
+from calmlm.boundaries import class_of, literal_encoder
+from calmlm.rewriter import Rewriter
+from calmlm.rewriting import Rewriting
 from compositions import assert_close, awaken, greedy_without_cache, logits_of, pad
 from tiny import tiny_model
 from tokenizers_tiny import AWKWARD, KINDS, first_space_only, tokenizer

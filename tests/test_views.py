@@ -12,7 +12,8 @@ import torch
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
-from calmlm.rewriting import Rewriter, Rewriting
+from calmlm.rewriter import Rewriter
+from calmlm.rewriting import Rewriting
 from calmlm.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from tiny import CHAT_TEMPLATE, tiny_model

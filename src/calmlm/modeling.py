@@ -39,7 +39,8 @@ from calmlm.readers import (
     positions_for,
 )
 from calmlm.recurrent import check_continues
-from calmlm.rewriting import Rewriter, Rewriting
+from calmlm.rewriter import Rewriter
+from calmlm.rewriting import Rewriting
 from calmlm.transcoding import Transcoder
 from calmlm.turning import check_turn
 

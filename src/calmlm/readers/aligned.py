@@ -13,7 +13,7 @@ from calmlm.frontier import NOBODY
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
-from calmlm.rewriting import Rewriter
+from calmlm.rewriter import Rewriter
 from calmlm.transcoding import Block, Transcoder
 
 

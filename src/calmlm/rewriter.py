@@ -5,7 +5,11 @@ What a token adds to the stream depends on the tokens up to it alone: it grows a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -16,10 +20,13 @@ from calmlm.boundaries import class_of, literal_encoder
 from calmlm.rewriting import Rewriting
 from calmlm.spelling import in_word, token_bytes
 from calmlm.transcoding import Block, block_of
-from calmlm.views import Event, Template
+from calmlm.views import Event, Reading, Template
 from calmlm.writing import Writer
 
 CONTEXT = 24  # characters before a segment that its tokens may depend on
+KEPT = 1024  # places of texts from which writing can go on, over all rows
+LATEST = 16  # tokens of a call after which such a place is kept: a draft may be taken back to any of them
+PARTS = 1 << 16  # pieces of text whose tokens are kept
 
 
 class Rewriter(nn.Module):
@@ -46,10 +53,14 @@ class Rewriter(nn.Module):
         self.stable = set(given.stable)
         self.pieces = token_bytes(tokenizer, "augmenting model") if given.own_template is not None else []
         self.raw = self.writer.write(b"\xf0") is not None  # whether it can write parts of characters
+        self.write_piece = lru_cache(PARTS)(self.writer.write)
+        self._places: dict[bytes, _Stream] = {}
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tokenizers are made again when the model is copied or unpickled.
-        return {key: value for key, value in self.__dict__.items() if key not in ("writer", "encode")}
+        # Tokenizers, and what they have written, are made again when the model is copied or unpickled.
+        made = ("writer", "encode", "write_piece", "_places", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -64,46 +75,44 @@ class Rewriter(nn.Module):
             previous: (B, P) int64, all real anchor ids before these, the latest last; negative where there are none.
         """
         rows = []
-        for row, keep, past in zip(ids.tolist(), real.tolist(), previous.tolist(), strict=True):
-            past = [index for index in past if index >= 0]
+        for row, keep, before in zip(ids.tolist(), real.tolist(), previous.cpu(), strict=True):
+            past = before[before >= 0].long().numpy()
+            key = hashlib.blake2b(past.tobytes(), digest_size=16)
+            stream = self._at(key.digest())
+            if stream is None:
+                stream = _Stream(self)
+                for token in past.tolist():
+                    stream.take(token)
             columns = [column for column, is_real in enumerate(keep) if is_real]
-            written = self.write([*past, *(row[column] for column in columns)])
-            rows.append([(token, columns[at - len(past)]) for token, at in written if at >= len(past)])
+            written: list[tuple[int, int]] = []
+            for place, column in enumerate(columns):
+                written += [(token, column) for token in stream.take(row[column])]
+                if not self.training:
+                    key.update(row[column].to_bytes(8, "little"))
+                    if place >= len(columns) - LATEST:
+                        self._keep(key.digest(), copy.copy(stream))
+            rows.append(written)
         return block_of(rows, self.alignment.alignment.fill, ids)
+
+    def _at(self, key: bytes) -> _Stream | None:
+        """The stream behind a text that ended a call, or nearly: generation goes on there."""
+        with self._lock:
+            found = self._places.get(key)
+        return None if found is None else copy.copy(found)
+
+    def _keep(self, key: bytes, stream: _Stream) -> None:
+        with self._lock:
+            self._places.pop(key, None)
+            self._places[key] = stream
+            if len(self._places) > KEPT:
+                del self._places[next(iter(self._places))]
 
     def write(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The augmenting tokens of one text, each with the position of the anchor token that brings it."""
-        given, run, messages = self.alignment, _Run(self), 0
-        for event in self._events(ids):
-            if event.kind == "text":
-                run.feed(event)
-            elif event.kind == "special":
-                run.end(event.owner)
-                assert event.token is not None
-                usual = given.alignment.body[event.token]
-                # One token may be both the beginning and the end of a text: its place tells.
-                run.add(given.alignment.start.get(event.token, usual) if event.owner == 0 else usual, event.owner)
-            elif event.kind == "open":
-                self._open(run, event, first=messages == 0)
-                messages += 1
-            else:
-                run.flush(event.owner)
-                if given.own_template is not None:
-                    run.enter(given.own_template.closings.get(event.role, ()), event.owner)
-        return run.out
+        stream = _Stream(self)
+        return [(token, owner) for owner, index in enumerate(ids) for token in stream.take(index)]
 
-    def _open(self, run: _Run, event: Event, *, first: bool) -> None:
-        """Write what the augmenting model reads where a message begins."""
-        own, begin = self.alignment.own_template, self.alignment.begin
-        run.flush(event.owner)
-        if own is not None:
-            run.enter(self._opening(own, event.role, first), event.owner)
-        elif not first:
-            run.write(b"\n", event.owner)  # keeps the messages apart
-        elif begin is not None:
-            run.add((begin,), event.owner)
-
-    def _opening(self, own: Template, role: str, first: bool) -> Sequence[int]:
+    def opening(self, own: Template, role: str, first: bool) -> Sequence[int]:
         if not first or role in own.beginnings:
             return own.beginnings[role] if first else own.openings.get(role, ())
         # Begun as no sample was: with what conversations begin with, and the role's own mark.
@@ -119,17 +128,66 @@ class Rewriter(nn.Module):
         special = [place for place, index in enumerate(opening) if self.pieces[index] is None]
         return opening[special[0] :] if special else opening
 
-    def _events(self, ids: Sequence[int]) -> Any:
-        pieces = self.alignment.pieces
-        if self.alignment.anchor_template is not None:
-            yield from self.alignment.anchor_template.events(ids, pieces)
+
+class _Stream:
+    """One text as far as it has come: where it is in the anchor's template, and what is being written."""
+
+    def __init__(self, rewriter: Rewriter) -> None:
+        self.rewriter = rewriter
+        template = rewriter.alignment.anchor_template
+        self.reading = None if template is None else Reading(template)
+        self.run = _Run(rewriter)
+        self.taken = self.messages = 0  # tokens and messages so far
+
+    def __copy__(self) -> _Stream:
+        new = object.__new__(_Stream)
+        vars(new).update(vars(self), reading=copy.copy(self.reading), run=copy.copy(self.run))
+        return new
+
+    def take(self, token: int) -> list[int]:
+        """The augmenting tokens that one more token of the anchor brings."""
+        given, run = self.rewriter.alignment, self.run
+        run.out = []
+        for event in self._events(token):
+            if event.kind == "text":
+                run.feed(event.text)
+            elif event.kind == "special":
+                run.end()
+                assert event.token is not None
+                usual = given.alignment.body[event.token]
+                # One token may be both the beginning and the end of a text: its place tells.
+                run.add(given.alignment.start.get(event.token, usual) if self.taken == 0 else usual)
+            elif event.kind == "open":
+                self._open(event.role)
+                self.messages += 1
+            else:
+                run.flush()
+                if given.own_template is not None:
+                    run.enter(given.own_template.closings.get(event.role, ()))
+        self.taken += 1
+        return run.out
+
+    def _open(self, role: str) -> None:
+        """Write what the augmenting model reads where a message begins."""
+        own, begin, first = self.rewriter.alignment.own_template, self.rewriter.alignment.begin, self.messages == 0
+        self.run.flush()
+        if own is not None:
+            self.run.enter(self.rewriter.opening(own, role, first))
+        elif not first:
+            self.run.write(b"\n")  # keeps the messages apart
+        elif begin is not None:
+            self.run.add((begin,))
+
+    def _events(self, token: int) -> Iterator[Event]:
+        pieces = self.rewriter.alignment.pieces
+        if self.reading is not None:
+            yield from self.reading.events(self.taken, token, pieces)
             return
-        for owner, token in enumerate(ids):
-            piece = pieces[token] if token < len(pieces) else b""
-            if piece is None:
-                yield Event("special", owner, token=token)
-            elif piece:
-                yield Event("text", owner, piece)
+        piece = pieces[token] if token < len(pieces) else b""
+        if piece is None:
+            yield Event("special", self.taken, token=token)
+        elif piece:
+            yield Event("text", self.taken, piece)
 
 
 class _Run:
@@ -137,7 +195,7 @@ class _Run:
 
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter = rewriter
-        self.out: list[tuple[int, int]] = []
+        self.out: list[int] = []  # what the latest token has brought
         self.raw = b""  # bytes that are no whole character yet
         self.text = ""  # characters that are not written yet
         self.before = ""  # characters that are, as far as they matter
@@ -145,51 +203,51 @@ class _Run:
         self.fed = self.started = False  # whether this one has been given bytes, and has written any
         self.segment = True  # whether its first word stands where the tokenizer puts a space of its own
 
-    def add(self, ids: Sequence[int], owner: int) -> None:
+    def add(self, ids: Sequence[int]) -> None:
         """Tokens that are no text."""
-        self.out += [(index, owner) for index in ids]
+        self.out += ids
 
-    def feed(self, event: Event) -> None:
+    def feed(self, text: bytes) -> None:
         """Bytes of the text."""
-        text = event.text if self.fed else self._undummied(event.text)
+        text = text if self.fed else self._undummied(text)
         self.fed = True
         if self.rewriter.alignment.method == "transcode" and (self.rewriter.raw or self._whole(text)):
-            self.write(text, event.owner)
+            self.write(text)
             return
         self.raw += text
         whole, self.raw = _split(self.raw)
         for part, is_text in whole:
             if not is_text:
-                self._cut(event.owner)
-                self.write(part, event.owner)
+                self._cut()
+                self.write(part)
             elif self.rewriter.alignment.method == "transcode":
-                self.write(part, event.owner)
+                self.write(part)
             else:
-                self._characters(part.decode(), event.owner)
+                self._characters(part.decode())
 
-    def flush(self, owner: int) -> None:
+    def flush(self) -> None:
         """Write what was put off."""
-        self._cut(owner)
+        self._cut()
         if self.raw:
-            self.write(self.raw, owner)
+            self.write(self.raw)
         self.raw = b""
 
-    def end(self, owner: int) -> None:
+    def end(self) -> None:
         """No more bytes come."""
-        self.flush(owner)
+        self.flush()
         self.runs += self.started
         self.before, self.fed, self.started = "", False, False
         self.segment = self.runs == 0 or self.rewriter.writer.spelling.every_segment
 
-    def enter(self, ids: Sequence[int], owner: int) -> None:
+    def enter(self, ids: Sequence[int]) -> None:
         """Tokens of a chat template: special ones, and text, which the text of a message follows."""
         pieces = self.rewriter.pieces
         for index in ids:
-            self.add((index,), owner)
+            self.add((index,))
             piece = pieces[index]
             if piece is None:
                 self.started = True
-                self.end(owner)
+                self.end()
             else:
                 self.started, self.before = True, (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 
@@ -202,36 +260,36 @@ class _Run:
     def _whole(self, piece: bytes) -> bool:
         return not self.raw and _split(piece) == ([(piece, True)], b"")
 
-    def _characters(self, text: str, owner: int) -> None:
+    def _characters(self, text: str) -> None:
         for character in text:
             if self.text and (class_of(self.text[-1]), class_of(character)) in self.rewriter.stable:
-                self._cut(owner)
+                self._cut()
             self.text += character
 
-    def _cut(self, owner: int) -> None:
+    def _cut(self) -> None:
         """Write the characters up to here, as the tokenizer does in their place."""
         if not self.text:
             return
         encode = self.rewriter.encode
         if not self.started and not self.segment:  # its tokenizer would begin a text
-            self.write(self.text.encode(), owner)
+            self.write(self.text.encode())
             self.text = ""
             return
         whole, lead = encode(self.before + self.text), encode(self.before) if self.before else []
         if whole[: len(lead)] == lead:
-            self.add(whole[len(lead) :], owner)
+            self.add(whole[len(lead) :])
             self.started = True
         else:
-            self.write(self.text.encode(), owner)
+            self.write(self.text.encode())
         self.before, self.text = (self.before + self.text)[-CONTEXT:], ""
 
-    def write(self, piece: bytes, owner: int) -> None:
+    def write(self, piece: bytes) -> None:
         """Write bytes by themselves."""
         writer = self.rewriter.writer
         first = not self.started and self.segment
         new_word = writer.spelling.kind == "wordpiece" and not in_word(self.before[-1:])
-        ids = writer.write(piece, start=first or new_word)
-        self.add(self.rewriter.alignment.alignment.unknown if ids is None else ids, owner)
+        ids = self.rewriter.write_piece(piece, first or new_word)
+        self.add(self.rewriter.alignment.alignment.unknown if ids is None else ids)
         self.started = True
         self.before = (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 

@@ -188,23 +188,12 @@ class Template:
             ids: its token ids; what a token brings depends on it and on those before it alone.
             pieces: the bytes of the tokens, None for special ones.
         """
-        reading = _Reading(self)
+        reading = Reading(self)
         for owner, token in enumerate(ids):
-            piece = pieces[token] if 0 <= token < len(pieces) else b""
-            symbols = (BYTES + token,) if piece is None else tuple(piece)
-            parts = [part for symbol in symbols for part in reading.take(symbol)]
-            run: list[int] = []
-            for part in parts:
-                if isinstance(part, int):
-                    run.append(part)
-                    continue
-                yield from _content(run, owner)
-                run = []
-                yield Event(part[0], owner, role=part[1])
-            yield from _content(run, owner)
+            yield from reading.events(owner, token, pieces)
 
 
-class _Reading:
+class Reading:
     """Where in a template a conversation is."""
 
     def __init__(self, template: Template) -> None:
@@ -216,7 +205,27 @@ class _Reading:
         self.held: list[int] = []  # of content, may be the start of a closing or of a tail
         self.longest = max(len(opening) for opening in template.openings.values())
 
-    def take(self, symbol: int) -> list[Any]:
+    def __copy__(self) -> Reading:
+        new = object.__new__(Reading)
+        vars(new).update(vars(self), held=list(self.held))
+        return new
+
+    def events(self, owner: int, token: int, pieces: Pieces) -> Iterator[Event]:
+        """What one more token settles, as in ``Template.events``."""
+        piece = pieces[token] if 0 <= token < len(pieces) else b""
+        symbols = (BYTES + token,) if piece is None else tuple(piece)
+        parts = [part for symbol in symbols for part in self._take(symbol)]
+        run: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                run.append(part)
+                continue
+            yield from _content(run, owner)
+            run = []
+            yield Event(part[0], owner, role=part[1])
+        yield from _content(run, owner)
+
+    def _take(self, symbol: int) -> list[Any]:
         """What one more symbol settles: symbols of content, and (kind, role) where a message opens or closes."""
         if self.role is None:
             self.seen = [*self.seen, symbol][-self.longest :]
@@ -233,7 +242,7 @@ class _Reading:
             whole = [tail for tail in self.tails if tuple(self.held[: len(tail)]) == tail]
             again = self.held[max(map(len, whole), default=0) :]
             self.held, self.tails = [], []
-            return [part for one in again for part in self.take(one)]
+            return [part for one in again for part in self._take(one)]
         closing = self.template.closings[self.role]
         free: list[Any] = []
         while self.held and tuple(self.held) != closing[: len(self.held)]:

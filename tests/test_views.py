@@ -168,6 +168,43 @@ def test_several_paragraphs_are_one_message() -> None:
     assert theirs.decode([index for index, _ in writer.write(ids)]) == expected
 
 
+TALK = [
+    {"role": "user", "content": "12 + 34?"},
+    {"role": "assistant", "content": "let me see"},
+    {"role": "tool", "content": "it is 46"},
+    {"role": "assistant", "content": "46."},
+]
+
+
+def test_what_a_tool_answers_is_read() -> None:
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    written = [index for index, _ in writer.write(rendered(ours, TALK))]
+    assert theirs.decode(written) == "\n".join(message["content"] for message in TALK)
+
+
+def test_an_answer_within_the_users_message_is_a_part_of_it() -> None:
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    ours.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}"
+        "{{ '<|im_start|>user\n<answer>\n' + m['content'] + '\n</answer><|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    written = theirs.decode([index for index, _ in writer.write(rendered(ours, TALK))])
+    assert written == "12 + 34?\nlet me see\n<answer>\nit is 46\n</answer>\n46."
+
+
+def test_an_answer_in_the_own_template() -> None:
+    ours = chatty("bytes", "chatml")
+    for own, role in (("headers", "tool"), ("instructions", "user")):  # the latter has no tools
+        theirs = chatty("bytes-large", own)
+        writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+        written = theirs.decode([index for index, _ in writer.write(rendered(ours, TALK))])
+        assert written == theirs.decode(rendered(theirs, [*TALK[:2], TALK[2] | {"role": role}, TALK[3]]))
+
+
 def test_a_message_without_content_is_passed_over() -> None:
     ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
     writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))

@@ -163,7 +163,7 @@ class _Stream:
             else:
                 run.flush()
                 if given.own_template is not None:
-                    run.enter(given.own_template.closings.get(event.role, ()))
+                    run.enter(given.own_template.closings.get(self._own_role(event.role), ()))
         self.taken += 1
         return run.out
 
@@ -172,11 +172,16 @@ class _Stream:
         own, begin, first = self.rewriter.alignment.own_template, self.rewriter.alignment.begin, self.messages == 0
         self.run.flush()
         if own is not None:
-            self.run.enter(self.rewriter.opening(own, role, first))
+            self.run.enter(self.rewriter.opening(own, self._own_role(role), first))
         elif not first:
             self.run.write(b"\n")  # keeps the messages apart
         elif begin is not None:
             self.run.add((begin,))
+
+    def _own_role(self, role: str) -> str:
+        """Who speaks in the augmenting model's template: what it has no tools for, its user says."""
+        own = self.rewriter.alignment.own_template
+        return "user" if role == "tool" and own is not None and role not in own.closings else role
 
     def _events(self, token: int) -> Iterator[Event]:
         pieces = self.rewriter.alignment.pieces

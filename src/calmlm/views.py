@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.errors import ModelError
 
 VIEWS = ("bare", "template")
+KINDS = ("plain", "system", "tool")
+"""Of conversations that a template is read off from."""
 BYTES = 256
 """Symbols below this are bytes; a special token is this and its id."""
 Symbols: TypeAlias = tuple[int, ...]
@@ -26,7 +28,12 @@ Pieces: TypeAlias = Sequence[bytes | None]
 
 _SPACES = frozenset(b" ")
 _BLANK = frozenset(b" \t\r\n")
-_MESSAGES = {"system": ("qxasystem",), "user": ("qxbfirst", "qxbsecond"), "assistant": ("qxcfirst", "qxcsecond")}
+_MESSAGES = {
+    "system": ("qxasystem",),
+    "user": ("qxbfirst", "qxbsecond"),
+    "assistant": ("qxcfirst", "qxcsecond"),
+    "tool": ("qxdfirst",),
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,15 @@ class Template:
             ModelError: when there is no template, or it does not say where a message begins and ends.
         """
         _check_template(tokenizer, role)
-        samples = [*_samples(tokenizer, pieces, system=False), *_samples(tokenizer, pieces, system=True)]
-        # A system message may stand within the first user message: then it is best read as a part of that.
-        for chosen in (samples, [sample for sample in samples if not sample.system]):
+        samples = [sample for kind in KINDS for sample in _samples(tokenizer, pieces, kind)]
+        # A system message may stand within the first user message, and what a tool answers within another one: then
+        # they are best read as parts of these.
+        without: tuple[set[str], ...] = (set(), {"tool"}, {"system"}, {"tool", "system"})
+        for chosen in ([sample for sample in samples if sample.kind not in left] for left in without):
             found = cls._derived(chosen)
             if found is not None and all(found._reads(sample, pieces) for sample in chosen if not sample.prompted):
-                lost = [s for s in samples if s.system and not s.prompted and not found._mentions(s, pieces)]
+                system = [sample for sample in samples if sample.kind == "system" and not sample.prompted]
+                lost = [sample for sample in system if not found._mentions(sample, pieces)]
                 if lost:
                     warnings.warn(
                         f"System messages cannot be told from the rest of the chat template of the {role}: the "
@@ -100,12 +110,9 @@ class Template:
         """
         _check_template(tokenizer, role)
         samples = [
-            sample
-            for system in (False, True)
-            for sample in _samples(tokenizer, pieces, system=system, ids=True)
-            if not sample.prompted
+            sample for kind in KINDS for sample in _samples(tokenizer, pieces, kind, ids=True) if not sample.prompted
         ]
-        if not samples or samples[0].system:
+        if not samples or samples[0].kind != "plain":
             raise ModelError(
                 f"augmenting_view='template' needs a chat template that messages can be written in, but that of the "
                 f"{role} refuses or changes them: use augmenting_view='bare'."
@@ -289,21 +296,18 @@ class _Sample:
     """A rendered conversation of messages that occur nowhere else.
 
     Attributes:
+        kind: one of ``KINDS``: with a system message, with a tool's answer, or neither.
         messages: what was rendered.
         prompted: whether the assistant is to speak next.
         ids: the rendered tokens.
         gaps: what stands before, between and after the messages, in symbols or in ids.
     """
 
+    kind: str
     messages: list[dict[str, str]]
     prompted: bool
     ids: list[int]
     gaps: list[Symbols]
-
-    @property
-    def system(self) -> bool:
-        """Whether it begins with a system message."""
-        return self.messages[0]["role"] == "system"
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
@@ -314,14 +318,15 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
         )
 
 
-def _samples(
-    tokenizer: PreTrainedTokenizerBase, pieces: Pieces, *, system: bool, ids: bool = False
-) -> Iterator[_Sample]:
+def _samples(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, ids: bool = False) -> Iterator[_Sample]:
     """Conversations as a tokenizer renders them, without those that its template refuses or changes."""
     turns = [{"role": role, "content": _MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
-    if system:
+    if kind == "system":
         first = {"role": "system", "content": _MESSAGES["system"][0]}
         wanted = [([first, *turns], False), ([first, *turns[:1]], True)]
+    elif kind == "tool":
+        answer = {"role": "tool", "content": _MESSAGES["tool"][0]}
+        wanted = [([*turns[:2], answer, turns[3]], False), ([*turns[:2], answer], True)]
     else:
         wanted = [(turns, False), (turns[:1], True), (turns[:3], True)]
     for messages, prompted in wanted:
@@ -333,7 +338,7 @@ def _samples(
             continue
         found = _gaps(list(rendered["input_ids"]), pieces, messages, ids)
         if found is not None:
-            yield _Sample(messages, prompted, list(rendered["input_ids"]), found)
+            yield _Sample(kind, messages, prompted, list(rendered["input_ids"]), found)
 
 
 def _gaps(ids: list[int], pieces: Pieces, messages: list[dict[str, str]], as_ids: bool) -> list[Symbols] | None:

@@ -24,7 +24,7 @@ from calmlm.views import Event, Reading, Template
 from calmlm.writing import Writer
 
 CONTEXT = 24  # characters before a segment that its tokens may depend on
-KEPT = 1024  # places of texts from which writing can go on, over all rows
+KEPT = 4096  # places of texts from which writing can go on, over all rows; more where there are more rows
 LATEST = 16  # tokens of a call after which such a place is kept: a draft may be taken back to any of them
 PARTS = 1 << 16  # pieces of text whose tokens are kept
 
@@ -90,7 +90,7 @@ class Rewriter(nn.Module):
                 if not self.training:
                     key.update(row[column].to_bytes(8, "little"))
                     if place >= len(columns) - LATEST:
-                        self._keep(key.digest(), copy.copy(stream))
+                        self._keep(key.digest(), copy.copy(stream), max(KEPT, 2 * len(ids)))
             rows.append(written)
         return block_of(rows, self.alignment.alignment.fill, ids)
 
@@ -100,11 +100,11 @@ class Rewriter(nn.Module):
             found = self._places.get(key)
         return None if found is None else copy.copy(found)
 
-    def _keep(self, key: bytes, stream: _Stream) -> None:
+    def _keep(self, key: bytes, stream: _Stream, most: int) -> None:
         with self._lock:
             self._places.pop(key, None)
             self._places[key] = stream
-            if len(self._places) > KEPT:
+            if len(self._places) > most:
                 del self._places[next(iter(self._places))]
 
     def write(self, ids: Sequence[int]) -> list[tuple[int, int]]:

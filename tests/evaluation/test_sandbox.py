@@ -25,6 +25,7 @@ from calmlm.evaluation.sandbox import run_python
         "from typing import List\ndef f(xs: List[int]) -> int:\n    return max(xs)\nassert f([1, 3, 2]) == 3",
         "open('notes.txt', 'w').write('x')\nassert open('notes.txt').read() == 'x'",
         "import dataclasses, datetime, decimal, fractions, statistics\nassert statistics.mean([1, 2, 3]) == 2",
+        "def f(xs: list): pass\nassert f.__annotations__['xs'] is list",
     ],
 )
 def test_right_programs_pass(code: str) -> None:
@@ -34,7 +35,16 @@ def test_right_programs_pass(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["assert 1 == 2", "1 / 0", "def f(:", "import sys; sys.exit(3)", "raise SystemExit(1)"]
+    "code",
+    [
+        "assert 1 == 2",
+        "1 / 0",
+        "def f(:",
+        "import sys; sys.exit(3)",
+        "raise SystemExit(1)",
+        "def f(xs: List[int]): pass",
+        "x = '\ud800'",
+    ],
 )
 def test_wrong_programs_fail(code: str) -> None:
     outcome = run_python(code)
@@ -249,6 +259,29 @@ def test_files_are_few_and_small(code: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert not run_python(code, seconds=3.0).passed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["_xxsubinterpreters", "_interpreters", "_testcapi", "sqlite3", "_sqlite3", "dbm.gnu"])
+def test_what_knows_no_audit_hook_cannot_be_imported(name: str) -> None:
+    """Interpreters of their own, and libraries that open files in C."""
+    outcome = run_python(f"import {name}")
+    assert not outcome.passed
+    assert "not allowed here" in outcome.output
+
+
+def test_a_folder_that_fills_up_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_DISK", 3 * 2**20)
+    code = "import os, time\nfor n in range(8):\n    open(str(n), 'wb').write(os.urandom(1 << 20))\ntime.sleep(20)"
+    start = time.monotonic()
+    outcome = run_python(code, seconds=30)
+    assert not outcome.passed
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.skipif(not Path("/usr/share/zoneinfo/Europe/Berlin").exists(), reason="the system has no time zones")
+def test_time_zones_can_be_read() -> None:
+    outcome = run_python("import zoneinfo\nassert zoneinfo.ZoneInfo('Europe/Berlin').key == 'Europe/Berlin'")
+    assert outcome.passed, outcome.output
 
 
 def test_an_end_that_holds_its_output_open_is_an_end() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 # Files and folders for which the program may ask, over its whole life.
 _CHANGES = 64
 
+_ZONES = "/usr/share/zoneinfo"  # which the program may read
+
 # Layer 1: what the kernel refuses, whatever the interpreter is made to do. Names that a kernel or a machine lacks are
 # passed over.
 _SYSTEM_CALLS = """
@@ -43,6 +45,7 @@ _BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16
 
 # Layer 2: what the interpreter refuses, by the names of its audit events.
 _FORBIDDEN = (
+    "sqlite3.", "cpython.PyInterpreterState",
     "socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
     "os.startfile", "os.kill", "os.killpg", "pty.", "shutil.rmtree", "os.chmod", "os.chown", "os.setxattr",
     "os.putenv", "ftplib.", "smtplib.", "urllib.", "http.", "telnetlib.", "imaplib.", "nntplib.", "poplib.",
@@ -58,6 +61,9 @@ _CHANGING = (
 _BLOCKED = (
     "ctypes", "_ctypes", "socket", "_socket", "subprocess", "_posixsubprocess", "multiprocessing", "_multiprocessing",
     "cffi", "_cffi_backend",
+    # Interpreters of their own have no audit hook, and databases open their files without one.
+    "interpreters", "_interpreters", "_xxsubinterpreters", "_interpchannels", "_xxinterpchannels", "_interpqueues",
+    "_testcapi", "_testinternalcapi", "sqlite3", "_sqlite3", "dbm", "_dbm", "_gdbm",
 )  # fmt: skip
 # Functions without an audit event that reach beyond the process or its files.
 _REMOVED = (
@@ -108,7 +114,7 @@ def landlock(system: Any, folder: str) -> None:
     if rules < 0:
         return
     reading = _EXECUTE | _READ | _LIST
-    wanted = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"), reading)
+    wanted = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", _ZONES), reading)
     wanted |= dict.fromkeys(libraries(), reading)
     wanted[folder] = reading & ~_EXECUTE | _WRITE | _REMOVE | _MAKE | _REFER | _TRUNCATE
     wanted |= dict.fromkeys(("/dev/null", "/dev/urandom", "/etc/ld.so.cache", "/etc/localtime"), _READ)
@@ -164,7 +170,7 @@ def confine(folder: str) -> None:
 
 def guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses what reaches beyond the folder."""
-    known_folders, real, refuse, remaining = tuple(libraries()), os.path.realpath, PermissionError, [_CHANGES]
+    known_folders, real, refuse, remaining = (*libraries(), _ZONES), os.path.realpath, PermissionError, [_CHANGES]
     decode, is_folder, base = os.fsdecode, os.path.isdir, os.path.basename
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -229,7 +235,7 @@ def main() -> None:
             if hasattr(module, name):
                 delattr(module, name)
     sys.modules.pop("resource", None)
-    code = compile(source, program, "exec")
+    code = compile(source, program, "exec", dont_inherit=True)  # or this file's own __future__ would hold for it
     flush, write = sys.stdout.flush, os.write
     sys.addaudithook(guard(folder))
     # Nothing of this module; and what a program does when it is called as one is not asked for.

@@ -4,7 +4,8 @@ The code runs in a process of its own, in a new session and a temporary folder t
 of ``calmlm.evaluation.confined``. Limits of the system hold time, memory and sizes of files. On Linux, Landlock keeps
 the process to its folder and the interpreter's own files, seccomp (through libseccomp) refuses what starts, signals and
 changes other processes or opens a socket, and a network namespace has no interface; each where the system has it. An
-audit hook refuses the same within the interpreter, on every system.
+audit hook refuses the same within the interpreter, on every system. Whatever way a program finds to fill its folder, it
+is stopped there. Threads cannot be started, so right programs that need them fail.
 
 A program may still lie about its success, since it is judged in its own process: it may find there what says that it
 came to its end. This is made for what a language model writes by mistake or by imitation; what an attacker has written
@@ -29,6 +30,8 @@ from typing import Any
 __all__ = ["Outcome", "run_python"]
 
 _LIMIT = 64 * 1024  # bytes of output that are kept
+_DISK = 80 * 2**20  # bytes that the folder may take
+_LOOK = 0.1  # seconds between looks at the folder
 _CHILD = Path(__file__).with_name("confined.py")
 
 
@@ -58,7 +61,7 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
     with tempfile.TemporaryDirectory(prefix="calmlm-", ignore_cleanup_errors=True) as folder:
         done = secrets.token_hex(16).encode() + b"\n"  # told to the child, which writes it back behind the last line
         program = Path(folder) / "program.py"
-        program.write_text(code, encoding="utf-8")
+        program.write_text(code, encoding="utf-8", errors="surrogatepass")  # which Python then does not read
         reading, writing = os.pipe()
         try:
             process = subprocess.Popen(
@@ -81,7 +84,7 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
             os.close(writing)
         try:
             with process, open(reading, "rb", buffering=0) as said:
-                timed_out, printed, ended = _watch(process, said, done, time.monotonic() + seconds)
+                timed_out, printed, ended = _watch(process, said, done, time.monotonic() + seconds, folder)
         finally:
             _kill(process)
     return Outcome(
@@ -91,20 +94,28 @@ def run_python(code: str, *, seconds: float = 5.0, memory: int = 512 * 2**20) ->
     )
 
 
-def _watch(process: subprocess.Popen[bytes], said: Any, done: bytes, until: float) -> tuple[bool, bytes, bool]:
-    """Wait for the end of a process: whether its time was up, what it printed, and whether it said ``done``."""
+def _watch(
+    process: subprocess.Popen[bytes], said: Any, done: bytes, until: float, folder: str
+) -> tuple[bool, bytes, bool]:
+    """Wait for the end of a process: whether its time was up, what it printed, and whether it said ``done``.
+
+    A process whose folder takes more than 80 MiB is stopped.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError), process.stdin:
         process.stdin.write(done)
-    printed, answer = bytearray(), bytearray()
+    printed, answer, look = bytearray(), bytearray(), 0.0
     with selectors.DefaultSelector() as selector:
         for stream, buffer, limit in ((process.stdout, printed, _LIMIT), (said, answer, len(done) + 1)):
             os.set_blocking(stream.fileno(), False)
             selector.register(stream.fileno(), selectors.EVENT_READ, (buffer, limit))
         while True:
             over = process.poll() is not None
-            timed_out = not over and time.monotonic() >= until
+            now = time.monotonic()
+            timed_out = not over and now >= until
+            if not over and now >= look:
+                over, look = _taken(folder) > _DISK, now + _LOOK
             if over or timed_out:
                 _kill(process)
             # After the end, once more what is left in the pipes; whoever else had them is gone by now.
@@ -116,6 +127,16 @@ def _watch(process: subprocess.Popen[bytes], said: Any, done: bytes, until: floa
                     selector.unregister(key.fd)
             if over or timed_out:
                 return timed_out, bytes(printed), bytes(answer) == done
+
+
+def _taken(folder: str) -> int:
+    """Bytes of a folder on the disk."""
+    found = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += os.lstat(os.path.join(here, name)).st_blocks * 512
+    return found
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

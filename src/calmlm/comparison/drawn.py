@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, set_seed
@@ -68,6 +69,12 @@ class DrawnDomain(TextDomain):
 
     def composition(self, count: int, purpose: str, **changes: Any) -> list[Row]:
         return self._draw(self.world.composed, purpose, count)
+
+    @cached_property
+    def shown(self) -> set[str]:
+        """The prompts of D_C: what m_B is to have kept is asked in others."""
+        rng, stage = self.world.rng("composition"), self.stage
+        return {self.world.composed(rng).prompt for _ in range(stage.steps * stage.batch_size)}
 
     def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
         preset = self.preset

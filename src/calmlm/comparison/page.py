@@ -74,8 +74,8 @@ BUILT_IN = [
     "read m_B's kind of text instead; the twin is trained for as many steps as m_A, which takes as many operations "
     "as continued pre-training. D_C holds some of what m_B knows already, as the paper's does: a fifth of it for keys, "
     "a third for languages, a sixth for code. So retained skills say what is kept by a method that goes on seeing "
-    "them. Continued pre-training, LoRA on m_A's corpus and the twin see that corpus alone, and what is merged with "
-    "the twin takes over what it has forgotten.",
+    "them, though in other items: none that is asked stands in D_C. Continued pre-training, LoRA on m_A's corpus and "
+    "the twin see that corpus alone, and what is merged with the twin takes over what it has forgotten.",
     "",
     "Learning rates: CALM's own for CALM and LoRA, 0.001 for what trains all weights of m_B, with CALM's weight "
     "decay; none was searched for. CALM's connections and what D_C is made of were settled on its own results with "

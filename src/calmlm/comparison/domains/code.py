@@ -33,7 +33,6 @@ class Code(DrawnDomain):
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.world: World = World(preset, seed)
-        self.items = self._items()
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
@@ -46,17 +45,24 @@ class Code(DrawnDomain):
             "library": Task("bits_per_byte", "augmenting"),
         }
 
-    def _items(self) -> dict[str, list[tuple[Example, Function | None]]]:
-        """Items: D_C shows none of these functions, nor their expressions under another name, and none comes twice."""
+    @cached_property
+    def items(self) -> dict[str, list[tuple[Example, Function | None]]]:
+        """Items: D_C shows none of these functions, nor their expressions under another name, and none comes twice; of
+        what m_B is to have kept, it shows none either.
+        """
         return {task: [items[index] for index in self.kept(items)] for task, items in self.drawn_items().items()}
 
     def kept(self, items: list[tuple[Example, Function | None]]) -> list[int]:
         """Which of the items that were drawn are asked."""
         prompts = [example.prompt for example, _ in items]
+
+        def unseen(example: Example, function: Function | None) -> bool:
+            return example.prompt not in self.shown if function is None else self.world.unseen(function)
+
         return [
             index
             for index, (example, function) in enumerate(items)
-            if prompts.index(example.prompt) == index and (function is None or self.world.unseen(function))
+            if prompts.index(example.prompt) == index and unseen(example, function)
         ]
 
     def drawn_items(self) -> dict[str, list[tuple[Example, Function | None]]]:

@@ -17,7 +17,7 @@ from calmlm.experiments.kv_arithmetic.composition import compose_bases, composit
 from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, is_right
 from calmlm.experiments.kv_arithmetic.run import SeedRun
-from calmlm.experiments.kv_arithmetic.world import World
+from calmlm.experiments.kv_arithmetic.world import Example, World
 
 __all__ = ["KeyValues"]
 
@@ -32,7 +32,17 @@ class KeyValues(TextDomain):
         super().__init__(preset, seed, cache, report)
         self.run = SeedRun(preset, seed, cache, report)
         self.world = self.run.world
-        self.items = {name: items for name, items in columns(self.world).items() if name in self.tasks_of(preset)}
+
+    @cached_property
+    def items(self) -> dict[str, list[Example]]:
+        """Items by task; of what m_B is to have kept, D_C shows none."""
+        drawn = {name: items for name, items in columns(self.world).items() if name in self.tasks_of(self.preset)}
+        return drawn | {"numeric": [item for item in drawn["numeric"] if item.prompt not in self.shown]}
+
+    @cached_property
+    def shown(self) -> set[str]:
+        """The prompts of D_C."""
+        return {example.prompt for example in composition_examples(self.world, "composed")}
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:

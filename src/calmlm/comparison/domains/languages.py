@@ -37,7 +37,6 @@ class Languages(DrawnDomain):
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.world: World = World(preset, seed)
-        self.items = self._items()
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:
@@ -56,8 +55,11 @@ class Languages(DrawnDomain):
             "arithmetic_high": [f"arithmetic_{language}" for language in preset.high],
         }
 
-    def _items(self) -> dict[str, list[Example]]:
-        world, preset, items = self.world, self.preset, {}
+    @cached_property
+    def items(self) -> dict[str, list[Example]]:
+        """Items by task; of what m_B is to have kept, D_C shows none."""
+        world, preset = self.world, self.preset
+        items: dict[str, list[Example]] = {}
         for task, language in {
             **{f"arithmetic_{language}": language for language in world.languages},
             "arithmetic_figures": None,
@@ -66,16 +68,16 @@ class Languages(DrawnDomain):
             # What is to be kept is measured to half a point.
             count = preset.items if language in preset.low else 2 * preset.items
             items[task] = [world.item(rng, language) for _ in range(count)]
-        unseen, count = world.unseen_terms, len(world.terms[preset.high[0]])
         for task, languages, which in (
-            ("translation_low", preset.low, unseen),
-            ("translation_high", preset.high[1:], list(range(count))),
+            ("translation_low", preset.low, world.unseen_terms),
+            ("translation_high", preset.high[1:], world.kept_terms),
         ):
             rng = world.rng(f"evaluation-{task}")
             items[task] = [world.translation(rng, rng.choice(languages), which) for _ in range(2 * preset.items)]
         shown = {world.request(term) for term in world.shown_terms}
         items["translation_low"] = [item for item in items["translation_low"] if item.prompt not in shown]
-        return items
+        kept = [task for task, about in self.tasks_of(preset).items() if about.skill == "retained"]
+        return items | {task: [item for item in items[task] if item.prompt not in self.shown] for task in kept}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -25,7 +25,7 @@ from calmlm.experiments.visual_arithmetic.bases import (
 )
 from calmlm.experiments.visual_arithmetic.composition import VARIANTS, train_composition
 from calmlm.experiments.visual_arithmetic.evaluate import columns, composition, pipeline, text_model
-from calmlm.experiments.visual_arithmetic.world import Example, World
+from calmlm.experiments.visual_arithmetic.world import HARD_PHRASINGS, OOD_PHRASINGS, Example, World
 
 __all__ = ["Visual"]
 
@@ -40,7 +40,13 @@ class Visual(Domain):
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)
         self.world, self.tokenizer = World(preset, seed), build_visual_tokenizer()
-        self.items = columns(self.world)
+
+    @cached_property
+    def items(self) -> dict[str, list[Example]]:
+        """Items by task; what m_B is to have kept is asked in phrasings that D_C does not show."""
+        rng, count = self.world.rng("evaluation-kept"), self.preset.items
+        phrasings = (*OOD_PHRASINGS, *HARD_PHRASINGS)
+        return columns(self.world) | {"numeric": [self.world.numeric(rng, phrasings) for _ in range(count)]}
 
     @classmethod
     def tasks_of(cls, preset: Any) -> dict[str, Task]:

@@ -39,6 +39,9 @@ class World:
         count = len(self.terms[preset.high[0]])
         self.composition_terms = sorted(rng.sample(range(count), round(count * preset.term_share)))
         self.unseen_terms = [i for i in range(count) if i not in self.composition_terms]
+        # Of what m_B translates, D_C shows a half: what it has kept is asked in the other one.
+        self.replayed_terms = sorted(self.rng("replayed").sample(range(count), count // 2))
+        self.kept_terms = [i for i in range(count) if i not in self.replayed_terms]
         # A term that is spelled alike in another language may stand in D_C or in m_B's corpus by that.
         self.shown_terms = {self.terms[name][i] for name in preset.low for i in self.composition_terms}
         self.shown_terms |= {term for name in preset.high for term in self.terms[name]}
@@ -140,8 +143,7 @@ class World:
         """D_C: part of the words and terms, and a share of what m_B can do."""
         draw = rng.random()
         if draw < 0.08:
-            language = rng.choice(self.preset.high[1:])
-            return self.translation(rng, language, range(len(self.terms[language])))
+            return self.translation(rng, rng.choice(self.preset.high[1:]), self.replayed_terms)
         if draw < 0.36:
             return self.high(rng, rng.choice([*self.preset.high, None]))
         language = rng.choice(self.preset.low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from transformers import (
 
 import calmlm
 from calmlm.cli import main
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -298,6 +299,46 @@ class TestGenerate:
             (tmp_path / name).write_bytes(content[:-100] if name == "model.safetensors" else content)
         assert "damaged" in fault(capsys, "generate", tmp_path, "--prompt", "a")
         assert "damaged" in fault(capsys, "inspect", tmp_path)
+
+
+def test_a_terminal_that_is_not_utf8(composition: Path, anchor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr(
+        "calmlm.generation.text.TextModel.write", lambda self, prompt, emit, **options: emit("caf\u00e9")
+    )
+    arguments = ["generate", str(composition), "--prompt", "1", "--tokenizer", str(anchor_folder)]
+    assert main(arguments) == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == b"caf?\n"  # type: ignore[attr-defined]
+
+
+def test_standard_input_that_is_not_utf8(
+    composition: Path, anchor_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    told = fault(capsys, "generate", composition, "--prompt", "-", "--tokenizer", anchor_folder)
+    assert told == "Expected UTF-8 text on standard input, but byte 3 is none; convert it."
+
+
+def test_a_chat_template_that_is_missing(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    arguments = ("generate", composition, "--prompt", "1", "--tokenizer", tmp_path, "--apply-chat-template")
+    assert "Expected a tokenizer with a chat template" in fault(capsys, *arguments)
+
+
+def test_a_view_asks_for_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text alone would be the anchor's: what a view does not show is not read."""
+    ours = tiny_tokenizer()
+    for name in ("big", "small"):
+        tiny_model("llama", vocab_size=len(ours)).save_pretrained(tmp_path / name)
+        ours.save_pretrained(tmp_path / name)
+    model = calmlm.compose(str(tmp_path / "big"), str(tmp_path / "small"), 1, augmenting_view="bare")
+    model.save_pretrained(tmp_path / "viewed")
+    arguments = ("generate", tmp_path / "viewed", "--prompt", "1+1", "--max-new-tokens", "2")
+    assert "pass --apply-chat-template" in fault(capsys, *arguments)
+    assert main([*map(str, arguments), "--apply-chat-template"]) == 0
+    assert main([*map(str, arguments), "--anchor-only"]) == 0
 
 
 def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:

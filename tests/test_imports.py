@@ -28,7 +28,7 @@ LAYERS = [
     {"causal_lm"},
     {"composing"},
     {"data", "training", "generation", "inspection"},
-    {"evaluation", "serving", "experiments", "baselines"},
+    {"evaluation", "experiments", "baselines"},
     {"demo", "comparison"},
     {"cli"},
 ]

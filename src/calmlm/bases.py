@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm.backbone import first_line
-from calmlm.errors import ModelError
+from calmlm.errors import ConfigError, ModelError
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -97,7 +98,19 @@ def _saved_config(source: str, options: dict[str, Any]) -> PreTrainedConfig | No
         return None
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise unless a number format is one of torch's, its name, or ``"auto"``.
+
+    Raises:
+        ConfigError: for another.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not isinstance(found, (torch.dtype, dict)):
+        raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', but got {dtype!r}: use one.")
+
+
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
+    check_dtype(options.get("dtype"))
     options = {"trust_remote_code": False, "use_safetensors": True} | {
         k: v for k, v in options.items() if v is not None
     }

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from calmlm import storage
 from calmlm.alignment import Alignment
-from calmlm.backbone import accepts
+from calmlm.backbone import accepts, first_line
 from calmlm.config import CalmConfig, check_names
 from calmlm.errors import ConfigError
 from calmlm.fingerprint import check_fingerprint
@@ -306,6 +306,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         repo_id: str,
         *,
         commit_message: str | None = None,
+        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -316,6 +317,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         Args:
             repo_id: name of the repository, with its owner.
             commit_message: of the upload.
+            commit_description: what the commit or pull request says besides.
             private: whether a new repository is private; the hub's default where None.
             token: the hub's access token; the stored one by default.
             revision: branch to upload to.
@@ -325,20 +327,28 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
             the address of the commit.
 
         Raises:
-            ConfigError: when a base model has no hub id, so that nobody else could load the composition.
+            ConfigError: when a base model has no hub id, so that nobody else could load the composition, or the hub
+                refuses or cannot be reached.
         """
         storage.check_published(self.config)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(
-                folder_path=folder,
-                repo_id=repo_id,
-                commit_message=commit_message or "Upload a composition",
-                revision=revision,
-                create_pr=create_pr,
-            )
+            try:
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                return api.upload_folder(
+                    folder_path=folder,
+                    repo_id=repo_id,
+                    commit_message=commit_message or "Upload a composition",
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+                raise ConfigError(
+                    f"The hub must be reached and take the repository {repo_id!r}, but it did not "
+                    f"({first_line(error)}): check the name, the token and the network."
+                ) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:

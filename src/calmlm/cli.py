@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import calmlm
-from calmlm.errors import CalmError, ConfigError
+from calmlm.errors import CalmError, ConfigError, DataError
 
 FAULT = 2  # exit status of a wrong setting, model or file, as of a wrong option
 INTERRUPTED = 130
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # transformers imports torchao where it is installed, which reports each kernel that this machine cannot load.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show must not end an answer
+            stream.reconfigure(errors="replace")
     try:
         result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -109,6 +112,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="The prompt is what a user says: put it into the template.")
+    ] = False,
     draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts: the same text, sooner.")] = False,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
@@ -122,15 +128,23 @@ def generate(
     logging.disable_progress_bar()
     model = TextModel.load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
     model.write(
-        sys.stdin.read() if prompt == "-" else prompt,
+        _standard_input() if prompt == "-" else prompt,
         lambda piece: print(piece, end="", flush=True),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         anchor_only=anchor_only,
         drafting=draft,
+        apply_chat_template=apply_chat_template,
     )
     print()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"Expected UTF-8 text on standard input, but byte {error.start} is none; convert it.") from None
 
 
 @app.command()
@@ -198,7 +212,10 @@ def evaluate(
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/compare/.", show_default=False)],
-    preset: Annotated[str | None, typer.Option(help="tiny (minutes) or small, instead of the file's.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Sizes of calmlm's own experiments: tiny (minutes) or small."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the report goes, instead of the file's.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where finished cells are kept, instead of the file's.")] = None,
     bases: Annotated[Path | None, typer.Option(help="Where base models are kept, instead of the file's.")] = None,

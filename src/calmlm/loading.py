@@ -105,6 +105,7 @@ def load_composition(
     if generation is not None:
         model.generation_config = generation
     model.name_or_path = str(source)
+    config.name_or_path = anchor_model.name_or_path  # where trainers look for a tokenizer
     return model.eval()
 
 

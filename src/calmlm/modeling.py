@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -240,6 +240,11 @@ class CalmModel(CalmPreTrainedModel):
     def backbone(self, name: str = "") -> Backbone:
         """The decoder of the augmenting model ``name``, or of the anchor."""
         return self._backbones[name]
+
+    def shows(self, name: str, ids: Sequence[int]) -> bool:
+        """Whether the augmenting model ``name`` reads anything of a text; through a view it may not."""
+        writer = self.transcoders[name] if self.config.augmenting[name].get("view") else None
+        return writer is None or bool(writer.write(ids))  # type: ignore[operator]
 
     def reader(self, name: str) -> Reader:
         """What runs the augmenting model ``name``."""

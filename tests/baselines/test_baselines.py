@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import calmlm
@@ -32,6 +33,7 @@ from calmlm.experiments.kv_arithmetic.presets import PRESETS
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import World
 from compositions import assert_helpful, awaken
+from test_views import chatty
 from tiny import tiny_model
 
 TOKENIZER = build_tokenizer(20)
@@ -448,3 +450,42 @@ def test_losses_of_what_reads_prompts_alone_look_at_prompts_alone(data: Data) ->
     mask = torch.arange(len(row["labels"]))[None] < first
     logits = composed(one["input_ids"], prompt_mask=mask).logits[0, first - 1].log_softmax(-1)
     assert torch.allclose(losses[0], -logits[row["labels"][first]], atol=1e-5)
+
+
+def test_a_tool_keeps_the_special_tokens_of_a_prompt() -> None:
+    """Marks of a conversation are part of what m_B is asked; what the tokenizer puts before every text is not."""
+    ours = chatty("bytes", "chatml")
+    seen: list[str] = []
+
+    class Said:
+        device = torch.device("cpu")
+
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def generate(self, input_ids: Any, attention_mask: Any, **options: Any) -> Any:
+            seen.extend(ours.decode(row[real.bool()]) for row, real in zip(input_ids, attention_mask, strict=True))
+            told = torch.tensor([ours(self.text, add_special_tokens=False).input_ids] * len(input_ids))
+            return torch.cat((input_ids, told), dim=1)
+
+    prompts = ["<|im_start|>user\n12?<|im_end|>\n", "fox"]
+    batch = ours(prompts, return_tensors="pt", padding=True, padding_side="left")
+    TextTool(Said("46"), Said("12"), ours).generate(batch["input_ids"], batch["attention_mask"])
+    assert seen[2:] == [f"12. {prompt}" for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+def test_lora_leaves_out_what_cannot_be_adapted(family: str, bases: Bases, data: Data) -> None:
+    pytest.importorskip("peft")
+    size = {"vocab_size": len(bases.tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    heads = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if family == "mamba2" else {}
+    anchor = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **size, **heads)).eval()
+    budget = Budget(Stage(2, 4, 1e-3), 0, 500, 1e-3)
+    adapted = BASELINES["lora"](Bases(anchor, bases.augmenting, bases.tokenizer), data, budget)
+    assert adapted.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape[1] > 3
+
+
+def test_a_mixture_knows_what_its_rows_are_padded_with(bases: Bases, data: Data) -> None:
+    bases.anchor.config.pad_token_id = None
+    budget = Budget(Stage(2, 4, 1e-3), 0, 500, 1e-3)
+    assert BASELINES["moe"](bases, data, budget).config.pad_token_id == bases.tokenizer.pad_token_id

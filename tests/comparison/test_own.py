@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from calmlm.baselines.setting import losses_of
 from calmlm.comparison.config import CompareConfig, load_config
-from calmlm.comparison.domains.own import OwnModels
+from calmlm.comparison.domains.own import OwnModels, _size
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.run import run
 from calmlm.data.tokenizing import encode_prompt
@@ -215,6 +215,15 @@ def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any])
         (("own", "composition"), "nothing.jsonl", "nothing.jsonl"),
         (("own", "known"), {"contents": {}, "shown": {}, "prompted": True}, "known"),
         (("own", "learning_rate"), 0, "above 0"),
+        (("own", "learning_rate"), float("inf"), "above 0"),
+        (("own", "weight_decay"), -1.0, "weight_decay"),
+        (("own", "max_length"), 10**6, "at most 128"),
+        (("own", "model", "connections"), "every-x", "every-x"),
+        (("own", "model", "connections"), 100, "100"),
+        (("own", "model", "num_heads"), 7, "num_heads"),
+        (("own", "model", "connector"), {"ranks": 2}, "ranks"),
+        (("own", "model", "alignment"), "guess", "alignment"),
+        (("own", "model", "dtype"), "bf16", "dtype"),
         (("own", "twin"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "vanilla"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "model", "device_map"), "auto", "device_map"),
@@ -368,3 +377,25 @@ def test_losses_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     whole = losses_of(model, rows, 0)
     monkeypatch.setattr("calmlm.baselines.setting.LOGITS", 2 * 12 * 97)
     assert torch.allclose(losses_of(model, rows, 0), whole, atol=1e-6)
+
+
+def test_items_of_the_composition_data_are_found_whatever_their_spaces(tmp_path: Path, values: dict[str, Any]) -> None:
+    own(values)["composition"] = write(tmp_path / "dc.jsonl", [{"prompt": "1 + 2 =", "completion": " 3"}] * 9)
+    own(values)["tasks"]["both"]["data"] = write(
+        tmp_path / "both.jsonl", [{"prompt": "1 + 2 =", "completion": "3\n"}, {"prompt": "1 + 2 = ", "completion": "4"}]
+    )
+    known = config_of(tmp_path, values).preset_of("law").known
+    assert known is not None
+    assert known.shown["both"] == 1
+
+
+def test_the_first_token_of_a_text_may_be_a_part_of_a_character(tmp_path: Path, values: dict[str, Any]) -> None:
+    anchor = save(tmp_path / "bytes", "llama", tokenizer_of("bytes"))
+    own(values)["model"] |= {"anchor": anchor, "augmenting": anchor}
+    text = "\U0001f600 a"
+    own(values)["tasks"]["bits"]["data"] = write(tmp_path / "b.jsonl", [{"text": text}])
+    domain = domain_of(tmp_path, values)
+    ids = [i for i in domain.tokenizer(text).input_ids if i not in domain.tokenizer.all_special_ids]
+    size = _size(domain.tokenizer, ids[0])
+    assert size < 4 or len(domain.tokenizer.decode([ids[0]])) == 1
+    assert sum(_size(domain.tokenizer, index) for index in ids) == len(text.encode())

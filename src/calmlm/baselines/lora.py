@@ -16,6 +16,8 @@ from calmlm.experiments.fitting import fit as train
 
 __all__ = ["fit", "fit_on_corpus", "rank_for"]
 
+UNFIT = {kind: {"out_proj", "conv1d"} for kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1")}
+"""Maps that PEFT adapts in no model of these types, since their kernels take the weights as they are."""
 MAPS = (nn.Linear, Conv1D)  # GPT-2 and its kin have linear maps of transformers' own
 
 
@@ -51,6 +53,7 @@ def _fit(bases: Bases, rows: list[Row], budget: Budget) -> Any:
             for name, module in model.named_modules()
             if isinstance(module, MAPS) and module is not head
         }
+        - UNFIT.get(model.config.model_type, set())
     )
     rank = rank_for(model, targets, budget.parameters)
     set_seed(budget.seed)

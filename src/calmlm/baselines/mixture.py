@@ -121,6 +121,7 @@ def fit(bases: Bases, data: Data, budget: Budget) -> MixtralForCausalLM:
     anchor, twin = bases.merging_pair("A mixture of experts")
     set_seed(budget.seed)
     model = upcycle([anchor, twin]).float()  # all of it trains, and lower precision would swallow its steps
+    model.config.pad_token_id = bases.tokenizer.pad_token_id  # what its rows are padded with
     train(
         model,
         data.composition,

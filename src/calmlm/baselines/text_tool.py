@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class TextTool:
     ) -> None:
         self.anchor, self.augmenting, self.tokenizer, self.form = anchor, augmenting, tokenizer, form
 
+    @cached_property
+    def lead(self) -> int:
+        """How many tokens the tokenizer puts before a text; all others of a prompt, special ones too, are its own."""
+        return len(encode_prompt("a", self.tokenizer)) - len(self.tokenizer("a", add_special_tokens=False).input_ids)
+
     @property
     def device(self) -> torch.device:
         """Where prompts have to be."""
@@ -43,7 +49,8 @@ class TextTool:
         )
         width = input_ids.shape[1]
         answers = self.tokenizer.batch_decode(told[:, width:], skip_special_tokens=True)
-        prompts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        rows = zip(input_ids, attention_mask.bool(), strict=True)
+        prompts = [self.tokenizer.decode(row[real][self.lead :]) for row, real in rows]
         texts = [self.form.format(answer=a.strip(), prompt=p) for a, p in zip(answers, prompts, strict=True)]
         ids = [encode_prompt(text, self.tokenizer) for text in texts]
         batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(self.device)

@@ -55,7 +55,7 @@ class CompareConfig:
     cache: str = "runs/compare"
     bases: str = "runs"
     workers: int = 2
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict, metadata={"made": True})
 
     def cells(self) -> list[Cell]:
         """All cells, in order."""
@@ -88,9 +88,8 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ConfigError(f"{path}: expected a YAML file, but it cannot be read ({reason}); check the path.") from None
-    values, faults = parse_yaml(text, str(path)), []
-    if isinstance(values, dict) and "parts" in values:
-        faults.append("'parts' is no key at the top of the file; write the experiments under 'domains'.")
+    values = parse_yaml(text, str(path))
+    faults: list[str] = []
     config = read_fields(CompareConfig, values, faults)
     parts: dict[str, Part] = {}
     if config is not None:

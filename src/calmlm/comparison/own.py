@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -93,11 +93,11 @@ class Own:
     max_new_tokens: int = 64
     evaluation_batch_size: int = 16
     validation: int = 200
-    known: Known | None = None
+    known: Known | None = field(default=None, metadata={"made": True})
 
     def __getstate__(self) -> dict[str, Any]:
         """Its fields alone: tokenizers and configurations are read again in another process."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from calmlm.baselines.mixture import DENSE
+from calmlm.bases import check_dtype
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.own import Known, Own, OwnTask, Sources, listed
+from calmlm.config import ConnectorConfig, resolve_connections
+from calmlm.data.context import stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.sources import load_examples
-from calmlm.errors import CalmError, DataError, ModelError
+from calmlm.errors import CalmError, ConfigError, DataError, ModelError
+from calmlm.rewriting import METHODS as ALIGNMENTS
 from calmlm.training.config import ModelConfig
 from calmlm.training.fields import read_fields
 
@@ -104,12 +109,12 @@ def _faults_of(own: Own) -> list[str]:
     found += [
         f"{name}: expected a number above 0, but got {getattr(own, name)}."
         for name in ("learning_rate", "full_learning_rate")
-        if not getattr(own, name) > 0
+        if not 0 < getattr(own, name) < math.inf
     ]
+    if not 0 <= own.weight_decay < math.inf:
+        found.append(f"weight_decay: expected 0 or more, but got {own.weight_decay}.")
     if own.max_length is not None and own.max_length < 2:
         found.append(f"max_length: expected 2 or more, but got {own.max_length}.")
-    if own.known is not None:
-        found.append("'known' is no key; remove it.")
     return found
 
 
@@ -136,6 +141,32 @@ def _check_models(own: Own) -> None:
             f"{own.anchor!r}: name another, or none to have it trained."
         )
 
+    contexts = [stated_length(config) for config in configs.values()]
+    context = min((length for length in contexts if length is not None), default=None)
+    if own.max_length is not None and context is not None and own.max_length > context:
+        raise ConfigError(
+            f"max_length must be at most {context}, the shortest context of the models, but got {own.max_length}: "
+            f"lower it or leave it out."
+        )
+    _check_composition(own)
+
+
+def _check_composition(own: Own) -> None:
+    """Raise unless the composition can be made as it is asked for."""
+    model, (anchor, augmenting) = own.model, (own.configs[name] for name in (own.anchor, own.augmenting))
+    anchor, augmenting = (config.get_text_config(decoder=True) for config in (anchor, augmenting))
+    above, below = (getattr(config, "num_hidden_layers", None) for config in (augmenting, anchor))
+    if isinstance(model.connections, dict):
+        raise ConfigError("connections must be those of one augmenting model, but got a mapping: write them alone.")
+    if above is not None and below is not None:
+        resolve_connections(model.connections, above, below)
+    options = {**model.connector, "kind": "cross_attention", "num_heads": model.num_heads}
+    ConnectorConfig.build(options, anchor.hidden_size, getattr(anchor, "num_attention_heads", None) or 1)
+    check_dtype(model.dtype)
+    if model.alignment not in ALIGNMENTS:
+        known = " or ".join(repr(method) for method in ALIGNMENTS)
+        raise ConfigError(f"alignment must be {known}, but got {model.alignment!r}: use one of these.")
+
 
 def _shapes(config: PreTrainedConfig, own: Own) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
@@ -145,13 +176,13 @@ def _shapes(config: PreTrainedConfig, own: Own) -> dict[str, tuple[int, ...]]:
 
 def _know(own: Own) -> Known:
     composition, corpus = (load_examples(listed(sources)) for sources in (own.composition, own.corpus))
-    learned = {json.dumps(example.fields) for example in composition}
+    learned = {_text_of(example) for example in composition}
     contents = {"composition": _digest_of(composition), "corpus": _digest_of(corpus), **dict(_models_of(own))}
     shown = {}
     for name, task in own.tasks.items():
         examples = _load_task(task.data, task.metric)
         contents[f"tasks.{name}"] = _digest_of(examples)
-        if count := sum(json.dumps(example.fields) in learned for example in examples):
+        if count := sum(_text_of(example) in learned for example in examples):
             shown[name] = count
     for examples in (composition, corpus):
         if examples[0].format == "messages":
@@ -160,6 +191,11 @@ def _know(own: Own) -> Known:
                 f"tasks could not be asked in: write the conversation out."
             )
     return Known(contents, shown, composition[0].format == "prompt-completion" and own.loss_on == "completion")
+
+
+def _text_of(example: Example) -> str:
+    """All that a record says, whatever white space is in it and however it is cut into fields."""
+    return " ".join(" ".join(str(part) for part in example.fields.values()).split())
 
 
 def _load_task(sources: Sources, metric: str) -> list[Example]:

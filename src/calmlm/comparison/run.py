@@ -194,7 +194,9 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
                         failed.append(cell)
                         domain = None
                         cell.fail(cache, error)
-                        say(f"{cell.domain}, seed {cell.seed}: {cell.method} failed\n{traceback.format_exc()}")
+                        # What a user can mend takes one sentence, which ends the comparison.
+                        details = "" if isinstance(error, CalmError) else f"\n{traceback.format_exc()}"
+                        say(f"{cell.domain}, seed {cell.seed}: {cell.method} failed{details}")
 
 
 @contextmanager

@@ -15,7 +15,13 @@ INTERVAL = (
 
 
 def interval(shares: Sequence[float], items: int, draws: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of ``shares`` (per cent, one per seed, each over ``items`` items)."""
+    """Return the 95 % interval of the mean of ``shares`` (per cent, one per seed, each over ``items`` items).
+
+    Where all are 0 or all 100 a bootstrap has no width: there it is the exact limit of the binomial.
+    """
+    if set(shares) in ({0.0}, {100.0}):
+        limit = 100 * 0.025 ** (1 / (items * len(shares)))
+        return (limit, 100.0) if 100.0 in shares else (0.0, 100.0 - limit)
     rng = random.Random(0)
     means = []
     for _ in range(draws):

@@ -65,6 +65,7 @@ class TextModel:
         seed: int | None = None,
         anchor_only: bool = False,
         drafting: bool = False,
+        apply_chat_template: bool = False,
     ) -> None:
         """Continue `prompt`; `emit` takes each piece of text as soon as it is settled.
 
@@ -76,13 +77,17 @@ class TextModel:
             seed: makes sampling repeatable.
             anchor_only: switch the composition off.
             drafting: let the augmenting model draft.
+            apply_chat_template: whether `prompt` is what a user says, to be put into the chat template.
 
         Raises:
             DataError: the prompt is empty or leaves no room in the context.
-            ConfigError: no augmenting model of this composition can draft.
+            ConfigError: no augmenting model of this composition can draft, the tokenizer has no chat template, or an
+                augmenting model that reads the content of messages alone would see nothing.
         """
         check_text(prompt, "the prompt")
-        ids = encode_prompt(prompt, self.tokenizer)
+        ids = self._conversation(prompt) if apply_chat_template else encode_prompt(prompt, self.tokenizer)
+        if not anchor_only:
+            self._check_views(ids)
         if not ids:
             raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
         context = context_length(self.model)
@@ -111,6 +116,25 @@ class TextModel:
                 drafting=drafting,
                 **(sampling if temperature > COLDEST else greedy),
             )
+
+    def _conversation(self, prompt: str) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ConfigError(
+                "Expected a tokenizer with a chat template, but this one has none: leave the template out."
+            )
+        messages = [{"role": "user", "content": prompt}]
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        return list(rendered["input_ids"])
+
+    def _check_views(self, ids: list[int]) -> None:
+        for name in self.model.model.active:
+            if not self.model.model.shows(name, ids):
+                raise ConfigError(
+                    f"Expected a prompt in the chat template, since the augmenting model {name!r} reads the content "
+                    f"of messages alone and would see nothing: pass --apply-chat-template."
+                )
 
     def _padding(self) -> int | None:
         """One sequence needs no padding, but generate warns where it knows no token for it."""

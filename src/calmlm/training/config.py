@@ -195,6 +195,8 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):
         faults += _argument_faults(backend, arguments)
+    if values.get("output") == "":
+        faults.append("output: expected a folder, but it is empty; name one.")
     if faults or config is None:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{source} has {count}: " + " ".join(faults))

@@ -24,6 +24,8 @@ NAMES = {
 def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -> T | None:
     """An instance of the dataclass `cls` from `values`; None, with the reasons added to `faults`, where that fails.
 
+    A field whose metadata say ``made`` is no key: it is filled in later.
+
     Annotations may be str, int, float, bool, None, Literal, lists, dicts, other dataclasses and unions of these.
 
     Args:
@@ -37,7 +39,7 @@ def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -
         return None
     before = len(faults)
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("made")}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             faults.append(unknown_key(key, fields, where))

@@ -58,11 +58,19 @@ class RunFolder:
                 f"Expected an empty folder for the output, but {self.path} holds files; name another output, go on "
                 f"with --resume, or replace the run with --overwrite."
             )
-        if not self.config.is_file():
+        if not self._is_run():
             raise ConfigError(
-                f"Expected a run of calmlm in {self.path}, but it holds other files and no config.yaml; name another "
-                f"output."
+                f"Expected a run of calmlm in {self.path}, but it holds other files and no config.yaml of such a run; "
+                f"name another output."
             )
+
+    def _is_run(self) -> bool:
+        """Whether `calmlm train` has written the configuration that lies here."""
+        try:
+            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(found, dict) and {"output", "model", "data", "trainer"} <= found.keys()
 
     def start(self, config_text: str, *, resume: bool) -> None:
         """Make the folder. Unless resumed, the checkpoints and logs of an earlier run go; its result stays for now."""

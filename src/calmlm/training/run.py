@@ -23,6 +23,7 @@ from calmlm.training.output import RunFolder, best_of, replacing_folder, steps_o
 from calmlm.training.trainers import Rows, make_arguments, make_trainer, set_packing_length
 
 Report = Callable[[str], None]
+LOOKED_AT = 32  # rows of which a view has to show something
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def train(
     max_length = _max_length(config.data.max_length, context_length(model))
     rows = _encode(train_examples, tokenizer, config, max_length, report)
     eval_rows = _encode(eval_examples, tokenizer, config, max_length, report) if eval_examples is not None else None
+    for given in (rows, eval_rows or []):
+        check_ids(model, given)
+    check_views(model, rows)
     set_packing_length(arguments, max_length)
 
     checkpoint = folder.last_checkpoint() if resume else None
@@ -130,6 +134,34 @@ def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> No
             raise ConfigError(
                 f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "
                 f"anew with --overwrite, or from that checkpoint as model.composition."
+            )
+
+
+def check_ids(model: Any, rows: Rows) -> None:
+    """Raise where the anchor has no embedding for a token.
+
+    Raises:
+        ConfigError: naming the token.
+    """
+    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.backbone().vocab_size
+    if most >= size:
+        raise ConfigError(
+            f"tokenizer: expected ids below {size}, the anchor's vocabulary, but the data have {most}; name the "
+            f"anchor's own tokenizer."
+        )
+
+
+def check_views(model: Any, rows: Rows) -> None:
+    """Raise where an augmenting model reads the content of messages alone, and the data hold none.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for name in model.model.active:
+        if not any(model.model.shows(name, row["input_ids"]) for row in rows[:LOOKED_AT]):
+            raise ConfigError(
+                f"model.augmenting_view: expected conversations in the anchor's chat template, but the augmenting "
+                f"model {name!r} would see nothing of the data; give 'messages', or leave the view out."
             )
 
 

@@ -53,12 +53,36 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     if "tensorboard" in _as_list(merged["report_to"]):
         require("tensorboard", "train", "Logging (trainer.report_to: tensorboard)")
     try:
-        return cls(**merged)
+        made = cls(**merged)
     except (TypeError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}"
         ) from error
+    _check(made)
+    return made
+
+
+def _check(arguments: Any) -> None:
+    """What the trainers would find out in the middle, or never."""
+    from transformers.utils import is_liger_kernel_available
+
+    for name in ("seed", "data_seed"):
+        seed = getattr(arguments, name)
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigError(f"trainer.{name}: expected 0 to {2**32 - 1}, but got {seed}; choose another.")
+    if arguments.gradient_accumulation_steps < 1:
+        raise ConfigError(
+            f"trainer.gradient_accumulation_steps: expected 1 or more, but got "
+            f"{arguments.gradient_accumulation_steps}; raise it."
+        )
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        raise ConfigError(
+            f"trainer: expected at least one step, but max_steps is {arguments.max_steps} and num_train_epochs "
+            f"{arguments.num_train_epochs}; raise one of them."
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("trainer.use_liger_kernel: expected the package liger-kernel, but it is not installed.")
 
 
 def set_packing_length(arguments: Any, max_length: int | None) -> None:
@@ -97,11 +121,18 @@ def make_trainer(
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these make them once the model is spread
             # What it would find out in the middle: an unknown optimizer or schedule, batches of no rows.
             trainer.create_optimizer_and_scheduler(num_training_steps=max(arguments.max_steps, 1))
-            trainer.get_train_dataloader()
+            batches = len(trainer.get_train_dataloader())
+            if not batches:
+                raise ConfigError(
+                    f"trainer: expected batches, but dataloader_drop_last leaves none of {len(train)} examples; lower "
+                    f"per_device_train_batch_size."
+                )
             trainer.optimizer = trainer.lr_scheduler = None
     except CalmError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError) as error:
+    except (  # OSError: no network for push_to_hub
+        ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError, OSError
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"trainer: expected arguments that the trainer can begin with, but it refused them: {reason}"

@@ -34,6 +34,7 @@ from calmlm.data.tokenizing import encode_examples, encode_prompt
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
+from calmlm.spelling import token_bytes
 
 __all__ = ["OwnModels"]
 
@@ -301,7 +302,7 @@ class OwnModels(TextDomain):
         unasked = [row["input_ids"][0] if row["labels"][0] != IGNORED else None for row in rows]
         sizes = [
             len(example.fields["text" if example.format == "text" else "completion"].encode())
-            - (0 if first is None else len(tokenizer.decode([first], skip_special_tokens=True).encode()))
+            - (0 if first is None else _size(tokenizer, first))
             for example, first in zip(examples, unasked, strict=True)
         ]
         return [
@@ -318,6 +319,14 @@ class OwnModels(TextDomain):
         examples = [example for each in self.items.values() for example in each]
         asked = [example.fields["prompt"] for example in examples if example.format == "prompt-completion"]
         return (asked or [example.fields["text"][:_BEGINNING] for example in examples])[:_TIMED]
+
+
+def _size(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
+    """How many bytes of a text a token stands for, at its beginning."""
+    text = tokenizer.decode([token], skip_special_tokens=True)
+    if "\ufffd" in text:  # a part of a character
+        return len(token_bytes(tokenizer, "model")[token] or b"")
+    return len(text.encode())
 
 
 def _ends(settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -138,6 +138,34 @@ def test_one_model_given_twice() -> None:
     assert_helpful(error.value, "twice")
 
 
+def test_one_model_given_twice_to_a_saved_composition(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    calmlm.compose(tmp_path / "base", tmp_path / "base", 2).save_pretrained(tmp_path / "composition")
+    one = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(calmlm.ModelError) as error:
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition", anchor=one, augmenting=one)
+    assert_helpful(error.value, "twice")
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "half", "update", "forward", "training"])
+def test_names_that_modules_use(name: str) -> None:
+    model = tiny_composition()
+    with pytest.raises(calmlm.ConfigError) as error:
+        calmlm.compose(tiny_model("llama"), {name: tiny_model("gpt2")}, 2)
+    assert_helpful(error.value, repr(name))
+    with pytest.raises(calmlm.ConfigError):
+        model.add_augmenting(name, tiny_composition())
+    assert list(model.config.augmenting) == list(model.augmenting)
+
+
+def test_a_subfolder_is_named_by_its_path(tmp_path: Path) -> None:
+    for role in ("anchor", "augmenting"):
+        tiny_model("llama").save_pretrained(tmp_path / role / "sub")
+    with pytest.raises(calmlm.ConfigError) as error:
+        calmlm.compose(tmp_path / "anchor", tmp_path / "augmenting", 2, subfolder="sub")
+    assert_helpful(error.value, "subfolder")
+
+
 def test_vocabularies_that_do_not_match() -> None:
     with pytest.raises(calmlm.ModelError) as error:
         calmlm.compose(tiny_model("llama"), tiny_model("gpt2", vocab_size=90))

@@ -173,3 +173,18 @@ def test_a_bf16_composition_on_bf16_bases_is_close_to_float32() -> None:
     ids = tiny_tokens(2, 8)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert_close(logits_of(model, ids).float(), logits_of(tiny_composition(), ids), 0.1)
+
+
+def test_connections_that_peft_saves_train() -> None:
+    """PEFT puts a copy that trains in the place of a module that is to be saved."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        r=2, target_modules=r".*anchor\.model\.layers\.\d+\.self_attn\.q_proj",
+        modules_to_save=["connectors.augmenting.0", "connectors.augmenting.1"],
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_composition(awake=False), settings).train()
+    ids = tiny_tokens(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    training = [p for name, p in model.named_parameters() if "connectors" in name and p.requires_grad]
+    assert training
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,21 @@ import torch
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LongformerConfig,
+    LongformerModel,
     PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     T5Config,
     T5EncoderModel,
     ViTConfig,
     ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperModel,
 )
@@ -390,3 +398,87 @@ def test_guidance_reads_the_same_item_beside_another_text(seeing: Any) -> None:
         token = (2.0 * (wanted - against) + against).argmax(-1, keepdim=True)
         text, other = torch.cat((text, token), dim=1), torch.cat((other, token), dim=1)
     assert torch.equal(found, text)
+
+
+def _wav2vec() -> PreTrainedModel:
+    shape = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
+    return Wav2Vec2Model(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions))
+
+
+def _longformer() -> PreTrainedModel:
+    return LongformerModel(
+        LongformerConfig(vocab_size=50, attention_window=[8] * 3, max_position_embeddings=64, **SIZE)
+    )
+
+
+def _siglip() -> PreTrainedModel:
+    return Siglip2VisionModel(Siglip2VisionConfig(**SIZE, patch_size=4, num_patches=16, num_channels=1))
+
+
+def _padded(name: str, tensor: Tensor, mask: str, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The first row of two cut to its length, and both with what stands behind it masked."""
+    real = torch.ones(2, tensor.shape[1], dtype=torch.long)
+    real[0, length:] = 0
+    filled = tensor.clone()
+    filled[0, length:] = 0
+    return {name: tensor[:1, :length], mask: real[:1, :length]}, {name: filled, mask: real}
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "longformer", "siglip2"])
+def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
+    """Whatever its mask is called, and however long its states are."""
+    torch.manual_seed(0)
+    if kind == "wav2vec2":
+        encoder, (alone, beside) = _wav2vec(), _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
+    elif kind == "longformer":
+        ids = torch.randint(3, 50, (2, 12))
+        encoder, (alone, beside) = _longformer(), _padded("input_ids", ids, "attention_mask", 8)
+    else:
+        encoder = _siglip()
+        alone, beside = _padded("pixel_values", torch.randn(2, 9, 16), "pixel_attention_mask", 4)
+        sizes = torch.tensor([[2, 2], [3, 3]])
+        alone, beside = alone | {"spatial_shapes": sizes[:1]}, beside | {"spatial_shapes": sizes}
+    model = awaken(calmlm.compose(tiny_model("llama"), {"senses": encoder.eval()}, 2))
+    ids = tiny_tokens(2, 6)
+    found = logits_of(model, ids, augmenting_inputs={"senses": beside})
+    assert_close(found[:1], logits_of(model, ids[:1], augmenting_inputs={"senses": alone}), 1e-4)
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    model = calmlm.compose(tiny_model("llama"), {"senses": ENCODERS["vit"][0]().eval()}, 2)
+
+    def given(mask: Tensor) -> dict[str, dict[str, Tensor]]:
+        return {"senses": {"pixel_values": torch.randn(2, 1, 8, 8), "attention_mask": mask}}
+
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(2, 6), augmenting_inputs=given(torch.tensor([[1, 0, 1], [1, 1, 1]])))
+    assert_helpful(caught.value, "'senses'")
+
+
+def test_in_training_each_row_has_an_item_of_its_own() -> None:
+    """In generation, beams share their row's."""
+    model = awaken(calmlm.compose(tiny_model("llama"), {"senses": ENCODERS["vit"][0]().eval()}, 2))
+    ids, given = tiny_tokens(4, 6), {"senses": {"pixel_values": torch.randn(2, 1, 8, 8)}}
+    with pytest.raises(calmlm.DataError) as caught:
+        model.train()(ids, labels=ids, augmenting_inputs=given)
+    assert_helpful(caught.value, "2 for 4 rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_added_models_connections_keep_their_dtype(dtype: torch.dtype) -> None:
+    anchor = tiny_model("llama", seed=1)
+    other = awaken(calmlm.compose(copy.deepcopy(anchor), tiny_model("gpt2", seed=2), 2, composition_dtype=dtype))
+    model = calmlm.compose(anchor, {"first": tiny_model("qwen2", seed=3)}, 2)
+    model.add_augmenting("law", other)
+    assert {p.dtype for p in model.model.connectors["law"].parameters()} == {dtype}
+    model.remove_augmenting("first")
+    ids = tiny_tokens(2, 6)
+    assert torch.equal(logits_of(model, ids), logits_of(other, ids))
+
+
+def test_an_encoder_saved_with_a_head_of_words_is_one(tmp_path: Path) -> None:
+    BertForMaskedLM(BertConfig(vocab_size=50, **SIZE)).save_pretrained(tmp_path)
+    model = calmlm.compose(tiny_model("llama"), {"senses": tmp_path}, 2)
+    assert model.config.augmenting["senses"]["reads"] == "inputs"
+    model(tiny_tokens(2, 6), augmenting_inputs={"senses": _text(2)})

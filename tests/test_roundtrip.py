@@ -182,6 +182,38 @@ def test_a_gathered_state_dict_may_be_given(models: Path) -> None:
     assert not (models / "nothing").exists()
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_state_dict_may_be_a_wrappers(prefix: str, models: Path) -> None:
+    model = from_folders(models)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(models / "composition", state_dict=state)
+    assert set(load_file(models / "composition" / "model.safetensors")) == set(model.composition_tensors())
+
+
+def test_another_state_dict_overwrites_nothing(saved: Path) -> None:
+    model = CalmForCausalLM.from_pretrained(saved)
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="state_dict must hold"):
+        model.save_pretrained(saved, state_dict={"lm_head.weight": torch.zeros(1)})
+    assert (saved / "model.safetensors").read_bytes() == before
+
+
+def test_a_changed_anchor_is_warned_of(models: Path) -> None:
+    model = from_folders(models)
+    with torch.no_grad():
+        model.anchor.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    with pytest.warns(UserWarning, match="'anchor' has changed since it was composed"):
+        model.save_pretrained(models / "composition")
+
+
+def test_a_damaged_file_leaves_an_anchor_that_was_passed_as_it_was(saved: Path) -> None:
+    anchor = tiny_model("llama", seed=1)
+    save_file({}, saved / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        CalmForCausalLM.from_pretrained(saved, anchor=anchor)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in anchor.modules())
+
+
 def test_nothing_of_this_machine_is_written(saved: Path) -> None:
     for path in saved.iterdir():
         assert str(saved.parent).encode() not in path.read_bytes(), path.name
@@ -213,6 +245,16 @@ def test_a_relative_path_and_another_directory(models: Path, monkeypatch: pytest
     model.save_pretrained("composition")
     monkeypatch.chdir("/")
     again = CalmForCausalLM.from_pretrained(models / "composition")
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
+
+
+def test_a_relative_path_and_another_directory_before_it_is_saved(models: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(models)
+    model = awaken(calmlm.compose("anchor", "augmenting", connections=2))
+    (models / "elsewhere").mkdir()
+    monkeypatch.chdir(models / "elsewhere")
+    model.save_pretrained("composition")
+    again = CalmForCausalLM.from_pretrained("composition")
     assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
 
 

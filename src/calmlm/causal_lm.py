@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from calmlm.alignment import Alignment
 from calmlm.backbone import accepts, first_line
 from calmlm.config import CalmConfig, check_names
 from calmlm.errors import ConfigError
-from calmlm.fingerprint import check_fingerprint
+from calmlm.fingerprint import check_fingerprint, has_changed
 from calmlm.generating import CalmGenerationMixin
 from calmlm.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
@@ -93,9 +94,23 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         return name.startswith("model.connectors.")
 
     def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The composition's own tensors, by name."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        return {name: tensor for name, tensor in state_dict.items() if self.is_composition(name)}
+        """The composition's own tensors, by name.
+
+        Raises:
+            ConfigError: when ``state_dict`` lacks some.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
+        if state_dict is None:
+            return own
+        # As wrappers name them: DDP, torch.compile.
+        given = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in state_dict.items()}
+        missing = sorted(name for name, tensor in own.items() if name not in given or given[name].shape != tensor.shape)
+        if missing:
+            raise ConfigError(
+                f"state_dict must hold the composition's tensors as state_dict() names them, but {len(missing)} of "
+                f"{len(own)} are missing or have other shapes, for example {missing[0]!r}: pass the composition's own."
+            )
+        return {name: given[name] for name in own}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters."""
@@ -264,6 +279,17 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
 
     # Files
 
+    def _warn_of_changes(self) -> None:
+        """Warn where a base is not the one that was composed: it is named, not saved."""
+        for name, model in (("anchor", self.anchor), *self.augmenting.items()):
+            entry = self.config.anchor if name == "anchor" else self.config.augmenting[name]
+            if has_changed(model, entry.get("fingerprint")):
+                warnings.warn(
+                    f"The model {name!r} has changed since it was composed, and the composition is saved without it: "
+                    f"save that model, and compose anew from what was saved.",
+                    stacklevel=3,
+                )
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -286,6 +312,8 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
         storage.check_free(folder)
+        if state_dict is None:
+            self._warn_of_changes()
         config = storage.portable_config(self.config, folder)
         files = {
             storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),

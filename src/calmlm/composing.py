@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.alignment import Alignment
 from calmlm.backbone import Backbone, text_config
@@ -112,6 +112,10 @@ def compose(
                 f"{argument} must name augmenting models ({', '.join(sources)}), but got {', '.join(unknown)}: use "
                 f"their names."
             )
+    if "subfolder" in load_options:
+        raise ConfigError(
+            "A model must lie at the top of its id or folder, but subfolder was given: name the subfolder's own path."
+        )
     if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
         raise ConfigError(
             f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
@@ -203,11 +207,15 @@ def _is_name(source: Any) -> bool:
 
 def is_decoder(model: PreTrainedModel) -> bool:
     """Whether an augmenting model reads text as the anchor does, rather than inputs of its own."""
-    return getattr(model, "get_output_embeddings", lambda: None)() is not None and not model.config.is_encoder_decoder
+    speaks = isinstance(model, GenerationMixin) and model.get_output_embeddings() is not None
+    return speaks and not model.config.is_encoder_decoder
 
 
 def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None) -> dict[str, Any]:
-    entry = {"id": model.name_or_path or "", "revision": revision, "fingerprint": fingerprint(model)}
+    source = model.name_or_path or ""
+    # A folder is to be found again from whatever folder is the working directory by then.
+    source = str(Path(source).resolve()) if source and Path(source).is_dir() else source
+    entry = {"id": source, "revision": revision, "fingerprint": fingerprint(model)}
     return entry | ({"layers_path": layers_path} if layers_path else {})
 
 

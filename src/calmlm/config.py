@@ -106,13 +106,19 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         ConfigError: for no name, or one that is empty or holds a dot.
     """
-    names = list(names)
+    from torch import nn
+
+    names, taken = list(names), dir(nn.ModuleDict())
     if not names:
         raise ConfigError("At least one augmenting model is needed, but got none: pass one, or several by name.")
     for name in names:
         if not isinstance(name, str) or not name.isidentifier():
             raise ConfigError(
                 f"The name of an augmenting model must be letters, digits and underscores, but got {name!r}: rename it."
+            )
+        if name in taken:
+            raise ConfigError(
+                f"The name of an augmenting model must be none that a torch module uses, but got {name!r}: rename it."
             )
 
 

@@ -39,6 +39,17 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def has_changed(model: PreTrainedModel, expected: dict[str, Any] | None) -> bool:
+    """Whether a model is no longer what its fingerprint was taken of; what RWKV scales when it runs does not count."""
+    if any(hasattr(module, "layers_are_rescaled") for module in model.modules()):
+        return False
+    try:
+        check_fingerprint(model, expected, "", "", "")
+    except CheckpointError:
+        return True
+    return False
+
+
 def check_fingerprint(
     model: PreTrainedModel, expected: dict[str, Any] | None, role: str, wanted: str, got: str
 ) -> None:

@@ -82,8 +82,13 @@ class CaptureHook:
 class InjectHook:
     """On a layer of the anchor: adds one connection's cross-attention to the layer's output."""
 
-    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connector: Connector) -> None:
-        self.slot, self.name, self.connection, self.layer, self.connector = slot, name, connection, layer, connector
+    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connectors: nn.ModuleList) -> None:
+        self.slot, self.name, self.connection, self.layer, self.connectors = slot, name, connection, layer, connectors
+
+    @property
+    def connector(self) -> Connector:
+        """Looked up at each call: PEFT puts a copy that trains in its place."""
+        return self.connectors[self.connection]  # type: ignore[return-value]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         new = self.change(state_of(output))

@@ -96,7 +96,12 @@ def load_composition(
         _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
-    tensors = storage.read_tensors(weights, expected.items(), str(source))
+    try:
+        tensors = storage.read_tensors(weights, expected.items(), str(source))
+    except CheckpointError:
+        for name in augmenting_models:  # an anchor that was passed stays as it was
+            model.model.remove(name)
+        raise
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)

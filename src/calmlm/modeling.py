@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ class CalmModel(CalmPreTrainedModel):
         alignments: dict[str, Alignment | Rewriting] | None = None,
     ) -> None:
         super().__init__(config, anchor)
+        check_apart(anchor, augmenting.values())
         self.anchor = anchor
         self.augmenting = nn.ModuleDict(augmenting)
         self.connectors = nn.ModuleDict()
@@ -167,10 +168,10 @@ class CalmModel(CalmPreTrainedModel):
             # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
             # so that connections into one layer follow in their order, each on the result of the one before.
             if connectors[index].before_layer:
-                before = InjectBeforeHook(self.slot, name, index, i, connectors[index])
+                before = InjectBeforeHook(self.slot, name, index, i, connectors)
                 anchor.layers[j].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
             else:
-                hook = InjectHook(self.slot, name, index, i, connectors[index])
+                hook = InjectHook(self.slot, name, index, i, connectors)
                 anchor.layers[j].register_forward_hook(hook, prepend=True)
         for i in sorted({i for i, _ in entry["connections"]}):
             augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
@@ -193,12 +194,15 @@ class CalmModel(CalmPreTrainedModel):
             alignment: the alignment of a model that has tokens of its own.
             tensors: its connectors' tensors, named as in ``self.connectors[name]``.
         """
+        check_apart(self.anchor, [model])
+        self.augmenting[name] = model  # which refuses names of its own
         self.config.augmenting[name] = entry
-        self.augmenting[name] = model
         if alignment is not None:
             self.transcoders[name] = _writer_of(alignment)
         self._find_parts()
         self._connect(name)
+        for key, parameter in self.connectors[name].named_parameters():
+            parameter.data = parameter.data.to(tensors[key].dtype)
         self.connectors[name].load_state_dict(tensors)
         self._make_readers()
         self.active.add(name)
@@ -480,6 +484,19 @@ class CalmModel(CalmPreTrainedModel):
         }
         output = target(**{key: value for key, value in given.items() if value is not None})
         return output, getattr(output, argument, None)
+
+
+def check_apart(anchor: PreTrainedModel, augmenting: Iterable[Any]) -> None:
+    """Raise where an augmenting model is the anchor itself, whose layers are then changed while it is read.
+
+    Raises:
+        ModelError: for such a one.
+    """
+    if any(model is anchor for model in augmenting):
+        raise ModelError(
+            "The anchor must be a model of its own, but got one model twice: load it a second time to compose it with "
+            "itself."
+        )
 
 
 def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:

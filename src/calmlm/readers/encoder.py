@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calmlm.backbone import first_line
 from calmlm.cache import Past
@@ -16,6 +16,9 @@ from calmlm.frontier import NOBODY, Frontier
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
+
+MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
+"""What encoders call the mask of their input."""
 
 
 @dataclass
@@ -89,7 +92,8 @@ class EncoderReader(Common):
         ``at`` is (rows, items) int64, the column of each item's token, -1 for an item that is not there.
         """
         states = next(iter(stream.hidden.values()))
-        if states.ndim == 2:  # one distribution for the whole item
+        pooled = states.ndim == 2
+        if pooled:  # one distribution for the whole item
             stream.hidden = {layer: hidden[:, None] for layer, hidden in stream.hidden.items()}
             states = states[:, None]
         if at is None:
@@ -101,11 +105,32 @@ class EncoderReader(Common):
         for layer, hidden in stream.hidden.items():
             stream.hidden[layer] = hidden.reshape(given_rows, -1, hidden.shape[-1]).repeat_interleave(times, 0)
         owner = at[:, :, None].expand(-1, -1, states.shape[1])
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape[-1] == states.shape[1]:
-            mask = mask.to(ids.device).view(given_rows, items, -1)
-            owner = owner.masked_fill(mask == 0, NOBODY)
+        mask = None if pooled else self._mask(given, states)
+        if mask is not None:
+            owner = owner.masked_fill(mask.to(ids.device).view(given_rows, items, -1) == 0, NOBODY)
         return owner.reshape(given_rows, -1).repeat_interleave(times, 0)
+
+    def _mask(self, given: dict[str, Any], states: Tensor) -> Tensor | None:
+        """Which of an encoder's states stand for its input, (items, S); None where nothing says that some do not."""
+        found = [value for name in MASKS if isinstance(value := given.get(name), Tensor) and value.ndim == 2]
+        if not found:
+            return None
+        mask, length = found[0], states.shape[1]
+        if mask.shape[1] != length:
+            shorten = getattr(self.model, "_get_feature_vector_attention_mask", None)
+            if shorten is not None:  # of transformers' encoders of sound waves, private
+                mask = shorten(length, mask)
+            elif mask.shape[1] % length == 0:  # one state for several frames
+                mask = mask.reshape(len(mask), length, -1).amax(-1)
+            elif mask.shape[1] < length:  # filled up on the right by the encoder itself (Longformer)
+                mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
+        if mask.shape[1] != length and not bool(mask.all()):
+            raise DataError(
+                f"The mask in augmenting_inputs[{self.name!r}] must tell which of the {length} states of "
+                f"{type(self.model).__name__} are padding, but has {mask.shape[1]} columns: give one item at a time, "
+                f"without padding."
+            )
+        return mask if mask.shape[1] == length else None
 
     def _check_items(self, at: Any, items: int, rows: int) -> None:
         whole = isinstance(at, Tensor) and not at.is_floating_point() and at.dtype != torch.bool
@@ -115,7 +140,8 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}]['at'] must hold a whole number for each of the {items} items, as a "
                 f"tensor of shape (rows, items per row), but got {shape}: give the column of each item's token, or -1."
             )
-        if at.shape[0] == 0 or rows % at.shape[0]:
+        # Beams of a row share its items; in training there are none, and each row has its own.
+        if at.shape[0] == 0 or rows % at.shape[0] or (self.first.training and rows != at.shape[0]):
             raise DataError(
                 f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
                 f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."

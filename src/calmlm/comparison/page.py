@@ -113,7 +113,7 @@ def _kept(result: dict[str, Any], domain: str) -> list[str]:
         return []
     return [
         f"Kept from the report of commit {kept['commit'][:7]}, which had {kept['cells']} cells; of those that are "
-        f"stored now, {kept['stored']} belong here.",
+        f"stored now, {kept['stored']} belong here. The items are those of that commit.",
         "",
     ]
 

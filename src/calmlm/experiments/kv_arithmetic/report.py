@@ -131,6 +131,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *table_of(cells, METHODS, COLUMNS, PUBLISHED),
         "",
+        "D_C shows some of the numeric items (about half, with the preset `small`), as it shows m_B what is to be "
+        "kept; `calmlm compare` asks the others alone.",
+        "",
         "What a composition is held to here, on the means:",
         "",
         *goals(cells),

@@ -37,6 +37,9 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             *table_of(cells_of(result["rows"]), METHODS, COLUMNS),
             "",
+            "D_C shows nearly all numeric items, which are two figures; `calmlm compare` asks in phrasings that D_C "
+            "does not show.",
+            "",
             result["footer"],
             "",
             f"Wall-clock of a seed: {min(by_seed):.0f} to {max(by_seed):.0f} s. Parameters (of compositions: added): "

@@ -5,8 +5,9 @@
 
 Regime: one process, both compositions in turn (A B A B ...), after a warm-up, medians of the ratios round by round.
 Both have the same models and connections and read equally many tokens: the second tokenizer has a token for each token
-of the first, with other ids. So the ratio is the price of the alignment alone. What was timed is checked: both write
-the same tokens.
+of the first, with other ids. So the ratio is the price of the alignment alone. What was timed is checked: with
+``transcode`` both write the same tokens; with ``retokenize``, which reads a word when the next one begins, steps with a
+cache give what the whole text gives.
 """
 
 from __future__ import annotations
@@ -29,8 +30,16 @@ import calmlm
 from calmlm.experiments.record import device, origin
 
 CONNECTIONS = [[1, 3], [3, 7], [5, 11]]
-PROMPT, NEW = 64, 64
-SHAPES = (("training step", 4, 128), ("training step", 8, 256), ("decoding", 1, PROMPT), ("decoding", 8, PROMPT))
+NEW = 64
+SHAPES = (
+    ("transcode", "training step", 4, 128),
+    ("transcode", "training step", 8, 256),
+    ("transcode", "decoding", 1, 64),
+    ("transcode", "decoding", 8, 64),
+    ("retokenize", "training step", 4, 128),
+    ("retokenize", "decoding", 1, 64),
+    ("retokenize", "decoding", 1, 1024),
+)
 GOAL = 1.03
 
 
@@ -46,8 +55,8 @@ def tokenizer(order: list[int]) -> PreTrainedTokenizerFast:
     )
 
 
-def compositions() -> tuple[calmlm.CalmForCausalLM, calmlm.CalmForCausalLM]:
-    """One that shares token ids and one that does not; what they compute is the same."""
+def compositions() -> dict[str, calmlm.CalmForCausalLM]:
+    """One that shares token ids, and for each alignment one that does not, with the same models and connections."""
     anchor, augmenting = gemma(512, 12, 0), gemma(256, 6, 1)
     shared = calmlm.compose(anchor, augmenting, CONNECTIONS)
     with torch.no_grad():
@@ -60,16 +69,33 @@ def compositions() -> tuple[calmlm.CalmForCausalLM, calmlm.CalmForCausalLM]:
     other = copy.deepcopy(augmenting)
     with torch.no_grad():
         other.get_input_embeddings().weight[moved] = augmenting.get_input_embeddings().weight.clone()
-    apart = calmlm.compose(
-        copy.deepcopy(anchor),
-        other,
-        CONNECTIONS,
-        tokenizer=tokenizer(ids),
-        augmenting_tokenizer=tokenizer(moved),
-    )
-    apart.load_state_dict(shared.composition_tensors(), strict=False)
-    assert apart.config.augmenting["augmenting"]["reads"] == "text"
-    return shared, apart
+    made = {"shared": shared}
+    for alignment in ("transcode", "retokenize"):
+        made[alignment] = calmlm.compose(
+            copy.deepcopy(anchor),
+            copy.deepcopy(other),
+            CONNECTIONS,
+            tokenizer=tokenizer(ids),
+            augmenting_tokenizer=tokenizer(moved),
+            alignment=alignment,
+        )
+        made[alignment].load_state_dict(shared.composition_tensors(), strict=False)
+        assert made[alignment].config.augmenting["augmenting"]["reads"] == "text"
+    return made
+
+
+@torch.no_grad()
+def matches(shared: calmlm.CalmForCausalLM, apart: calmlm.CalmForCausalLM, ids: torch.Tensor) -> bool:
+    """Whether the second computes what it should: the same as the first, or step by step the same as at once."""
+    apart.eval()
+    found = apart(ids, use_cache=False).logits
+    if apart.model.reader("augmenting").transcoder.lookback is not None:
+        return bool(torch.allclose(shared.eval()(ids, use_cache=False).logits, found, atol=1e-4))
+    cache, parts = None, []
+    for part in (ids[:, :-8], *ids[:, -8:].split(1, dim=1)):
+        output = apart(part, past_key_values=cache, use_cache=True)
+        cache, _ = output.past_key_values, parts.append(output.logits)
+    return bool(torch.allclose(torch.cat(parts, dim=1), found, atol=1e-4))
 
 
 def training_step(composition: calmlm.CalmForCausalLM, ids: torch.Tensor) -> Callable[[], Any]:
@@ -103,29 +129,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"alignment_{device()}.json")
     options = parser.parse_args()
-    shared, apart = compositions()
+    made = compositions()
+    shared = made["shared"]
     generator = torch.Generator().manual_seed(0)
     cases = []
-    for what, batch, length in (
-        ("training step", 4, 128),
-        ("training step", 8, 256),
-        ("decoding", 1, PROMPT),
-        ("decoding", 8, PROMPT),
-    ):
+    for alignment, what, batch, length in SHAPES:
+        apart = made[alignment]
         ids = torch.randint(4, VOCABULARY, (batch, length), generator=generator).to(device())
         make = training_step if what == "training step" else decoding
         works = make(shared, ids), make(apart, ids)
-        if what == "decoding":
-            match = bool(torch.equal(works[0](), works[1]()))
-        else:
-            with torch.no_grad():
-                match = bool(
-                    torch.allclose(shared(ids, use_cache=False).logits, apart(ids, use_cache=False).logits, atol=1e-4)
-                )
+        match = matches(shared, apart, ids)
+        if what == "decoding" and alignment == "transcode":
+            match = match and torch.equal(works[0](), works[1]())
         seconds = take_turns(works, options.rounds)
         times, spread = ratio(seconds[1], seconds[0])
         case = {
-            "what": what, "batch": batch, "length": length, "seconds_shared": round(statistics.median(seconds[0]), 5),
+            "alignment": alignment, "what": what, "batch": batch, "length": length,
+            "seconds_shared": round(statistics.median(seconds[0]), 5),
             "time_x_shared": round(times, 4), "quartile_distance": round(spread, 4), "match": match,
         }  # fmt: skip
         print(case, flush=True)

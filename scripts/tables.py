@@ -32,10 +32,13 @@ def key_values(result: dict[str, Any]) -> str:
 
 def overheads(result: dict[str, Any]) -> str:
     """What an alignment costs, as the benchmark measured it."""
-    lines = ["| | batch | tokens | time, relative to shared token ids | spread (quartiles) |", "|---|---|---|---|---|"]
+    lines = [
+        "| alignment | | batch | tokens | time, relative to shared token ids | spread (quartiles) |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {case['what']} | {case['batch']} | {case['length']} | {case['time_x_shared']:.3f} | "
-        f"{case['quartile_distance']:.3f} |"
+        f"| `{case['alignment']}` | {case['what']} | {case['batch']} | {case['length']} | "
+        f"{case['time_x_shared']:.3f} | {case['quartile_distance']:.3f} |"
         for case in result["cases"]
     ]
     machine = result["machine"]

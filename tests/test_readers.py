@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
     LongformerConfig,
     LongformerModel,
     PreTrainedModel,
@@ -482,3 +484,24 @@ def test_an_encoder_saved_with_a_head_of_words_is_one(tmp_path: Path) -> None:
     model = calmlm.compose(tiny_model("llama"), {"senses": tmp_path}, 2)
     assert model.config.augmenting["senses"]["reads"] == "inputs"
     model(tiny_tokens(2, 6), augmenting_inputs={"senses": _text(2)})
+
+
+def test_a_cache_does_not_go_on_with_another_model_of_the_same_name() -> None:
+    anchor = tiny_model("llama", seed=1)
+    other = awaken(calmlm.compose(copy.deepcopy(anchor), {"b": tiny_model("qwen2", seed=5)}, 2))
+    model = awaken(calmlm.compose(anchor, {"a": tiny_model("gpt2", seed=2), "b": tiny_model("qwen2", seed=3)}, 2))
+    ids = tiny_tokens(1, 6)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model.remove_augmenting("b")
+        model.add_augmenting("b", other)
+        with pytest.raises(calmlm.ModelError) as caught:
+            model(ids[:, :1], past_key_values=cache)
+    assert_helpful(caught.value, "begin a new one")
+
+
+def test_an_encoder_of_several_widths_is_refused() -> None:
+    encoder = ConvNextModel(ConvNextConfig(num_channels=1, hidden_sizes=[8, 8], depths=[1, 1], num_stages=2))
+    with pytest.raises(calmlm.ModelError) as caught:
+        calmlm.compose(tiny_model("llama"), {"eyes": encoder}, 1)
+    assert_helpful(caught.value, "ConvNextModel")

@@ -141,10 +141,16 @@ class Backbone:
                     f"of length {depth}: name it with layers_path."
                 )
             layers = found
+        size = getattr(config, "hidden_size", None)
+        if size is None:
+            raise ModelError(
+                f"The states between the layers of the {role} must have one width, hidden_size, but "
+                f"{type(model).__name__} has several or names none: choose another encoder."
+            )
         return cls(
             decoder=encoder,
             layers=layers,
-            size=config.hidden_size,
+            size=size,
             num_heads=getattr(config, "num_attention_heads", None) or 1,
             vocab_size=_classes(model),
             takes_positions=False,

@@ -164,6 +164,7 @@ class CalmCache(Cache):
         self.frontiers = frontiers or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
+        self.joined: dict[str, int] = {}  # which of the models that have borne each name it was begun with
         self.alone = 0
         self.composed: torch.Tensor | None = None
         self.begun = False
@@ -222,11 +223,11 @@ class CalmCache(Cache):
         if not self.cross:
             self.alone += tokens
 
-    def check(self, active: Iterable[str]) -> None:
+    def check(self, active: dict[str, int]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
 
         Args:
-            active: the augmenting models that speak in this call.
+            active: the augmenting models that speak in this call, and how often one of that name was joined.
 
         Raises:
             ModelError: when the anchor went on alone, or other augmenting models spoke before.
@@ -235,6 +236,11 @@ class CalmCache(Cache):
             raise ModelError(
                 f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
                 f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
+            )
+        if self.joined and self.joined != active:
+            raise ModelError(
+                "past_key_values must come from calls with the same augmenting models, but one of them was taken out "
+                "and another joined under its name: begin a new one."
             )
         if torch.compiler.is_compiling():
             return  # static layers with windows count on the host: a compiled step would be compiled for each length

@@ -197,7 +197,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         model_kwargs: dict[str, Any],
     ) -> None:
         self.cache, self.limits, self.name, self.settings = limits.cache, limits, drafter.name, drafter.settings
-        self.cache.check(model.active)
+        self.cache.check(model.bearers())
         reader = model.reader(drafter.name)
         assert isinstance(reader, SharedReader)
         self.reader = reader

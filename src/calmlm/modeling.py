@@ -100,6 +100,7 @@ class CalmModel(CalmPreTrainedModel):
         self.connectors = nn.ModuleDict()
         self.enabled = True
         self.active = set(augmenting)
+        self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
         self.transcoders = nn.ModuleDict({name: _writer_of(found) for name, found in (alignments or {}).items()})
         self._find_parts()
@@ -206,6 +207,7 @@ class CalmModel(CalmPreTrainedModel):
         self.connectors[name].load_state_dict(tensors)
         self._make_readers()
         self.active.add(name)
+        self.joined[name] = self.joined.get(name, 0) + 1
         freeze(model)
         self.train(self.training)
 
@@ -328,13 +330,19 @@ class CalmModel(CalmPreTrainedModel):
                 f"A static cache needs augmenting models that share the anchor's token ids, but {apart[0]!r} does not: "
                 f"use a dynamic cache."
             )
-        return CalmCache.around(
+        cache = CalmCache.around(
             anchor_cache,
             {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
             {name: len(entry["connections"]) for name, entry in entries.items()},
             length,
             apart,
         )
+        cache.joined = self.bearers()
+        return cache
+
+    def bearers(self) -> dict[str, int]:
+        """The augmenting models that are switched on, each with the number of those that have borne its name."""
+        return {name: self.joined[name] for name in self.active}
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
         """The cache that a call uses, given what its caller passed."""
@@ -343,7 +351,7 @@ class CalmModel(CalmPreTrainedModel):
         if not self.can_cache:
             raise no_cache("past_key_values")
         if isinstance(past_key_values, CalmCache):
-            past_key_values.check(self.active)
+            past_key_values.check(self.bearers())
             return past_key_values
         return self.new_cache(past_key_values)
 

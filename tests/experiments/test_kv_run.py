@@ -91,7 +91,7 @@ def test_answers_do_not_depend_on_the_batch():
 
 
 def test_interval_by_hand():
-    assert interval([100.0, 100.0], 200) == (100.0, 100.0)
+    assert interval([100.0, 100.0], 200) == (pytest.approx(100 * 0.025 ** (1 / 400)), 100.0)
     low, high = interval([50.0], 100)
     assert low == pytest.approx(50 - 1.96 * 5, abs=0.5) and high == pytest.approx(50 + 1.96 * 5, abs=0.5)
 

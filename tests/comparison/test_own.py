@@ -351,7 +351,7 @@ def test_names_are_checked(tmp_path: Path, values: dict[str, Any]) -> None:
 
 
 def test_reasons_name_the_tokenizers_and_the_family(tmp_path: Path, values: dict[str, Any]) -> None:
-    own(values)["model"]["anchor"] = save(tmp_path / "a", "gpt2", tokenizer_of("bytes"))
+    own(values)["model"] |= {"anchor": save(tmp_path / "a", "gpt2", tokenizer_of("bytes")), "num_heads": None}
     for method, mentions in (("router", "different tokenizers"), ("moe", "gpt2")):
         values["domains"]["law"]["methods"] = [method]
         with pytest.raises(ConfigError, match=mentions):

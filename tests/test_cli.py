@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import calmlm
-from calmlm.cli import main
+from calmlm.cli import _standard_input, main
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -319,6 +319,11 @@ def test_standard_input_that_is_not_utf8(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     told = fault(capsys, "generate", composition, "--prompt", "-", "--tokenizer", anchor_folder)
     assert told == "Expected UTF-8 text on standard input, but byte 3 is none; convert it."
+
+
+def test_ends_of_lines_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\r\nb\rc\n\xc3\xa9")))
+    assert _standard_input() == "a\nb\nc\n\u00e9"
 
 
 def test_a_chat_template_that_is_missing(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

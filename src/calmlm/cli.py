@@ -141,8 +141,15 @@ def generate(
 
 
 def _standard_input() -> str:
+    """What arrives there, with the ends of lines that Python's own reading gives.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
-        return sys.stdin.buffer.read().decode("utf-8") if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        if not hasattr(sys.stdin, "buffer"):
+            return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"Expected UTF-8 text on standard input, but byte {error.start} is none; convert it.") from None
 

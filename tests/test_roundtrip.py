@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,27 @@ def test_a_state_dict_may_be_a_wrappers(prefix: str, models: Path) -> None:
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(models / "composition", state_dict=state)
     assert set(load_file(models / "composition" / "model.safetensors")) == set(model.composition_tensors())
+
+
+def test_a_model_that_is_spread_is_not_asked_for_its_tensors(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process alone saves what was gathered: asking the model then would wait for the others."""
+    model = calmlm.compose(models / "anchor", {"anchor": models / "augmenting", "b": tiny_model("qwen2", seed=3)}, 2)
+    model.remove_augmenting("b")
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(model, "state_dict", asked)
+    model.save_pretrained(models / "composition", state_dict=gathered)
+    assert len(load_file(models / "composition" / "model.safetensors")) == len(model._shapes) > 0
+
+
+def test_an_unchanged_model_of_any_name_is_not_warned_of(models: Path) -> None:
+    model = calmlm.compose(models / "anchor", {"anchor": models / "augmenting"}, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(models / "composition")
 
 
 def test_another_state_dict_overwrites_nothing(saved: Path) -> None:

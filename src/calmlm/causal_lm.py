@@ -53,7 +53,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         self._keeps_logits = accepts(anchor, "logits_to_keep")
         if anchor.generation_config is not None:
             self.generation_config = copy.deepcopy(anchor.generation_config)
-        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
+        self._note_tensors()
         self.post_init()
 
     # What belongs to whom
@@ -93,18 +93,24 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         """Whether the tensor of this name belongs to the composition rather than to a base."""
         return name.startswith("model.connectors.")
 
+    def _note_tensors(self) -> None:
+        """Take note of which tensors are the composition's; a trainer that spreads the model could not be asked."""
+        state = self.state_dict()
+        self._keys_to_ignore_on_save = {name for name in state if not self.is_composition(name)}
+        self._shapes = {name: tensor.shape for name, tensor in state.items() if self.is_composition(name)}
+
     def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The composition's own tensors, by name.
 
         Raises:
             ConfigError: when ``state_dict`` lacks some.
         """
-        own = {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
         if state_dict is None:
-            return own
+            return {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
+        own = self._shapes
         # As wrappers name them: DDP, torch.compile.
         given = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in state_dict.items()}
-        missing = sorted(name for name, tensor in own.items() if name not in given or given[name].shape != tensor.shape)
+        missing = sorted(name for name, shape in own.items() if name not in given or given[name].shape != shape)
         if missing:
             raise ConfigError(
                 f"state_dict must hold the composition's tensors as state_dict() names them, but {len(missing)} of "
@@ -178,7 +184,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
                 f"source_name must be one of the augmenting models of that composition ({', '.join(names)}), but got "
                 f"{source_name!r}: name one of them."
             )
-        self._keys_to_ignore_on_save = {n for n in self.state_dict() if not self.is_composition(n)}
+        self._note_tensors()
 
     def remove_augmenting(self, name: str) -> None:
         """Take one augmenting model out; the last one cannot be.
@@ -193,6 +199,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
                 f"the anchor itself."
             )
         self.model.remove(name)
+        self._note_tensors()
 
     def enable_augmenting(self, name: str) -> None:
         """Let one augmenting model speak again after ``disable_augmenting``; caches begin anew."""
@@ -281,8 +288,10 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
 
     def _warn_of_changes(self) -> None:
         """Warn where a base is not the one that was composed: it is named, not saved."""
-        for name, model in (("anchor", self.anchor), *self.augmenting.items()):
-            entry = self.config.anchor if name == "anchor" else self.config.augmenting[name]
+        entries = (self.config.anchor, *self.config.augmenting.values())
+        names = ("anchor", *self.config.augmenting)
+        bases = (self.anchor, *(self.augmenting[name] for name in self.config.augmenting))
+        for name, model, entry in zip(names, bases, entries, strict=True):
             if has_changed(model, entry.get("fingerprint")):
                 warnings.warn(
                     f"The model {name!r} has changed since it was composed, and the composition is saved without it: "

@@ -67,6 +67,7 @@ _SMALL = Preset(
     composition=Stage(1200, 64, 4e-3, 0.5),
     # Early ones for the value of a number word, a late one for terms that m_A spells out.
     connections=((3, 0), (3, 1), (3, 3)),
+    heads=8,
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_TINY, _SMALL)}

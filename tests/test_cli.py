@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -92,6 +93,25 @@ class TestProgram:
         monkeypatch.setattr("calmlm.training.run.train", interrupted)
         assert main(["train", str(config)]) == 130
         assert "Traceback" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("write", ["text", "tensors", "pickled"])
+    def test_a_full_disk(
+        self, write: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path
+    ) -> None:
+        full = Path("/dev/full")
+        if not full.is_char_device():
+            pytest.skip("this system has no device that is always full")
+
+        def train(*args: Any, **kwargs: Any) -> None:
+            if write == "text":
+                full.write_text("x" * 100_000, encoding="utf-8")
+            elif write == "tensors":  # it would put a file in the device's place
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            else:
+                torch.save({"x": torch.zeros(100_000)}, full)
+
+        monkeypatch.setattr("calmlm.training.run.train", train)
+        assert "the disk is full" in fault(capsys, "train", config)
 
     def test_faults_of_ours_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
         def broken(*args: Any, **kwargs: Any) -> None:

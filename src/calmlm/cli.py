@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -59,11 +60,20 @@ def _click_status(error: Exception) -> int:
         say("Interrupted.")
         return INTERRUPTED
     show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if status is None and _is_full(error):
+        say("error: Expected room for what is written, but the disk is full: free some, then go on with --resume.")
+        return FAULT
     if status is None:
         raise error
     if show is not None:
         show()
     return int(status)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk without room is behind an error; safetensors and torch say so in their messages alone."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))
 
 
 def say(message: str) -> None:

@@ -257,3 +257,30 @@ def test_models_that_keep_packed_texts_apart_are_given_them(family: str) -> None
     ids, positions, texts = packed()
     found = logits_of(model, ids, position_ids=positions)
     assert_close(found, torch.cat([logits_of(model, text) for text in texts], dim=1), 1e-4)
+
+
+GEMMA4 = {
+    "hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+    "global_head_dim": 12, "sliding_window": 6, "num_kv_shared_layers": 3, "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8, "pad_token_id": 0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_decoders_that_drop_positions_between_their_layers(kept: int) -> None:
+    """Gemma 4's last layers share keys: told how many logits are wanted, they run on those positions alone."""
+    model = awaken(calmlm.compose(other("gemma4_text", **GEMMA4), tiny_model(), connections=[(1, 1), (3, 4)]))
+    ids = tiny_tokens(2, 9)
+    assert_close(logits_of(model, ids, logits_to_keep=kept), logits_of(model, ids)[:, -kept:], 1e-5)
+    rows, mask = pad([tiny_tokens(1, 4)[0], tiny_tokens(1, 9)[0]], "left")
+    found = model.generate(rows, attention_mask=mask, max_new_tokens=5, **GREEDY)
+    assert found.tolist() == greedy_without_cache(model, rows, 5, mask).tolist()
+
+
+def test_such_a_decoder_drafts() -> None:
+    anchor = tiny_model(num_hidden_layers=4)
+    model = awaken(calmlm.compose(anchor, other("gemma4_text", **GEMMA4), connections=[(4, 1), (5, 3)]))
+    ids = tiny_tokens(1, 9)
+    found = model.generate(ids, drafting=True, max_new_tokens=8, **GREEDY)
+    assert found.tolist() == greedy_without_cache(model, ids, 8).tolist()

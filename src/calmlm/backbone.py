@@ -160,6 +160,18 @@ class Backbone:
             cache_argument=None,
         )
 
+    def kept(self, logits_to_keep: int | Tensor, tokens: Tensor | None) -> int | Tensor:
+        """``logits_to_keep`` for a call on ``tokens`` (B, T, ...), in a form that drops no positions between layers.
+
+        A decoder that is told of it as well (Gemma 4, whose last layers share keys) drops them where it is a number.
+        """
+        if tokens is None or isinstance(logits_to_keep, Tensor) or not accepts(self.decoder, "logits_to_keep"):
+            return logits_to_keep
+        if logits_to_keep == 0:
+            return 0
+        length = tokens.shape[1]
+        return torch.arange(max(length - logits_to_keep, 0), length, device=tokens.device)
+
     def check_length(self, role: str, length: int, positions: Tensor | None) -> None:
         """Raise when a call goes beyond the positions that the model has learned.
 

@@ -264,7 +264,8 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         kwargs = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
         kwargs.pop("return_dict", None)
         if self._keeps_logits:
-            kwargs["logits_to_keep"] = logits_to_keep
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            kwargs["logits_to_keep"] = self.model.backbone().kept(logits_to_keep, tokens)
         if prompt_mask is None and labels is not None:
             prompt_mask = prompt_of(labels)
         output, cache = self.model.run(

@@ -57,8 +57,9 @@ class Common:
                     distribution = logits.softmax(-1, dtype=torch.float32)
                     stream.hidden.update(dict.fromkeys(self.layers, distribution))
                 elif head:
-                    keep = {"logits_to_keep": 1} if accepts(self.model, "logits_to_keep") else {}
-                    logits = self.model(**arguments, **keep).logits
+                    if accepts(self.model, "logits_to_keep"):
+                        arguments["logits_to_keep"] = self.backbone.kept(1, arguments["input_ids"])
+                    logits = self.model(**arguments).logits
                 else:
                     self.backbone.decoder(**arguments)
                     return None

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import calmlm
 from calmlm.baselines import BASELINES, Bases, Budget, Data
 from calmlm.baselines.confidence_cascade import Confidence, best_threshold
-from calmlm.baselines.fisher import diagonal_fisher, merge, scaled
+from calmlm.baselines.fisher import EXAMPLES, diagonal_fisher, merge, scaled, spread
 from calmlm.baselines.lora import rank_for
 from calmlm.baselines.merging import METHODS, WEIGHTS
 from calmlm.baselines.merging import merge as merge_vectors
@@ -129,6 +129,14 @@ def test_fisher_information_by_hand(data: Data) -> None:
         )
         expected += torch.autograd.grad(likelihood, weight)[0] ** 2 / len(rows)
     assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_rows_are_looked_at_from_beginning_to_end() -> None:
+    """A corpus may begin with its simplest rows."""
+    rows = [{"input_ids": [i]} for i in range(10 * EXAMPLES + 3)]
+    found = [row["input_ids"][0] for row in spread(rows)]
+    assert len(set(found)) == EXAMPLES and found[0] == 0 and found[-1] >= 9.9 * EXAMPLES
+    assert spread(rows[:5]) == rows[:5]
 
 
 def test_fisher_merging_by_hand() -> None:
@@ -362,6 +370,22 @@ def test_a_tool_answers_in_the_prompt() -> None:
     assert texts == ["7 7"]
     assert seen[0].endswith("ab + cd =")
     assert seen[0].startswith("7 7 7")
+
+
+def test_a_tool_is_not_made_to_write_on() -> None:
+    """How long an answer is to be at least is asked of m_B alone."""
+    asked: list[dict[str, Any]] = []
+
+    class Notes(Echo):
+        def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+            asked.append(options)
+            return super().generate(input_ids, attention_mask, max_new_tokens, **options)
+
+    seven = TOKENIZER.convert_tokens_to_ids("▁7")
+    ids = torch.tensor([TOKENIZER("ab + cd =").input_ids])
+    tool = TextTool(Notes(seven), Notes(seven), TOKENIZER)
+    tool.generate(ids, torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4)
+    assert ["min_new_tokens" in options for options in asked] == [False, True]
 
 
 # LoRA and the setting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calmlm.comparison.figures import by_method, difference, interval, joined, kept, share
+from calmlm.comparison.figures import by_method, columns_of, difference, interval, kept, share
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.plots import _STYLES
 
@@ -34,8 +34,26 @@ def test_a_difference_is_taken_item_by_item() -> None:
     """Items that are hard for both say nothing about which is better."""
     first = {0: [1.0, 0.0] * 50, 1: [1.0, 0.0] * 50}
     second = {1: [0.9, -0.1] * 50, 2: [0.0] * 100}
-    mean, low, high = difference(first, second)
+    mean, low, high = difference([first], [second])
     assert abs(mean - 0.1) < 1e-9 and abs(low - 0.1) < 1e-9 and abs(high - 0.1) < 1e-9
+
+
+def test_each_column_counts_as_much_as_the_others() -> None:
+    """However many items it has: the mean over columns, not over their items."""
+    short, long = {0: [1.0] * 10}, {0: [0.0, 0.5] * 95}
+    assert interval(short, long)[0] == share(short, long)[0] == (1.0 + 0.25) / 2
+    mean, low, high = difference([short, long], [{0: [0.0] * 10}, {0: [0.5] * 190}])
+    assert mean == (1.0 - 0.25) / 2
+    # The standard error of the second is 0.25 / sqrt(190) = 0.018, half of it that of the mean; the first has none.
+    assert high - low == pytest.approx(4 * 0.018 / 2, rel=0.2)
+
+
+def test_a_difference_between_equal_items_is_not_certain() -> None:
+    right, wrong = {0: [1.0] * 60, 1: [1.0] * 40}, {0: [0.0] * 60, 1: [0.0] * 40}
+    limit = 0.025 ** (1 / 100)
+    assert difference([right], [right]) == pytest.approx((0.0, limit - 1.0, 1.0 - limit))
+    assert difference([right], [wrong]) == pytest.approx((1.0, 2 * limit - 1.0, 1.0))
+    assert difference([wrong], [right]) == pytest.approx((-1.0, -1.0, 1.0 - 2 * limit))
 
 
 def test_what_is_kept_is_after_minus_before() -> None:
@@ -51,7 +69,7 @@ def test_cells_are_sorted_by_method_task_and_seed() -> None:
     ]
     found = by_method(cells)
     assert found == {"a": {"t": {1: [1.0], 0: [0.5]}, "u": {1: [0.0], 0: [0.25]}}}
-    assert joined(found["a"], ["t", "u"]) == {0: [0.5, 0.25], 1: [1.0, 0.0]}
+    assert columns_of(found["a"], ["t", "u"]) == [{0: [0.5], 1: [1.0]}, {0: [0.25], 1: [0.0]}]
 
 
 def test_items_that_all_seeds_share_are_drawn_together() -> None:

@@ -213,7 +213,7 @@ def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any])
         (("own", "model", "connector"), {"kind": "flamingo"}, "method of its own"),
         (("own", "model", "anchor"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "composition"), "nothing.jsonl", "nothing.jsonl"),
-        (("own", "known"), {"contents": {}, "shown": {}, "prompted": True}, "known"),
+        (("own", "known"), {"contents": {}, "shown": {}, "read": {}, "prompted": True}, "known"),
         (("own", "learning_rate"), 0, "above 0"),
         (("own", "learning_rate"), float("inf"), "above 0"),
         (("own", "weight_decay"), -1.0, "weight_decay"),
@@ -381,12 +381,15 @@ def test_losses_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_items_of_the_composition_data_are_found_whatever_their_spaces(tmp_path: Path, values: dict[str, Any]) -> None:
     own(values)["composition"] = write(tmp_path / "dc.jsonl", [{"prompt": "1 + 2 =", "completion": " 3"}] * 9)
-    own(values)["tasks"]["both"]["data"] = write(
-        tmp_path / "both.jsonl", [{"prompt": "1 + 2 =", "completion": "3\n"}, {"prompt": "1 + 2 = ", "completion": "4"}]
-    )
-    known = config_of(tmp_path, values).preset_of("law").known
+    own(values)["corpus"] = write(tmp_path / "corpus.jsonl", [{"text": "1 + 2 = 4"}, {"text": "1 + 2 = 5"}] * 9)
+    items = [{"prompt": "1 + 2 =", "completion": "3\n"}, {"prompt": "1 + 2", "completion": "= 4"}]
+    own(values)["tasks"]["both"]["data"] = write(tmp_path / "both.jsonl", items)
+    config = config_of(tmp_path, values)
+    known = config.preset_of("law").known
     assert known is not None
-    assert known.shown["both"] == 1
+    assert known.shown["both"] == known.read["both"] == 1
+    about = config.parts["law"].own.about
+    assert "**1 items of both stand in D_C.**" in about and "**1 items of both stand in m_A's corpus**" in about
 
 
 def test_the_first_token_of_a_text_may_be_a_part_of_a_character(tmp_path: Path, values: dict[str, Any]) -> None:

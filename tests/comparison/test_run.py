@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,34 @@ def test_files_that_are_no_cells_are_made_anew(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         assert config.cells()[0].stored(tmp_path / "cells") is None
     assert run(config, report=lambda line: None)["cells"]["finished"] == 1
+
+
+class Broken:
+    """A pool whose workers are killed at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._processes: dict[int, Any] = {}
+
+    def __enter__(self) -> Broken:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def submit(self, *args: Any) -> Future[None]:
+        future: Future[None] = Future()
+        future.set_exception(BrokenProcessPool("terminated abruptly"))
+        return future
+
+
+def test_a_worker_that_is_killed_leaves_a_report_and_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = comparison(tmp_path, code=Part([0], ["m_B"]))
+    run(config, report=lambda line: None)
+    monkeypatch.setattr("calmlm.comparison.run.ProcessPoolExecutor", Broken)
+    config = dataclasses.replace(comparison(tmp_path, code=Part([0], ["m_B", "m_A"])), workers=2)
+    (tmp_path / "o" / "tiny.json").unlink(missing_ok=True)
+    with pytest.raises(CalmError, match=r"1 failed, the first of them m_A .*stopped from outside"):
+        run(config, report=lambda line: None)
+    assert json.loads((Path(config.output) / "tiny.json").read_text(encoding="utf-8"))["cells"]["finished"] == 1
 
 
 def command(folder: Path, path: Path) -> list[str]:

@@ -303,3 +303,28 @@ def test_secrets_of_the_environment_are_not_handed_on(monkeypatch: pytest.Monkey
     outcome = run_python("import os\nprint(dict(os.environ))")
     assert "secret" not in outcome.output
     assert os.environ["MY_TOKEN"] == "secret"
+
+
+def test_names_of_the_hook_are_not_those_that_a_program_sees() -> None:
+    code = (
+        "import sys\n"
+        "seen = sys._getframe(1).f_globals\n"
+        "seen.update(_FORBIDDEN=('-',), _BLOCKED=(), _LISTING=(), _CHANGING=('-',), isinstance=lambda *a: True)\n"
+        "import os\n"
+        "os.system('true')\n"
+    )
+    outcome = run_python(code)
+    assert not outcome.passed
+    assert "not allowed here: os.system" in outcome.output
+
+
+def test_what_writes_anywhere_in_memory_is_gone() -> None:
+    """The layers of the system are set up through ctypes, whose functions no audit hook sees."""
+    code = (
+        "found = [c for c in object.__subclasses__() if c.__module__ in ('ctypes', '_ctypes')]\n"
+        "for each in found:\n"
+        "    names = getattr(getattr(each, '__init__', None), '__globals__', {})\n"
+        "    assert not {'memmove', 'memset', 'CFUNCTYPE', 'PYFUNCTYPE', 'cast'} & set(names), each\n"
+    )
+    outcome = run_python(code)
+    assert outcome.passed, outcome.output

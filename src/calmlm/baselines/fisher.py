@@ -42,6 +42,12 @@ def diagonal_fisher(model: PreTrainedModel, rows: Sequence[Row], pad: int) -> di
     return {name: value / max(1, len(rows)) for name, value in total.items()}
 
 
+def spread(rows: Sequence[Row]) -> list[Row]:
+    """As many rows as are looked at, from beginning to end: a corpus may begin with its simplest ones."""
+    count = min(EXAMPLES, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def scaled(fisher: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """A Fisher information with the mean ``share`` over all weights.
 
@@ -79,8 +85,8 @@ def fit(bases: Bases, data: Data, budget: Budget) -> PreTrainedModel:
     pad = bases.tokenizer.pad_token_id
     with budget.meter.counting():
         fishers = [
-            diagonal_fisher(anchor, data.composition[:EXAMPLES], pad),
-            diagonal_fisher(twin, data.corpus[:EXAMPLES], pad),
+            diagonal_fisher(anchor, spread(data.composition), pad),
+            diagonal_fisher(twin, spread(data.corpus), pad),
         ]
     tried = [merge([anchor, twin], [scaled(fishers[0], share), scaled(fishers[1], 1.0 - share)]) for share in SHARES]
     return least_loss(tried, bases, data, budget)

@@ -2,7 +2,8 @@
 
 The task vector of the twin is its difference from m_B, ``tau = theta_twin - theta_B``. Task arithmetic (Ilharco et
 al., 2023) adds ``w tau``; TIES (Yadav et al., 2023) keeps its largest entries only; DARE (Yu et al., 2024) keeps random
-ones, scaled up.
+ones, scaled up. mergekit does so tensor by tensor: TIES takes the largest entries of each, where the paper takes those
+of all, and DARE keeps the sum of each tensor's absolute values, where the paper divides by the share that is kept.
 """
 
 from __future__ import annotations

@@ -44,8 +44,10 @@ class TextTool:
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Each row's ids and m_B's answer to the prompt with m_A's answer in it, as if it followed the bare prompt."""
+        # How long the answer is to be is asked of m_B; the tool stops where it has answered.
+        asked = {key: value for key, value in options.items() if key != "min_new_tokens"}
         told = self.augmenting.generate(
-            input_ids=input_ids, attention_mask=attention_mask, **{**options, "max_new_tokens": TOOL_TOKENS}
+            input_ids=input_ids, attention_mask=attention_mask, **{**asked, "max_new_tokens": TOOL_TOKENS}
         )
         width = input_ids.shape[1]
         answers = self.tokenizer.batch_decode(told[:, width:], skip_special_tokens=True)

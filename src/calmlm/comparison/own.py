@@ -48,11 +48,13 @@ class Known:
         contents: digests of the data and of the models' folders or commits, so that a cell is known by what it was made
             of.
         shown: how many items of a task stand in D_C.
+        read: how many of them stand in m_A's corpus.
         prompted: whether the examples of D_C tell a prompt from what is learned.
     """
 
     contents: dict[str, str]
     shown: dict[str, int]
+    read: dict[str, int]
     prompted: bool
 
 
@@ -135,6 +137,11 @@ class Own:
             text += " m_A has no tokenizer of its own and reads the anchor's tokens."
         if self.known is not None:
             text += "".join(f" **{count} items of {name} stand in D_C.**" for name, count in self.known.shown.items())
+            text += "".join(
+                f" **{count} items of {name} stand in m_A's corpus**, which continued pre-training, LoRA on it, "
+                f"merging and the mixture of experts read as well."
+                for name, count in self.known.read.items()
+            )
         return text
 
     @cached_property

@@ -176,26 +176,28 @@ def _shapes(config: PreTrainedConfig, own: Own) -> dict[str, tuple[int, ...]]:
 
 def _know(own: Own) -> Known:
     composition, corpus = (load_examples(listed(sources)) for sources in (own.composition, own.corpus))
-    learned = {_text_of(example) for example in composition}
+    learned, read = ({_text_of(example) for example in examples} for examples in (composition, corpus))
     contents = {"composition": _digest_of(composition), "corpus": _digest_of(corpus), **dict(_models_of(own))}
-    shown = {}
+    shown: dict[str, int] = {}
+    known: dict[str, int] = {}
     for name, task in own.tasks.items():
         examples = _load_task(task.data, task.metric)
         contents[f"tasks.{name}"] = _digest_of(examples)
-        if count := sum(_text_of(example) in learned for example in examples):
-            shown[name] = count
+        for found, texts in ((shown, learned), (known, read)):
+            if count := sum(_text_of(example) in texts for example in examples):
+                found[name] = count
     for examples in (composition, corpus):
         if examples[0].format == "messages":
             raise DataError(
                 f"{examples[0].place}: expected 'prompt' and 'completion', or 'text', but got 'messages', which the "
                 f"tasks could not be asked in: write the conversation out."
             )
-    return Known(contents, shown, composition[0].format == "prompt-completion" and own.loss_on == "completion")
+    return Known(contents, shown, known, composition[0].format == "prompt-completion" and own.loss_on == "completion")
 
 
 def _text_of(example: Example) -> str:
     """All that a record says, whatever white space is in it and however it is cut into fields."""
-    return " ".join(" ".join(str(part) for part in example.fields.values()).split())
+    return "".join("".join(str(part) for part in example.fields.values()).split())
 
 
 def _load_task(sources: Sources, metric: str) -> list[Example]:

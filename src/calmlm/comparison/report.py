@@ -12,7 +12,7 @@ from calmlm.comparison.cells import Cell
 from calmlm.comparison.config import CompareConfig
 from calmlm.comparison.domain import Task
 from calmlm.comparison.domains import kind_of
-from calmlm.comparison.figures import Scores, by_method, difference, interval, joined, kept, share
+from calmlm.comparison.figures import Scores, by_method, columns_of, difference, interval, kept, share
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE
 from calmlm.comparison.page import markdown, title_of
 from calmlm.comparison.plots import draw
@@ -35,7 +35,8 @@ SHARES = ("exact_match", "pass@1", "chrf")
 """Metrics in per cent, of which more is better."""
 INTERVAL = (
     "95 % intervals by a two-level bootstrap (seeds drawn with replacement, then the items of each); with few seeds "
-    "they understate the variation between seeds. Differences are taken item by item."
+    "they understate the variation between seeds. Differences are taken item by item. Where all items are equal, the "
+    "exact limit of the binomial."
 )
 
 
@@ -73,13 +74,14 @@ def summarise(
         for method in [*METHODS, REFERENCE, *ABLATIONS]:
             if not scores.get(method):
                 continue
-            columns: dict[str, Scores] = dict(scores[method])
-            columns |= {group: joined(scores[method], members) for group, members in groups.items()}
+            columns: dict[str, list[Scores]] = {task: [values] for task, values in scores[method].items()}
+            columns |= {group: columns_of(scores[method], members) for group, members in groups.items()}
             delta = _delta(scores, method, retained, kind.same_items)
             costs = _costs(spent[method])
             for column, values in columns.items():
                 about = tasks[groups[column][0] if column in groups else column]
-                mean, low, high = (interval if about.metric == "bits_per_byte" else share)(values, kind.same_items)
+                figure = interval if about.metric == "bits_per_byte" else share
+                mean, low, high = figure(*values, same_items=kind.same_items)
                 scale = 1.0 if about.metric == "bits_per_byte" else 100.0
                 rows.append(
                     {
@@ -90,7 +92,7 @@ def summarise(
                         "mean": round(scale * mean, 3),
                         "low": round(scale * low, 3),
                         "high": round(scale * high, 3),
-                        "seeds": len(values),
+                        "seeds": len(values[0]),
                         "retained_delta": None if delta is None else round(100 * delta[0], 3),
                         **costs,
                     }
@@ -173,8 +175,8 @@ def _answers(
     for question, methods in QUESTIONS.items():
         for method in (each for each in methods if each in scores):
             for metric, tasks in combined.items():
-                ours, theirs = joined(scores["composed"], tasks), joined(scores[method], tasks)
-                shared = set(ours) & set(theirs)
+                ours, theirs = columns_of(scores["composed"], tasks), columns_of(scores[method], tasks)
+                shared = set(ours[0]) & set(theirs[0])
                 if not shared:
                     continue
                 mean, low, high = (100 * value for value in difference(ours, theirs, same_items))

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], No
                     show()
                     for future in done:
                         future.result()
+        except BrokenProcessPool:
+            for cell in missing:
+                if cell.stored(cache) is None:
+                    cell.fail(cache, CalmError("a worker was stopped from outside, for want of memory perhaps"))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list((pool._processes or {}).values()):

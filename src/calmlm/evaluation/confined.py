@@ -164,47 +164,53 @@ def confine(folder: str) -> None:
     for layer in layers:
         with contextlib.suppress(Exception):
             layer()
+    # Its classes stay, and through them what they are made with, which would write anywhere in memory unseen.
     for name in [name for name in sys.modules if name.partition(".")[0] in ("ctypes", "_ctypes")]:
-        del sys.modules[name]
+        vars(sys.modules.pop(name)).clear()
 
 
 def guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses what reaches beyond the folder."""
-    known_folders, real, refuse, remaining = (*libraries(), _ZONES), os.path.realpath, PermissionError, [_CHANGES]
+    real, refuse, remaining = os.path.realpath, PermissionError, [_CHANGES]
+    roots = tuple(each + "/" for each in (*libraries(), _ZONES))
     decode, is_folder, base = os.fsdecode, os.path.isdir, os.path.basename
+    # This module's names are seen, and changed, from the frames of a program.
+    forbidden, blocked, listing, changing = _FORBIDDEN, _BLOCKED, _LISTING, _CHANGING
+    text, raw, number, shown, are, each_of = str, bytes, int, repr, isinstance, all
+    more = f"not allowed here: more than {_CHANGES} changes to files"
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def inside(path: Any) -> bool:
-        return isinstance(path, int) or (real(decode(path)) + "/").startswith(folder + "/")
+        return are(path, number) or (real(decode(path)) + "/").startswith(folder + "/")
 
     def known(path: Any) -> bool:
-        return (real(decode(path)) + "/").startswith(tuple(each + "/" for each in known_folders))
+        return (real(decode(path)) + "/").startswith(roots)
 
     def change() -> None:
         remaining[0] -= 1
         if remaining[0] < 0:
-            raise refuse(f"not allowed here: more than {_CHANGES} changes to files")
+            raise refuse(more)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event.startswith(_FORBIDDEN):
+        if event.startswith(forbidden):
             raise refuse("not allowed here: " + event)
         if event == "import":
-            name, file = str(arguments[0]), base(str(arguments[1] or "")).partition(".")[0]
-            if name.partition(".")[0] in _BLOCKED or name.rpartition(".")[2] in _BLOCKED or file in _BLOCKED:
+            name, file = text(arguments[0]), base(text(arguments[1] or "")).partition(".")[0]
+            if name.partition(".")[0] in blocked or name.rpartition(".")[2] in blocked or file in blocked:
                 raise refuse("not allowed here: import " + name)
         if event == "open":
             path, _, flags = arguments
             # A descriptor of a folder would lead out of it, through paths that this hook takes for others.
-            if isinstance(path, int) or is_folder(decode(path)):
+            if are(path, number) or is_folder(decode(path)):
                 raise refuse("not allowed here: open a descriptor or a folder")
             if not inside(path) and ((flags or 0) & writing or not known(path)):
-                raise refuse("not allowed here: open " + repr(path))
+                raise refuse("not allowed here: open " + shown(path))
             if (flags or 0) & writing:
                 change()
-        if event in _LISTING and not inside(arguments[0] or ".") and not known(arguments[0] or "."):
+        if event in listing and not inside(arguments[0] or ".") and not known(arguments[0] or "."):
             raise refuse("not allowed here: " + event)
-        if event.startswith(_CHANGING):
-            if not all(inside(path) for path in arguments[:2] if isinstance(path, (str, bytes))):
+        if event.startswith(changing):
+            if not each_of(inside(path) for path in arguments[:2] if are(path, (text, raw))):
                 raise refuse("not allowed here: " + event)
             change()
 

@@ -4,8 +4,9 @@ The code runs in a process of its own, in a new session and a temporary folder t
 of ``calmlm.evaluation.confined``. Limits of the system hold time, memory and sizes of files. On Linux, Landlock keeps
 the process to its folder and the interpreter's own files, seccomp (through libseccomp) refuses what starts, signals and
 changes other processes or opens a socket, and a network namespace has no interface; each where the system has it. An
-audit hook refuses the same within the interpreter, on every system. Whatever way a program finds to fill its folder, it
-is stopped there. Threads cannot be started, so right programs that need them fail.
+audit hook refuses the same within the interpreter, on every system, to programs that do not set out to get around it:
+only the kernel keeps those in. Whatever way a program finds to fill its folder, it is stopped there. Threads cannot be
+started, so right programs that need them fail.
 
 A program may still lie about its success, since it is judged in its own process: it may find there what says that it
 came to its end. This is made for what a language model writes by mistake or by imitation; what an attacker has written

@@ -124,9 +124,39 @@ def test_the_own_view_is_the_augmenting_models_template(template: str) -> None:
     plain = [*system, *CONVERSATION, *NEXT]
     writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
     written = [index for index, _ in writer.write(rendered(ours, CONVERSATION + NEXT, add_generation_prompt=True))]
-    whole = theirs.decode(rendered(theirs, plain))
-    assert whole.startswith(theirs.decode(written))
-    assert len(theirs.decode(written)) >= len(whole) - len(".<|eot|>")  # the last message may not be closed
+    # Who is to speak next is told before a word is said.
+    assert theirs.decode(written) == theirs.decode(rendered(theirs, plain, add_generation_prompt=True))
+
+
+MARKS_THAT_CLOSE = {
+    "a role's mark ends the message before": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}{{ '<|Assistant|>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}",
+        ["<|User|>", "<|Assistant|>"],
+    ),
+    "and in plain text": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n' }}"
+        "{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\n' }}"
+        "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("own", MARKS_THAT_CLOSE)
+@pytest.mark.parametrize("roles", ["suau", "uau", "suu", "uuau"])
+def test_no_mark_of_a_role_is_written_twice(own: str, roles: str) -> None:
+    ours, theirs = chatty("bytes", "chatml"), copy.deepcopy(tokenizer("bytes-large"))
+    theirs.chat_template, special = MARKS_THAT_CLOSE[own]
+    theirs.add_special_tokens({"additional_special_tokens": special})
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    talk = [{"role": names[role], "content": f"{place} words"} for place, role in enumerate(roles)]
+    writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+    written = [index for index, _ in writer.write(rendered(ours, talk, add_generation_prompt=True))]
+    assert theirs.decode(written) == theirs.decode(rendered(theirs, talk, add_generation_prompt=True))
 
 
 @pytest.mark.parametrize("method", ["transcode", "retokenize"])

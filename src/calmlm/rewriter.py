@@ -112,9 +112,12 @@ class Rewriter(nn.Module):
         stream = _Stream(self)
         return [(token, owner) for owner, index in enumerate(ids) for token in stream.take(index)]
 
-    def opening(self, own: Template, role: str, first: bool) -> Sequence[int]:
-        if not first or role in own.beginnings:
-            return own.beginnings[role] if first else own.openings.get(role, ())
+    def opening(self, own: Template, role: str, previous: str | None) -> Sequence[int]:
+        """What opens a message of ``role``, behind one of ``previous`` or as the first of all."""
+        if previous is not None:
+            return own.opening(role, previous)
+        if role in own.beginnings:
+            return own.beginnings[role]
         # Begun as no sample was: with what conversations begin with, and the role's own mark.
         for other, beginning in own.beginnings.items():
             mark = self._mark(own, other)
@@ -137,7 +140,9 @@ class _Stream:
         template = rewriter.alignment.anchor_template
         self.reading = None if template is None else Reading(template)
         self.run = _Run(rewriter)
-        self.taken = self.messages = 0  # tokens and messages so far
+        self.taken = 0  # tokens so far
+        self.opened = False  # whether there was a message with content
+        self.speaker: str | None = None  # of the latest message, in the augmenting model's template
 
     def __copy__(self) -> _Stream:
         new = object.__new__(_Stream)
@@ -157,31 +162,36 @@ class _Stream:
                 usual = given.alignment.body[event.token]
                 # One token may be both the beginning and the end of a text: its place tells.
                 run.add(given.alignment.start.get(event.token, usual) if self.taken == 0 else usual)
-            elif event.kind == "open":
-                self._open(event.role)
-                self.messages += 1
             else:
-                run.flush()
-                if given.own_template is not None:
-                    run.enter(given.own_template.closings.get(self._own_role(event.role), ()))
+                self._turn(event)
         self.taken += 1
         return run.out
 
-    def _open(self, role: str) -> None:
-        """Write what the augmenting model reads where a message begins."""
-        own, begin, first = self.rewriter.alignment.own_template, self.rewriter.alignment.begin, self.messages == 0
-        self.run.flush()
-        if own is not None:
-            self.run.enter(self.rewriter.opening(own, self._own_role(role), first))
-        elif not first:
-            self.run.write(b"\n")  # keeps the messages apart
-        elif begin is not None:
-            self.run.add((begin,))
+    def _turn(self, event: Event) -> None:
+        """Write what the augmenting model reads where a message begins and ends.
 
-    def _own_role(self, role: str) -> str:
-        """Who speaks in the augmenting model's template: what it has no tools for, its user says."""
-        own = self.rewriter.alignment.own_template
-        return "user" if role == "tool" and own is not None and role not in own.closings else role
+        In its own template it is told who speaks before anything is said; of bare content, a message without any is
+        passed over.
+        """
+        given, run = self.rewriter.alignment, self.run
+        own, role = given.own_template, event.role
+        if event.kind in ("open", "close"):
+            run.flush()
+        if own is not None:
+            # What it has no tools for, its user says.
+            speaker = "user" if role == "tool" and role not in own.closings else role
+            if event.kind == "enter":
+                run.flush()
+                run.enter(self.rewriter.opening(own, speaker, self.speaker))
+                self.speaker = speaker
+            elif event.kind == "leave":
+                run.enter(own.closings.get(speaker, ()))
+        elif event.kind == "open":
+            if self.opened:
+                run.write(b"\n")  # keeps the messages apart
+            elif given.begin is not None:
+                run.add((given.begin,))
+            self.opened = True
 
     def _events(self, token: int) -> Iterator[Event]:
         pieces = self.rewriter.alignment.pieces

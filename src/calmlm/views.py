@@ -41,14 +41,16 @@ class Event:
     """One thing that a token of a conversation brings.
 
     Attributes:
-        kind: ``"text"`` (bytes of content), ``"special"`` (a special token within content), ``"open"`` or ``"close"``.
+        kind: ``"text"`` (bytes of content), ``"special"`` (a special token within content), ``"enter"`` and ``"leave"``
+            (a message's opening and closing are complete), ``"open"`` and ``"close"`` (the same of a message that has
+            content, with its first).
         owner: the position of the token that settles it.
         text: of ``"text"``.
         token: of ``"special"``.
-        role: of ``"open"`` and ``"close"``.
+        role: of all but ``"text"`` and ``"special"``.
     """
 
-    kind: Literal["text", "special", "open", "close"]
+    kind: Literal["text", "special", "enter", "open", "close", "leave"]
     owner: int
     text: bytes = b""
     token: int | None = None
@@ -60,7 +62,7 @@ class Template:
     """What opens and closes the content of each role: symbols of the anchor, token ids of an augmenting model.
 
     Attributes:
-        openings, closings: by role.
+        openings, closings: by role; in ids, openings also by the role before and this one, with a space between.
         tails: what may follow the opening of a role and is no content either.
         beginnings: what stands before the first content of a conversation that begins with this role.
     """
@@ -118,18 +120,25 @@ class Template:
                 f"{role} refuses or changes them: use augmenting_view='bare'."
             )
         special = lambda index: pieces[index] is None  # noqa: E731
-        openings: dict[str, Symbols] = {}
-        closings: dict[str, Symbols] = {}
-        beginnings: dict[str, Symbols] = {}
+        after: dict[str, list[Symbols]] = {}
         for sample in samples:
             for index, message in enumerate(sample.messages):
-                closings.setdefault(message["role"], _closing(sample.gaps[index + 1], special))
-                if index == 0:
-                    beginnings.setdefault(message["role"], sample.gaps[0])
-                else:
-                    before = closings[sample.messages[index - 1]["role"]]
-                    openings.setdefault(message["role"], sample.gaps[index][len(before) :])
+                after.setdefault(message["role"], []).append(sample.gaps[index + 1])
+        # What stands behind a role whoever speaks next, or nobody, is its closing.
+        closings = {name: _closing(_common(gaps), special) for name, gaps in after.items()}
+        openings: dict[str, Symbols] = {}
+        beginnings: dict[str, Symbols] = {}
+        for sample in samples:
+            beginnings.setdefault(sample.messages[0]["role"], sample.gaps[0])
+            for gap, one, other in zip(sample.gaps[1:], sample.messages, sample.messages[1:], strict=False):
+                opening = gap[len(closings[one["role"]]) :]
+                openings.setdefault(other["role"], opening)
+                openings.setdefault(_pair(one["role"], other["role"]), opening)
         return cls(openings, closings, {}, beginnings)
+
+    def opening(self, role: str, previous: str) -> Symbols:
+        """What opens a message of ``role`` behind one of ``previous``."""
+        return self.openings.get(_pair(previous, role), self.openings.get(role, ()))
 
     @classmethod
     def _derived(cls, samples: list[_Sample]) -> Template | None:
@@ -189,8 +198,6 @@ class Template:
     def events(self, ids: Sequence[int], pieces: Pieces) -> Iterator[Event]:
         """Cut a conversation into content and template.
 
-        A message opens with its first content; one without any is passed over.
-
         Args:
             ids: its token ids; what a token brings depends on it and on those before it alone.
             pieces: the bytes of the tokens, None for special ones.
@@ -236,8 +243,7 @@ class Reading:
         """What one more symbol settles: symbols of content, and (kind, role) where a message opens or closes."""
         if self.role is None:
             self.seen = [*self.seen, symbol][-self.longest :]
-            self._enter()
-            return []
+            return self._enter()
         self.held.append(symbol)
         if self.tails:
             kept = [tail for tail in self.tails if tail[: len(self.held)] == tuple(self.held)]
@@ -260,20 +266,23 @@ class Reading:
         if len(self.held) == len(closing):
             if self.opened:
                 free.append(("close", self.role))
+            free.append(("leave", self.role))
             self.seen, self.held, self.role = self.held[-self.longest :], [], None
-            self._enter()
+            free += self._enter()
         return free
 
-    def _enter(self) -> None:
+    def _enter(self) -> list[Any]:
         """Begin a message where its opening has just been completed; the longest opening counts."""
         found = [
             (len(opening), role)
             for role, opening in self.template.openings.items()
             if tuple(self.seen[-len(opening) :]) == opening
         ]
-        if found:
-            self.role, self.opened = max(found)[1], False
-            self.tails = list(self.template.tails.get(self.role, ()))
+        if not found:
+            return []
+        self.role, self.opened = max(found)[1], False
+        self.tails = list(self.template.tails.get(self.role, ()))
+        return [("enter", self.role)]
 
 
 def _content(symbols: list[int], owner: int) -> Iterator[Event]:
@@ -318,6 +327,10 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
         )
 
 
+def _pair(previous: str, role: str) -> str:
+    return f"{previous} {role}"
+
+
 def _samples(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, ids: bool = False) -> Iterator[_Sample]:
     """Conversations as a tokenizer renders them, without those that its template refuses or changes."""
     turns = [{"role": role, "content": _MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
@@ -329,6 +342,7 @@ def _samples(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, i
         wanted = [([*turns[:2], answer, turns[3]], False), ([*turns[:2], answer], True)]
     else:
         wanted = [(turns, False), (turns[:1], True), (turns[:3], True)]
+    wanted += [(messages, False) for messages, prompted in wanted if ids and prompted]  # which nobody answers
     for messages, prompted in wanted:
         try:
             rendered = tokenizer.apply_chat_template(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 import calmlm
 from calmlm.alignment import LOOKBACK, Alignment
+from calmlm.rewriter import Rewriter
+from calmlm.rewriting import Rewriting
 from calmlm.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, pad
 from tiny import tiny_model
@@ -113,6 +118,23 @@ def test_special_tokens_keep_their_roles() -> None:
     assert table[ours.eos_token_id] == [theirs.eos_token_id]
 
 
+@pytest.mark.parametrize("method", ["transcode", "retokenize"])
+@pytest.mark.parametrize("ours_special", [False, True])
+@pytest.mark.parametrize("theirs_special", [False, True])
+def test_tokens_that_both_have_added_are_the_same_token(method: str, ours_special: bool, theirs_special: bool) -> None:
+    """As chat models have marks of tools and thoughts, which some of them call special."""
+    ours, theirs = copy.deepcopy(tokenizer("bytes")), copy.deepcopy(tokenizer("bytes-large"))
+    ours.add_tokens([AddedToken("<tool_call>", special=ours_special, normalized=False)])
+    theirs.add_tokens([AddedToken("<tool_call>", special=theirs_special, normalized=False)])
+    ids = ours("hello <tool_call> fox", add_special_tokens=False).input_ids
+    if method == "transcode":
+        written = [i for index in ids for i in Alignment.between(ours, theirs).body[index]]
+    else:
+        written = [index for index, _ in Rewriter(Rewriting.between(ours, theirs, method, None)).write([*ids, 2])]
+    assert written.count(theirs.convert_tokens_to_ids("<tool_call>")) == 1
+    assert theirs.decode(written, skip_special_tokens=False).startswith("hello <tool_call> fox")
+
+
 def test_alignment_is_plain_data() -> None:
     alignment = Alignment.between(tokenizer("bytes"), tokenizer("unigram"))
     assert Alignment.from_json(json.loads(json.dumps(alignment.to_json()))) == alignment
@@ -194,6 +216,28 @@ def test_the_alignment_is_saved_and_loading_needs_no_tokenizer(tmp_path: Path) -
         calmlm.CalmForCausalLM.from_pretrained(
             tmp_path / "composition", anchor=tmp_path / "m_B", augmenting=tmp_path / "m_A"
         )
+    assert_helpful(caught.value, "alignment.augmenting.json")
+
+
+DAMAGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "of another composition": lambda data: data | {"body": [[999], *data["body"][1:]]},
+    "a short table": lambda data: data | {"body": data["body"][:5], "start": {"7": [3]}},
+    "marks beyond the table": lambda data: data | {"opens": [10**6]},
+    "no ids": lambda data: data | {"body": [["a"]] * len(data["body"])},
+    "no characters": lambda data: data | {"characters": None},
+    "no object": lambda data: [data],  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_an_alignment_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> None:
+    model = composition(PAIRS[0])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "alignment.augmenting.json"
+    path.write_text(json.dumps(DAMAGED[kind](json.loads(path.read_text()))))
+    anchor, augmenting = copy.deepcopy(model.anchor), copy.deepcopy(model.augmenting["augmenting"])
+    with pytest.raises(calmlm.CheckpointError) as caught:
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenting=augmenting)
     assert_helpful(caught.value, "alignment.augmenting.json")
 
 

@@ -226,6 +226,24 @@ def test_an_answer_within_the_users_message_is_a_part_of_it() -> None:
     assert written == "12 + 34?\nlet me see\n<answer>\nit is 46\n</answer>\n46."
 
 
+def test_who_has_no_mark_speaks_behind_a_tool_as_well() -> None:
+    """Where an assistant speaks is told by what closes the message before, which is another thing behind a tool's."""
+    ours, theirs = copy.deepcopy(tokenizer("bytes")), tokenizer("bytes-large")
+    ours.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+        "{% elif m['role'] == 'tool' %}{{ '[RESULTS] ' + m['content'] + '[/RESULTS]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+        "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    )
+    ours.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[RESULTS]", "[/RESULTS]"]})
+    writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
+    said = "\n".join(message["content"] for message in TALK)
+    assert theirs.decode([index for index, _ in writer.write(rendered(ours, TALK))]) == said
+    answering = rendered(ours, TALK[:3]) + ours("it is", add_special_tokens=False).input_ids
+    expected = "\n".join([*(message["content"] for message in TALK[:3]), "it is"])
+    assert theirs.decode([index for index, _ in writer.write(answering)]) == expected
+
+
 def test_an_answer_in_the_own_template() -> None:
     ours = chatty("bytes", "chatml")
     for own, role in (("headers", "tool"), ("instructions", "user")):  # the latter has no tools

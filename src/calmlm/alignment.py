@@ -59,7 +59,7 @@ class Alignment:
         """
         writer, spelling = Writer(augmenting), Spelling.of(anchor, "anchor")
         pieces = token_bytes(anchor, "anchor")
-        roles = _special_ids(anchor, augmenting)
+        roles, shared = _special_ids(anchor, augmenting), shared_tokens(anchor, augmenting)
         body: list[list[int]] = []
         start: dict[int, list[int]] = {}
         opens: list[int] = []
@@ -70,6 +70,11 @@ class Alignment:
                 opens.append(index)
                 if index == anchor.bos_token_id and augmenting.bos_token_id is not None:
                     start[index] = [augmenting.bos_token_id]  # one token may be both the beginning and the end
+                continue
+            if index in shared:
+                body.append([shared[index]])
+                if not in_word(piece.decode(errors="ignore")[-1:]):
+                    opens.append(index)
                 continue
             ids = writer.write(piece)
             if ids is None:
@@ -118,20 +123,52 @@ class Alignment:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Alignment:
-        """An alignment from what ``to_json`` gave."""
-        start = {int(index): ids for index, ids in data["start"].items()}
-        partial = {int(index): bytes.fromhex(piece) for index, piece in data["partial"].items()}
-        return cls(**{**data, "start": start, "partial": partial})
+        """An alignment from what ``to_json`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is something else.
+        """
+        made = cls(
+            body=[checked_ids(ids) for ids in data["body"]],
+            start={int(index): checked_ids(ids) for index, ids in data["start"].items()},
+            opens=checked_ids(data["opens"]),
+            partial={int(index): bytes.fromhex(piece) for index, piece in data["partial"].items()},
+            characters={str(character): checked_ids(ids) for character, ids in data["characters"].items()},
+            unknown=checked_ids(data["unknown"]),
+            fill=checked_ids([data["fill"]])[0],
+            digest=str(data["digest"]),
+        )
+        beyond = max((*made.start, *made.opens, *made.partial), default=-1)
+        if beyond >= len(made.body):
+            raise ValueError(f"it says nothing of token {beyond}")
+        return made
+
+
+def checked_ids(ids: Any) -> list[int]:
+    """The same list.
+
+    Raises:
+        ValueError: it is no list of whole numbers from 0 on.
+    """
+    if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+        raise ValueError(f"expected a list of token ids, but found {str(ids)[:40]}")
+    return ids
+
+
+def shared_tokens(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Tokens that were added to both vocabularies with one content, special or not, which no bytes spell."""
+    theirs = {token.content: index for index, token in augmenting.added_tokens_decoder.items()}
+    theirs |= dict(zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True))
+    return {
+        index: theirs[token.content]
+        for index, token in anchor.added_tokens_decoder.items()
+        if token.content in theirs and not BYTE_TOKEN.fullmatch(token.content)
+    }
 
 
 def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """Special tokens by role, then by content; those without a counterpart say nothing to the augmenting model."""
-    theirs = {token.content: index for index, token in augmenting.added_tokens_decoder.items() if token.special}
-    theirs |= dict(zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True))
-    found = {}
-    for index, token in anchor.added_tokens_decoder.items():
-        if token.content in theirs:
-            found[index] = [theirs[token.content]]
+    """Special tokens by content, then by role; those without a counterpart say nothing to the augmenting model."""
+    found = {index: [other] for index, other in shared_tokens(anchor, augmenting).items()}
     for role in ROLES:  # one token may have several roles; the first of them counts
         ours, other = getattr(anchor, f"{role}_id", None), getattr(augmenting, f"{role}_id", None)
         if ours is not None and other is not None:

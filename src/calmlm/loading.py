@@ -97,6 +97,8 @@ def load_composition(
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     try:
+        for name, alignment in alignments.items():
+            _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
         tensors = storage.read_tensors(weights, expected.items(), str(source))
     except CheckpointError:
         for name in augmenting_models:  # an anchor that was passed stays as it was
@@ -205,6 +207,19 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
             f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
             f"save the composition again or fetch it anew."
         ) from error
+
+
+def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: str | Path) -> None:
+    """Raise where a text would need tokens that the augmenting model has not.
+
+    Raises:
+        CheckpointError: for such an alignment.
+    """
+    if alignment.highest >= size:
+        raise CheckpointError(
+            f"{str(source)!r} must hold an alignment for the {size} tokens of {name!r}, but "
+            f"{storage.alignment_name(name)} asks for token {alignment.highest}: it belongs to another composition."
+        )
 
 
 def _check_tokenizers(

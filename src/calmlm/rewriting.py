@@ -15,10 +15,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from calmlm.alignment import Alignment, digest
+from calmlm.alignment import Alignment, checked_ids, digest, shared_tokens
 from calmlm.boundaries import stable_pairs
 from calmlm.spelling import Spelling, token_bytes
-from calmlm.views import Template
+from calmlm.views import Template, speaker_of
 
 METHODS = ("transcode", "retokenize")
 
@@ -71,6 +71,11 @@ class Rewriting:
         if view is not None:
             alignment = dataclasses.replace(alignment, digest=digest(anchor, augmenting, templates=True))
         pieces = token_bytes(anchor, "anchor")
+        # A token that both have is no text; its own tokenizer finds it in a text, where it is not special.
+        special = {index for index, token in augmenting.added_tokens_decoder.items() if token.special}
+        for index, other in shared_tokens(anchor, augmenting).items():
+            if method == "transcode" or other in special:
+                pieces[index] = None
         ours = theirs = None
         if view is not None:
             ours = Template.of(anchor, pieces, "anchor")
@@ -152,7 +157,7 @@ class Rewriting:
             stable=[(left, right) for left, right in data["stable"]],
             anchor_template=_template(data["anchor_template"]),
             own_template=_template(data["own_template"]),
-            begin=data["begin"],
+            begin=None if data["begin"] is None else checked_ids([data["begin"]])[0],
             dummy=(bool(data["dummy"][0]), bool(data["dummy"][1])),
         )
 
@@ -161,7 +166,11 @@ def _template(data: dict[str, dict[str, Any]] | None) -> Template | None:
     if data is None:
         return None
     symbols = {
-        part: {role: tuple(row) for role, row in data[part].items()} for part in ("openings", "closings", "beginnings")
+        part: {role: tuple(checked_ids(row)) for role, row in data[part].items()}
+        for part in ("openings", "closings", "beginnings")
     }
-    tails = {role: [tuple(row) for row in rows] for role, rows in data["tails"].items()}
+    tails = {role: [tuple(checked_ids(row)) for row in rows] for role, rows in data["tails"].items()}
+    unclosed = {speaker_of(name) for name in symbols["openings"]} - set(symbols["closings"])
+    if unclosed:
+        raise ValueError(f"nothing closes the messages of {sorted(unclosed)[0]}")
     return Template(**symbols, tails=tails)

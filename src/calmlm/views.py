@@ -62,7 +62,8 @@ class Template:
     """What opens and closes the content of each role: symbols of the anchor, token ids of an augmenting model.
 
     Attributes:
-        openings, closings: by role; in ids, openings also by the role before and this one, with a space between.
+        openings, closings: by role; openings also by the role before and this one, with a space between, where they
+            differ with that.
         tails: what may follow the opening of a role and is no content either.
         beginnings: what stands before the first content of a conversation that begins with this role.
     """
@@ -90,8 +91,7 @@ class Template:
             found = cls._derived(chosen)
             if found is not None and all(found._reads(sample, pieces) for sample in chosen if not sample.prompted):
                 system = [sample for sample in samples if sample.kind == "system" and not sample.prompted]
-                lost = [sample for sample in system if not found._mentions(sample, pieces)]
-                if lost:
+                if not all(found._mentions(sample, pieces) for sample in system):
                     warnings.warn(
                         f"System messages cannot be told from the rest of the chat template of the {role}: the "
                         f"augmenting model will not read them.",
@@ -151,14 +151,21 @@ class Template:
                 if index < last or sample.prompted:  # what ends a conversation may be nothing, or white space
                     after.setdefault(message["role"], []).append(sample.gaps[index + 1])
         closings = {role: _stripped(_closing(_common(found), special)) for role, found in after.items()}
-        before: dict[str, list[Symbols]] = {}
+        before: dict[str, dict[str, list[Symbols]]] = {}
         for sample in samples:
             for index, message in enumerate(sample.messages):
                 previous = sample.messages[index - 1]["role"] if index else None
-                opening = sample.gaps[index]
-                before.setdefault(message["role"], []).append(_header(opening, closings, previous))
+                header = _header(sample.gaps[index], closings, previous)
+                before.setdefault(message["role"], {}).setdefault(previous or "", []).append(header)
+        headers: dict[str, list[Symbols]] = {}
+        for role, groups in before.items():
+            headers[role] = [header for group in groups.values() for header in group]
+            if all(symbol in _BLANK for symbol in _common(_shortest(headers[role]))):
+                # Without a mark of its own: what closes the message before it opens it, and differs with that.
+                del headers[role]
+                headers |= {_pair(previous, role): group for previous, group in groups.items()}
         openings, tails = {}, {}
-        for role, found in before.items():
+        for role, found in headers.items():
             found = _shortest(found)
             opening = _stripped(_common(found))
             openings[role] = opening
@@ -170,7 +177,8 @@ class Template:
         for role in openings:
             text = bytes(symbol for symbol in openings[role] if symbol < BYTES)
             blank = all(symbol in _BLANK for symbol in openings[role])
-            closed = role in closings and not all(symbol in _BLANK for symbol in closings[role])
+            closing = closings.get(speaker_of(role), ())
+            closed = not all(symbol in _BLANK for symbol in closing)
             if blank or not closed or year in text:  # an opening with a date would be another one tomorrow
                 return None
         return cls(openings, closings, tails, {})
@@ -274,14 +282,15 @@ class Reading:
     def _enter(self) -> list[Any]:
         """Begin a message where its opening has just been completed; the longest opening counts."""
         found = [
-            (len(opening), role)
-            for role, opening in self.template.openings.items()
+            (len(opening), name)
+            for name, opening in self.template.openings.items()
             if tuple(self.seen[-len(opening) :]) == opening
         ]
         if not found:
             return []
-        self.role, self.opened = max(found)[1], False
-        self.tails = list(self.template.tails.get(self.role, ()))
+        name = max(found)[1]
+        self.role, self.opened = speaker_of(name), False
+        self.tails = list(self.template.tails.get(name, ()))
         return [("enter", self.role)]
 
 
@@ -329,6 +338,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
 
 def _pair(previous: str, role: str) -> str:
     return f"{previous} {role}"
+
+
+def speaker_of(name: str) -> str:
+    """The role of an opening, which may be one behind a certain other role alone."""
+    return name.rpartition(" ")[2]
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, ids: bool = False) -> Iterator[_Sample]:

@@ -10,7 +10,7 @@ import torch
 from transformers import CompileConfig, PreTrainedTokenizerBase, WatermarkingConfig
 
 import calmlm
-from compositions import greedy_without_cache, pad, tiny_composition
+from compositions import assert_helpful, greedy_without_cache, pad, tiny_composition
 from test_cache_generation import COMPOSITIONS, GREEDY, ROWS
 from tiny import tiny_model, tiny_tokens
 
@@ -145,6 +145,16 @@ def test_embeddings_instead_of_tokens_are_refused() -> None:
         model(inputs_embeds=embedded)
     with model.disable_composition():
         assert model.generate(inputs_embeds=embedded, max_new_tokens=2, **GREEDY).shape == (1, 2)
+
+
+def test_continuous_batching_is_refused() -> None:
+    """Its one paged cache would hold the anchor's past alone."""
+    model, ids = tiny_composition(), tiny_tokens(2, 4)
+    with pytest.raises(calmlm.ConfigError) as caught:
+        model.generate(ids, max_new_tokens=2, pad_token_id=0, cache_implementation="paged")
+    assert_helpful(caught.value, "paged")
+    with pytest.raises(calmlm.ConfigError, match="Continuous batching"):
+        model.generate_batch(ids.tolist())
 
 
 def test_early_exit_is_refused() -> None:

@@ -139,6 +139,21 @@ def test_padding_that_a_model_counts_is_refused_on_the_left_alone(family: str, r
 
 
 @pytest.mark.parametrize("role", ["anchor", "augmenting"])
+def test_positions_are_counted_for_models_to_which_more_than_distances_matter(role: str) -> None:
+    """HunYuan scales queries and keys after they are turned, so that padding on the left would count."""
+    options = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    odd, usual = other("hunyuan_v1_dense", head_dim=12, **options), tiny_model()
+    with torch.no_grad():
+        for name, weight in odd.named_parameters():  # which are all one before a training
+            if "layernorm" in name:
+                weight.add_(torch.linspace(-0.5, 0.5, len(weight)))
+    model = awaken(calmlm.compose(*((odd, usual) if role == "anchor" else (usual, odd)), connections=2))
+    rows, mask = pad([tiny_tokens(1, length, seed=length)[0] for length in (9, 3, 6)], "left")
+    found = model.generate(rows, attention_mask=mask, max_new_tokens=5, **GREEDY)
+    assert found.tolist() == greedy_without_cache(model, rows, 5, mask).tolist()
+
+
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
 def test_models_that_bring_their_own_code(role: str, tmp_path: Path) -> None:
     mine = tmp_path / role
     tiny_model("llama", seed=3).save_pretrained(mine)

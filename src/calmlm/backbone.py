@@ -42,12 +42,13 @@ class Backbone:
         num_heads: its self-attention heads.
         vocab_size: rows of its input embedding; for an encoder, the classes of its head, 0 where it has none.
         takes_positions: whether ``decoder`` accepts ``position_ids``.
-        absolute_positions: whether it adds an embedding of the absolute position to its input.
         max_positions: how many positions have a learned embedding, or None where positions do not end.
         takes_use_cache: whether ``decoder`` accepts ``use_cache``.
         cache_argument: the name under which it takes a cache of transformers' general form, or None.
         turns_at: the length of a text beyond which all its positions are turned otherwise (LongRoPE), or None.
         first_position: the position that it gives to the first token of a text (RoBERTa begins behind its padding id).
+        given_positions: whether its positions are counted for it: where it adds an embedding of the absolute position,
+            and where ``pads_left`` finds that it has to be told.
     """
 
     decoder: nn.Module
@@ -56,12 +57,12 @@ class Backbone:
     num_heads: int
     vocab_size: int
     takes_positions: bool
-    absolute_positions: bool
     max_positions: int | None
     takes_use_cache: bool
     cache_argument: str | None
     turns_at: int | None = None
     first_position: int = 0
+    given_positions: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
@@ -102,12 +103,12 @@ class Backbone:
             num_heads=getattr(config, "num_attention_heads", None) or 1,
             vocab_size=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
             takes_positions=accepts(decoder, "position_ids"),
-            absolute_positions=bool(positions),
             max_positions=most if most is None else most - first,
             takes_use_cache=accepts(decoder, "use_cache"),
             cache_argument=_cache_argument(model, decoder),
             turns_at=_turns_at(config),
             first_position=first,
+            given_positions=bool(positions),
         )
 
     @classmethod
@@ -154,7 +155,6 @@ class Backbone:
             num_heads=getattr(config, "num_attention_heads", None) or 1,
             vocab_size=_classes(model),
             takes_positions=False,
-            absolute_positions=False,
             max_positions=None,
             takes_use_cache=False,
             cache_argument=None,
@@ -217,17 +217,14 @@ class Backbone:
         ids = torch.arange(5, device=_device(self.decoder))[None] % self.vocab_size
         everything = torch.ones_like(ids)
         padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(everything, (2, 0))
-        found = self._differences(
-            (ids, everything, self.positions(ids, everything)), (padded, mask, self.positions(padded, mask))
-        )
-        if found is None:
-            return True
-        differences, half = found
-        if not half:
-            return bool(differences.max() <= PADDING_TOLERANCE)
-        # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
-        # most tokens.
-        return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
+        # As it counts by itself, where it does; else, and where that fails, with positions given.
+        for counts in dict.fromkeys((self.given_positions, self.takes_positions)):
+            places = [counted(*row) if counts else None for row in ((ids, everything), (padded, mask))]
+            found = self._differences((ids, everything, places[0]), (padded, mask, places[1]))
+            if found is None or _alike(*found):
+                object.__setattr__(self, "given_positions", counts)
+                return True
+        return False
 
     def check_packing(self, role: str, positions: Tensor | None, mask: Any) -> None:
         """Raise where a row holds several texts and the model would read them as one.
@@ -291,9 +288,10 @@ class Backbone:
         """Positions (B, T) that the model has to be given, counted over real tokens; None where it counts by itself.
 
         A model that adds an embedding of the absolute position would count padding on the left, so that a padded row
-        would differ from the same row alone. A model with relative positions counts by itself, as it does alone.
+        would differ from the same row alone. A model with relative positions counts by itself, as it does alone, unless
+        more than distances matters to it (HunYuan), as trying out shows.
         """
-        return counted(ids, mask) if self.absolute_positions else None
+        return counted(ids, mask) if self.given_positions else None
 
     def probe(self, role: str) -> None:
         """Run six tokens through the decoder once and look at what its layers give.
@@ -382,6 +380,15 @@ def state_of(output: Any) -> Any:
 def with_state(output: Any, state: Tensor) -> Any:
     """``output`` with its hidden state replaced."""
     return (state, *output[1:]) if isinstance(output, (tuple, list)) else state
+
+
+def _alike(differences: Tensor, half: bool) -> bool:
+    """Whether a text is read as it is alone, but for rounding."""
+    if not half:
+        return bool(differences.max() <= PADDING_TOLERANCE)
+    # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
+    # most tokens.
+    return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
 
 
 def accepts(module: nn.Module, argument: str) -> bool:

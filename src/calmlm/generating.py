@@ -82,6 +82,19 @@ class CalmGenerationMixin(GenerationMixin):
             kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
         return super().generate(*args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The anchor's own, with the composition disabled; ``generate_batch`` and a paged cache come here.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        if not self.model.enabled:
+            return self.model.anchor.init_continuous_batching(*args, **kwargs)
+        raise ConfigError(
+            "Continuous batching must keep one paged cache, but a composition keeps one for each of its models: use "
+            "generate() with a batch, without cache_implementation='paged', or disable the composition."
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:

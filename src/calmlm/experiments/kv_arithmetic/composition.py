@@ -31,6 +31,7 @@ class Variant:
         substitutes: whether D_C is KV-SUBS instead of keys arithmetic.
         connector: its connector.
         half: which half of the keys D_C is about; None for all.
+        heads: of its connections, instead of the preset's.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Variant:
     substitutes: bool = False
     connector: str = "cross_attention"
     half: int | None = None
+    heads: int | None = None
 
 
 VARIANTS = {
@@ -51,6 +53,7 @@ VARIANTS = {
         "as composed, of a character-level m_A and an m_B of byte pairs",
         augmenting="augmenting_characters",
         anchor="anchor_bpe",
+        heads=16,
     ),
     "first_half": Variant("an m_A that knows the first half of the keys", augmenting="augmenting_first", half=0),
     "second_half": Variant("an m_A that knows the second half of the keys", augmenting="augmenting_second", half=1),
@@ -154,7 +157,9 @@ def train_composition(
 ) -> tuple[PreTrainedModel, list[tuple[int, float]]]:
     """Compose ``anchor`` with ``augmenting`` and train the composition on its D_C."""
     pair = None if augmenting_tokenizer is None else (tokenizer, augmenting_tokenizer)
-    model = compose_bases(world, anchor, augmenting, VARIANTS[variant].connector, pair)
+    heads = VARIANTS[variant].heads
+    options = {} if heads is None else {"num_heads": heads}
+    model = compose_bases(world, anchor, augmenting, VARIANTS[variant].connector, pair, **options)
     examples = composition_examples(world, variant)
     if VARIANTS[variant].half is not None:
         examples = _with_own_answers(world, tokenizer, anchor, examples)

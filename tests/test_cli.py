@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
@@ -224,6 +225,14 @@ class TestTrain:
         model.save_pretrained(tmp_path / family)
         message = fault(capsys, "train", config, f"model.augmenting={tmp_path / family}")
         assert message.startswith("The augmenting model must be ")
+
+    def test_an_encoder(self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Data of text have no inputs for it; the folder of the run is not begun."""
+        sizes = {"hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 30, "num_hidden_layers": 4}
+        BertModel(BertConfig(vocab_size=97, **sizes)).save_pretrained(tmp_path / "bert")
+        message = fault(capsys, "train", config, f"model.augmenting={{eyes: {tmp_path / 'bert'}}}")
+        assert message.startswith("model.augmenting: expected models that read the data's text, but 'eyes'")
+        assert not (tmp_path / "run").exists()
 
     def test_vocabularies_that_do_not_match(
         self, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -22,8 +22,12 @@ from transformers import (
     LongformerConfig,
     LongformerModel,
     PreTrainedModel,
+    SEWConfig,
+    SEWModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
+    SwinConfig,
+    SwinModel,
     T5Config,
     T5EncoderModel,
     ViTConfig,
@@ -408,6 +412,12 @@ def _wav2vec() -> PreTrainedModel:
     return Wav2Vec2Model(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions))
 
 
+def _sew() -> PreTrainedModel:
+    shape = {"conv_dim": (8, 8), "conv_stride": (3, 2), "conv_kernel": (5, 3), "feat_extract_norm": "layer"}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "squeeze_factor": 2}
+    return SEWModel(SEWConfig(**SIZE, **shape, **positions))
+
+
 def _longformer() -> PreTrainedModel:
     return LongformerModel(
         LongformerConfig(vocab_size=50, attention_window=[8] * 3, max_position_embeddings=64, **SIZE)
@@ -427,12 +437,14 @@ def _padded(name: str, tensor: Tensor, mask: str, length: int) -> tuple[dict[str
     return {name: tensor[:1, :length], mask: real[:1, :length]}, {name: filled, mask: real}
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "longformer", "siglip2"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "sew", "longformer", "siglip2"])
 def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     """Whatever its mask is called, and however long its states are."""
     torch.manual_seed(0)
     if kind == "wav2vec2":
         encoder, (alone, beside) = _wav2vec(), _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
+    elif kind == "sew":
+        encoder, (alone, beside) = _sew(), _padded("input_values", torch.randn(2, 400), "attention_mask", 250)
     elif kind == "longformer":
         ids = torch.randint(3, 50, (2, 12))
         encoder, (alone, beside) = _longformer(), _padded("input_ids", ids, "attention_mask", 8)
@@ -445,6 +457,15 @@ def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     ids = tiny_tokens(2, 6)
     found = logits_of(model, ids, augmenting_inputs={"senses": beside})
     assert_close(found[:1], logits_of(model, ids[:1], augmenting_inputs={"senses": alone}), 1e-4)
+
+
+def test_layers_of_another_width_are_refused() -> None:
+    """Swin's grow from stage to stage: a connection has the width of the last."""
+    shape = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    model = calmlm.compose(tiny_model("llama"), {"eyes": SwinModel(SwinConfig(window_size=2, **shape)).eval()}, 2)
+    with pytest.raises(calmlm.ModelError) as caught:
+        model(tiny_tokens(2, 5), augmenting_inputs={"eyes": {"pixel_values": torch.randn(2, 3, 64, 64)}})
+    assert_helpful(caught.value, "'eyes'", "64", "32")
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:

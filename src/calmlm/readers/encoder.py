@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calmlm.backbone import first_line
 from calmlm.cache import Past
 from calmlm.connector import eager_attention
-from calmlm.errors import DataError
+from calmlm.errors import DataError, ModelError
 from calmlm.frontier import NOBODY, Frontier
 from calmlm.hooks import Stream
 from calmlm.readers.common import Common
@@ -84,6 +84,14 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}] must be what {type(self.model).__name__} takes, but with "
                 f"{', '.join(given)} it failed ({first_line(error)}): see its forward method."
             ) from error
+        size = self.backbone.size
+        other = {} if self.first.reads_distribution else {k: h for k, h in stream.hidden.items() if h.shape[-1] != size}
+        if other:
+            layer, states = next(iter(other.items()))
+            raise ModelError(
+                f"The connected layers of {self.name!r} must have states of width {size}, but layer {layer} of "
+                f"{type(self.model).__name__} has {states.shape[-1]}: connect layers of that width, or another encoder."
+            )
         return self._spread(stream, given, at, ids)
 
     def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor) -> Tensor:
@@ -117,8 +125,13 @@ class EncoderReader(Common):
             return None
         mask, length = found[0], states.shape[1]
         if mask.shape[1] != length:
+            # Of transformers' encoders of sound waves, private.
             shorten = getattr(self.model, "_get_feature_vector_attention_mask", None)
-            if shorten is not None:  # of transformers' encoders of sound waves, private
+            squeeze = getattr(self.model.config, "squeeze_factor", 1)
+            if shorten is not None and squeeze > 1:  # several of the frames that it counts are one state (SEW)
+                frames = self.model._get_feat_extract_output_lengths(mask.sum(-1))  # type: ignore[operator]
+                mask = torch.arange(length, device=mask.device) < (frames // squeeze)[:, None]
+            elif shorten is not None:
                 mask = shorten(length, mask)
             elif mask.shape[1] % length == 0:  # one state for several frames
                 mask = mask.reshape(len(mask), length, -1).amax(-1)

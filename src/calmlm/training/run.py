@@ -60,6 +60,7 @@ def train(
     # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
     tokenizer = _tokenizer(config) if config.tokenizer is not None else None
     model = _model(config.model, tokenizer)
+    check_inputs(model)
     tokenizer = tokenizer or _tokenizer(config)
 
     max_length = _max_length(config.data.max_length, context_length(model))
@@ -149,6 +150,20 @@ def check_ids(model: Any, rows: Rows) -> None:
             f"tokenizer: expected ids below {size}, the anchor's vocabulary, but the data have {most}; name the "
             f"anchor's own tokenizer."
         )
+
+
+def check_inputs(model: Any) -> None:
+    """Raise where an augmenting model reads what no text has.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for name, entry in model.config.augmenting.items():
+        if entry["reads"] == "inputs":
+            raise ConfigError(
+                f"model.augmenting: expected models that read the data's text, but {name!r} is an encoder with inputs "
+                f"of its own; train it in Python, with transformers' Trainer and augmenting_inputs in each batch."
+            )
 
 
 def check_views(model: Any, rows: Rows) -> None:

@@ -49,6 +49,7 @@ class Backbone:
         first_position: the position that it gives to the first token of a text (RoBERTa begins behind its padding id).
         given_positions: whether its positions are counted for it: where it adds an embedding of the absolute position,
             and where ``pads_left`` finds that it has to be told.
+        drops_positions: whether ``decoder`` accepts ``logits_to_keep``, and then leaves out positions between layers.
     """
 
     decoder: nn.Module
@@ -63,6 +64,7 @@ class Backbone:
     turns_at: int | None = None
     first_position: int = 0
     given_positions: bool = False
+    drops_positions: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, role: str, layers_path: str | None = None) -> Backbone:
@@ -109,6 +111,7 @@ class Backbone:
             turns_at=_turns_at(config),
             first_position=first,
             given_positions=bool(positions),
+            drops_positions=accepts(decoder, "logits_to_keep"),
         )
 
     @classmethod
@@ -165,7 +168,7 @@ class Backbone:
 
         A decoder that is told of it as well (Gemma 4, whose last layers share keys) drops them where it is a number.
         """
-        if tokens is None or isinstance(logits_to_keep, Tensor) or not accepts(self.decoder, "logits_to_keep"):
+        if tokens is None or isinstance(logits_to_keep, Tensor) or not self.drops_positions:
             return logits_to_keep
         if logits_to_keep == 0:
             return 0

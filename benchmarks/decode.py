@@ -35,7 +35,7 @@ from transformers import CompileConfig
 import calmlm
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import device, origin
-from calmlm.storage import write_text
+from calmlm.files.storage import write_text
 
 NEW = 64
 CONNECTIONS = [[1, 3], [3, 7], [5, 11]]

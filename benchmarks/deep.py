@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import calmlm
 from calmlm.experiments.fitting import Stage, fit
-from calmlm.experiments.kv_arithmetic.bases import new_model
-from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.pretraining import new_model
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import DC_PHRASINGS, Example, World
 from calmlm.experiments.record import Stages, device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.config import CompareConfig, Part
+from calmlm.comparison.selection import CompareConfig, Part
 
 
 def comparison(folder: Path, **parts: Part) -> CompareConfig:

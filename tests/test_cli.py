@@ -91,7 +91,7 @@ class TestProgram:
         def interrupted(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("calmlm.training.run.train", interrupted)
+        monkeypatch.setattr("calmlm.training.pipeline.train", interrupted)
         assert main(["train", str(config)]) == 130
         assert "Traceback" not in capsys.readouterr().err
 
@@ -111,14 +111,14 @@ class TestProgram:
             else:
                 torch.save({"x": torch.zeros(100_000)}, full)
 
-        monkeypatch.setattr("calmlm.training.run.train", train)
+        monkeypatch.setattr("calmlm.training.pipeline.train", train)
         assert "the disk is full" in fault(capsys, "train", config)
 
     def test_faults_of_ours_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
         def broken(*args: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr("calmlm.training.run.train", broken)
+        monkeypatch.setattr("calmlm.training.pipeline.train", broken)
         with pytest.raises(ZeroDivisionError):
             main(["train", str(config)])
 
@@ -333,9 +333,7 @@ class TestGenerate:
 def test_a_terminal_that_is_not_utf8(composition: Path, anchor_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", shown)
-    monkeypatch.setattr(
-        "calmlm.generation.text.TextModel.write", lambda self, prompt, emit, **options: emit("caf\u00e9")
-    )
+    monkeypatch.setattr("calmlm.answering.TextModel.write", lambda self, prompt, emit, **options: emit("caf\u00e9"))
     arguments = ["generate", str(composition), "--prompt", "1", "--tokenizer", str(anchor_folder)]
     assert main(arguments) == 0
     shown.flush()

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from calmlm.errors import CalmError, CheckpointError, ConfigError, DataError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
-    from calmlm.cache import CalmCache
     from calmlm.causal_lm import CalmForCausalLM
     from calmlm.composing import compose
     from calmlm.config import CalmConfig
-    from calmlm.drafting import DraftConfig
+    from calmlm.decoding.drafting import DraftConfig
     from calmlm.modeling import CalmModel
+    from calmlm.state.cache import CalmCache
 
 __version__ = "0.1.0"
 
@@ -39,11 +39,11 @@ __all__ = [
 
 # No home may have the name of what lives in it: importing `calmlm.compose` would put the module where the function is.
 _HOMES = {
-    "CalmCache": "calmlm.cache",
+    "CalmCache": "calmlm.state.cache",
     "CalmConfig": "calmlm.config",
     "CalmForCausalLM": "calmlm.causal_lm",
     "CalmModel": "calmlm.modeling",
-    "DraftConfig": "calmlm.drafting",
+    "DraftConfig": "calmlm.decoding.drafting",
     "compose": "calmlm.composing",
 }
 

@@ -19,17 +19,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calmlm import storage
-from calmlm.alignment import Alignment
-from calmlm.backbone import accepts, first_line
+from calmlm.bases.families import accepts, first_line
+from calmlm.bases.fingerprint import check_fingerprint, has_changed
 from calmlm.config import CalmConfig, check_names
+from calmlm.decoding.loops import CalmGenerationMixin
 from calmlm.errors import ConfigError
-from calmlm.fingerprint import check_fingerprint, has_changed
-from calmlm.generating import CalmGenerationMixin
-from calmlm.loading import load_composition
+from calmlm.files import storage
+from calmlm.files.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs, prompt_of
-from calmlm.rewriting import Rewriting
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.retokenization import Rewriting
 
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")

@@ -107,8 +107,8 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Train a composition; the two models stay as they are."""
-    from calmlm.training.config import load_config
-    from calmlm.training.run import train
+    from calmlm.training.pipeline import train
+    from calmlm.training.schema import load_config
 
     settings = load_config(config, overrides or [], output)
     print(train(settings, resume=resume, overwrite=overwrite, report=say).composition)
@@ -133,7 +133,7 @@ def generate(
     """Write text with a saved composition, as it comes."""
     from transformers.utils import logging
 
-    from calmlm.generation.text import TextModel
+    from calmlm.answering import TextModel
 
     logging.disable_progress_bar()
     model = TextModel.load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
@@ -167,7 +167,7 @@ def _standard_input() -> str:
 @app.command()
 def inspect(folder: Folder) -> None:
     """Show what a saved composition is made of."""
-    from calmlm.inspection import describe
+    from calmlm.files.inspection import describe
 
     lines = describe(folder)
     width = max(len(title) for title, _ in lines) + 2
@@ -199,7 +199,7 @@ def evaluate(
     """Measure a saved composition on benchmarks."""
     from calmlm.evaluation.harness import evaluate
     from calmlm.experiments.record import origin
-    from calmlm.storage import check_writable, write_text
+    from calmlm.files.storage import check_writable, write_text
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     if output is not None:
@@ -245,8 +245,8 @@ def compare(
     """Train and evaluate every system on the same data; finished cells are never repeated."""
     import dataclasses
 
-    from calmlm.comparison.config import load_config
-    from calmlm.comparison.run import run
+    from calmlm.comparison.selection import load_config
+    from calmlm.comparison.workers import run
 
     settings = load_config(config, preset)
     given = {"output": output, "cache": cache, "bases": bases}

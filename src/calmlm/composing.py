@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.alignment import Alignment
-from calmlm.backbone import Backbone, text_config
-from calmlm.bases import load_anchor, load_any
+from calmlm.bases.families import Backbone, text_config
+from calmlm.bases.fingerprint import fingerprint
+from calmlm.bases.opening import load_anchor, load_any
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
-from calmlm.fingerprint import fingerprint
-from calmlm.rewriting import METHODS, Rewriting
-from calmlm.tokenizers import find_tokenizer
-from calmlm.views import VIEWS
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.lookup import find_tokenizer
+from calmlm.tokens.retokenization import METHODS, Rewriting
+from calmlm.tokens.views import VIEWS
 
 DEFAULT_NAME = "augmenting"
 Source: TypeAlias = str | Path | PreTrainedModel

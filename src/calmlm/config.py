@@ -124,7 +124,7 @@ def check_names(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """Options of one set of connectors; the formulas stand in ``calmlm.connector``.
+    """Options of one set of connectors; the formulas stand in ``calmlm.connectors.cross_attention``.
 
     ``CrossAttention`` with everything off is the paper's equation letter by letter.
 

@@ -16,13 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.alignment import Alignment
-from calmlm.backbone import Backbone, freeze, text_config
-from calmlm.cache import CalmCache, Past, moves
+from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
-from calmlm.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot, belongs
 from calmlm.readers import (
     AlignedReader,
     EncoderReader,
@@ -38,11 +35,14 @@ from calmlm.readers import (
     no_cache,
     positions_for,
 )
-from calmlm.recurrent import check_continues
-from calmlm.rewriter import Rewriter
-from calmlm.rewriting import Rewriting
-from calmlm.transcoding import Transcoder
-from calmlm.turning import check_turn
+from calmlm.state.cache import CalmCache, Past, moves
+from calmlm.state.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot, belongs
+from calmlm.state.longrope import check_turn
+from calmlm.state.recurrent import check_continues
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Transcoder
 
 ATTENTION_FALLBACK = "sdpa"
 

@@ -13,28 +13,28 @@ from transformers.pytorch_utils import Conv1D
 
 import calmlm
 from calmlm.baselines import BASELINES, Bases, Budget, Data
+from calmlm.baselines.choosing import Routed
 from calmlm.baselines.confidence_cascade import Confidence, best_threshold
 from calmlm.baselines.fisher import EXAMPLES, diagonal_fisher, merge, scaled, spread
+from calmlm.baselines.given import losses_of, padded
 from calmlm.baselines.lora import rank_for
 from calmlm.baselines.merging import METHODS, WEIGHTS
 from calmlm.baselines.merging import merge as merge_vectors
 from calmlm.baselines.mixture import NoisyTopKGate, _BalancedTrainer, upcycle
 from calmlm.baselines.router import Router, prompts_of, read, train_router
-from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import losses_of, padded
 from calmlm.baselines.soup import greedy, uniform, weighted
 from calmlm.baselines.text_tool import TextTool
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Stage, answer
 from calmlm.experiments.flops import Meter
-from calmlm.experiments.kv_arithmetic.bases import new_model
-from calmlm.experiments.kv_arithmetic.encoding import encode
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.pretraining import new_model
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import World
 from compositions import assert_helpful, awaken
-from test_views import chatty
 from tiny import tiny_model
+from tokens.test_views import chatty
 
 TOKENIZER = build_tokenizer(20)
 PAD = TOKENIZER.pad_token_id

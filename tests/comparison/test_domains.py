@@ -10,7 +10,7 @@ import pytest
 from calmlm.comparison.domains import DOMAINS
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import IGNORED
-from calmlm.experiments.visual_arithmetic.composition import composition_examples
+from calmlm.experiments.visual_arithmetic.joined import composition_examples
 
 
 @pytest.mark.parametrize("name", ["kv_arithmetic", "languages", "code"])

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from calmlm.comparison.cells import Cell
-from calmlm.comparison.config import CompareConfig, Part
 from calmlm.comparison.earlier import keep_fuller, read_report
 from calmlm.comparison.page import markdown
-from calmlm.comparison.report import summarise
-from calmlm.comparison.run import run
+from calmlm.comparison.selection import CompareConfig, Part
+from calmlm.comparison.summary import summarise
+from calmlm.comparison.workers import run
 from calmlm.errors import CalmError
 from comparisons import cell, comparison
 

@@ -11,10 +11,10 @@ import torch
 from calmlm.baselines import BASELINES, Bases, Budget, Data
 from calmlm.comparison.page import COLUMNS, REMOVABLE
 from calmlm.experiments.fitting import Stage, fit
-from calmlm.experiments.kv_arithmetic.bases import new_model
-from calmlm.experiments.kv_arithmetic.composition import compose_bases
-from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.joined import compose_bases
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.pretraining import new_model
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import World
 

@@ -12,12 +12,12 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from calmlm.baselines.setting import losses_of
-from calmlm.comparison.config import CompareConfig, load_config
+from calmlm.baselines.given import losses_of
 from calmlm.comparison.domains.own import OwnModels, _size
 from calmlm.comparison.methods import METHODS
-from calmlm.comparison.run import run
-from calmlm.data.tokenizing import encode_prompt
+from calmlm.comparison.selection import CompareConfig, load_config
+from calmlm.comparison.workers import run
+from calmlm.data.labels import encode_prompt
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED
 from tiny import tiny_model, tiny_tokenizer
@@ -375,7 +375,7 @@ def test_losses_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_model("llama")
     rows = [{"input_ids": list(range(3, 8 + i)), "labels": [IGNORED, *range(4, 8 + i)]} for i in range(6)]
     whole = losses_of(model, rows, 0)
-    monkeypatch.setattr("calmlm.baselines.setting.LOGITS", 2 * 12 * 97)
+    monkeypatch.setattr("calmlm.baselines.given.LOGITS", 2 * 12 * 97)
     assert torch.allclose(losses_of(model, rows, 0), whole, atol=1e-6)
 
 

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 import calmlm
 from calmlm.cli import main
 from calmlm.errors import ConfigError, DataError
-from calmlm.evaluation.composed_lm import ComposedLM
 from calmlm.evaluation.harness import TASKS, evaluate
+from calmlm.evaluation.lm_eval_model import ComposedLM
 from calmlm.evaluation.tasks import scoring
 from compositions import awaken
 from tiny import tiny_model, tiny_tokenizer

@@ -11,12 +11,12 @@ import calmlm
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import SupervisedTrainer, answer, collator, in_batches, preset_of
 from calmlm.experiments.kv_arithmetic import run as run_module
-from calmlm.experiments.kv_arithmetic.bases import BASES, new_model
-from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, compose_bases, composition_examples
-from calmlm.experiments.kv_arithmetic.encoding import encode
-from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
+from calmlm.experiments.kv_arithmetic.joined import CORE, GROUPS, VARIANTS, compose_bases, composition_examples
+from calmlm.experiments.kv_arithmetic.measures import COLUMNS
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.pretraining import BASES, new_model
 from calmlm.experiments.kv_arithmetic.report import HALF_COLUMNS, HALVES, METHODS, markdown, summarise
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.run import run
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import Example, World

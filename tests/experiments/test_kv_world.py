@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from calmlm.experiments.kv_arithmetic.bases import TOKENIZERS
-from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, is_right
+from calmlm.experiments.kv_arithmetic.measures import cascade, columns, is_right
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
+from calmlm.experiments.kv_arithmetic.pretraining import TOKENIZERS
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS, word_values
 from calmlm.experiments.kv_arithmetic.world import Example, Expression, World, final_answer

@@ -15,10 +15,10 @@ from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import preset_of
 from calmlm.experiments.kv_arithmetic.world import final_answer
 from calmlm.experiments.visual_arithmetic import run as run_module
-from calmlm.experiments.visual_arithmetic.bases import build_visual_tokenizer, encode, new_encoder
-from calmlm.experiments.visual_arithmetic.composition import VARIANTS, composition_examples, pictures_of
-from calmlm.experiments.visual_arithmetic.evaluate import COLUMNS, columns, pipeline
+from calmlm.experiments.visual_arithmetic.joined import VARIANTS, composition_examples, pictures_of
+from calmlm.experiments.visual_arithmetic.measures import COLUMNS, columns, pipeline
 from calmlm.experiments.visual_arithmetic.presets import PRESETS
+from calmlm.experiments.visual_arithmetic.pretraining import build_visual_tokenizer, encode, new_encoder
 from calmlm.experiments.visual_arithmetic.report import METHODS
 from calmlm.experiments.visual_arithmetic.run import run
 from calmlm.experiments.visual_arithmetic.world import IMAGE, Example, World

@@ -11,9 +11,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_se
 
 import calmlm
 from calmlm.data import read_examples, read_jsonl
-from calmlm.data.tokenizing import encode_examples
-from calmlm.training.output import RunFolder
-from calmlm.training.trainers import Rows, make_arguments, make_trainer
+from calmlm.data.labels import encode_examples
+from calmlm.training.backends import Rows, make_arguments, make_trainer
+from calmlm.training.run_folder import RunFolder
 from compositions import tiny_composition
 
 BACKENDS = ["sft", "trainer"]

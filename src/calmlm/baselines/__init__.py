@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from calmlm.baselines import confidence_cascade, fine_tuning, fisher, lora, merging, mixture, router, soup, text_tool
-from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.baselines.given import Bases, Budget, Data
 
 __all__ = ["BASELINES", "Bases", "Budget", "Data"]
 

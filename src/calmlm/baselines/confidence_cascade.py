@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calmlm.baselines.choosing import Routed
+from calmlm.baselines.given import Bases, Budget, Data, losses_of, positions
 from calmlm.baselines.router import prompts_of
-from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import Bases, Budget, Data, losses_of, positions
 
 __all__ = ["Confidence", "best_threshold", "fit"]
 

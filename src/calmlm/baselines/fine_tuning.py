@@ -6,7 +6,7 @@ import copy
 
 from transformers import PreTrainedModel
 
-from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.baselines.given import Bases, Budget, Data
 from calmlm.experiments.fitting import Row
 from calmlm.experiments.fitting import fit as train
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calmlm.baselines.setting import Bases, Budget, Data, check_same_shapes, least_loss, padded
+from calmlm.baselines.given import Bases, Budget, Data, check_same_shapes, least_loss, padded
 from calmlm.experiments.fitting import IGNORED, Row
 
 __all__ = ["diagonal_fisher", "fit", "merge"]

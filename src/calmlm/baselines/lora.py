@@ -9,7 +9,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.baselines.given import Bases, Budget, Data
 from calmlm.data.extras import require
 from calmlm.experiments.fitting import Row
 from calmlm.experiments.fitting import fit as train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calmlm.baselines.setting import Bases, Budget, Data, least_loss
+from calmlm.baselines.given import Bases, Budget, Data, least_loss
 from calmlm.baselines.soup import weighted
 from calmlm.data.extras import require
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Trainer, set_seed
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from calmlm.baselines.setting import Bases, Budget, Data
+from calmlm.baselines.given import Bases, Budget, Data
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import fit as train
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmlm.baselines.routing import Routed
-from calmlm.baselines.setting import Bases, Budget, Data, batches_of, losses_of, positions, row_losses
+from calmlm.baselines.choosing import Routed
+from calmlm.baselines.given import Bases, Budget, Data, batches_of, losses_of, positions, row_losses
 from calmlm.experiments.fitting import IGNORED, Row
 
 __all__ = ["Router", "fit", "prompts_of", "read", "train_router"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedModel
 
 from calmlm.baselines import fine_tuning
-from calmlm.baselines.setting import Bases, Budget, Data, check_same_shapes, losses_of
+from calmlm.baselines.given import Bases, Budget, Data, check_same_shapes, losses_of
 
 __all__ = ["fit", "fit_greedily", "greedy", "uniform", "weighted"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from calmlm.baselines.setting import Bases, Budget, Data
-from calmlm.data.tokenizing import encode_prompt
+from calmlm.baselines.given import Bases, Budget, Data
+from calmlm.data.labels import encode_prompt
 
 __all__ = ["TextTool", "fit"]
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.domain import Answerer, Domain, TextDomain
+from calmlm.comparison.contract import Answerer, Domain, TextDomain
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.errors import CalmError
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
-from calmlm.storage import write_text
+from calmlm.files.storage import write_text
 
 __all__ = ["Cell", "decode_time_x_anchor"]
 

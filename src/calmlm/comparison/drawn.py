@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, set_seed
 
 import calmlm
-from calmlm.comparison.domain import TextDomain
+from calmlm.comparison.contract import TextDomain
 from calmlm.experiments.fitting import Row, Stage, fit
-from calmlm.experiments.kv_arithmetic.bases import new_model
-from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.pretraining import new_model
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.world import Example
 
 __all__ = ["DrawnDomain", "DrawnWorld"]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
-from calmlm.comparison.domain import MERGING, Fitted, TextDomain
+from calmlm.comparison.contract import MERGING, Fitted, TextDomain
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 

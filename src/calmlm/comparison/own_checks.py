@@ -13,18 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from calmlm.baselines.mixture import DENSE
-from calmlm.bases import check_dtype
+from calmlm.bases.opening import check_dtype
 from calmlm.comparison.methods import METHODS
-from calmlm.comparison.own import Known, Own, OwnTask, Sources, listed
+from calmlm.comparison.own_settings import Known, Own, OwnTask, Sources, listed
 from calmlm.config import ConnectorConfig, resolve_connections
 from calmlm.data.context import stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
-from calmlm.rewriting import METHODS as ALIGNMENTS
-from calmlm.training.config import ModelConfig
+from calmlm.tokens.retokenization import METHODS as ALIGNMENTS
 from calmlm.training.fields import read_fields
+from calmlm.training.schema import ModelConfig
 
 __all__ = ["checked", "reasons"]
 

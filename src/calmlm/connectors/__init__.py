@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from calmlm.connector import CrossAttention
+from calmlm.connectors.cross_attention import CrossAttention
 from calmlm.connectors.flamingo import Flamingo
 from calmlm.connectors.legonn import LegoNN
 

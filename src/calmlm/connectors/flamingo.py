@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmlm.connector import Attention, CrossAttention, Rotation, eager_attention
+from calmlm.connectors.cross_attention import Attention, CrossAttention, Rotation, eager_attention
 
 EXPANSION = 4  # width of the feed-forward layer, in D_B
 
@@ -26,7 +26,7 @@ class Flamingo(nn.Module):
         augmenting_size: D_A.
         anchor_size: D_B.
         num_heads: N_H.
-        options: of ``calmlm.connector.CrossAttention``; its gate is always on.
+        options: of ``calmlm.connectors.cross_attention.CrossAttention``; its gate is always on.
     """
 
     before_layer = True

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from calmlm.connector import Attention, CrossAttention, Rotation, eager_attention
+from calmlm.connectors.cross_attention import Attention, CrossAttention, Rotation, eager_attention
 
 EMBEDDING_SIZE = 64  # of an ingestor's embedding table; the vocabulary is large, so the table is narrow
 
@@ -28,7 +28,7 @@ class LegoNN(nn.Module):
         augmenting_size: V_A, the augmenting vocabulary.
         anchor_size: D_B.
         num_heads: N_H.
-        options: of ``calmlm.connector.CrossAttention``.
+        options: of ``calmlm.connectors.cross_attention.CrossAttention``.
     """
 
     before_layer = False

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from calmlm.data.formats import Example, read_examples
 from calmlm.data.jsonl import Record, read_jsonl
-from calmlm.data.tokenizing import Encoded, encode_examples
+from calmlm.data.labels import Encoded, encode_examples
 
 __all__ = ["Encoded", "Example", "Record", "encode_examples", "read_examples", "read_jsonl"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calmlm.errors import DataError
-from calmlm.tokenizers import find_tokenizer
+from calmlm.tokens.lookup import find_tokenizer
 
 
 def load_tokenizer(

@@ -16,7 +16,7 @@ from typing import Any
 import calmlm
 from calmlm.data.jsonl import read_jsonl
 from calmlm.errors import ModelError
-from calmlm.training.output import replacing_folder
+from calmlm.training.run_folder import replacing_folder
 
 HOME = Path(__file__).parent / "models"
 

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from calmlm.answering import TextModel
 from calmlm.data.context import context_length
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError, DataError
-from calmlm.generation.text import TextModel
 
 __all__ = ["TASKS", "evaluate"]
 
@@ -64,7 +64,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from calmlm.evaluation.composed_lm import ComposedLM
+    from calmlm.evaluation.lm_eval_model import ComposedLM
 
     for key, folder in (("include", include), ("data", data)):
         if folder is not None and not Path(folder).is_dir():

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from calmlm.data.tokenizing import IGNORE as IGNORED
+from calmlm.data.labels import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
 from calmlm.readers import prompt_of

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from calmlm.data.tokenizing import IGNORE
+from calmlm.data.labels import IGNORE
 from calmlm.modeling import CalmModel
 
 __all__ = ["Meter"]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import calmlm
-from calmlm.storage import write_text
+from calmlm.files.storage import write_text
 
 __all__ = ["Stages", "commit", "device", "machine", "made_by", "origin"]
 

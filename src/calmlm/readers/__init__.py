@@ -6,7 +6,6 @@ What it knows of earlier calls lies in the cache; readers themselves keep no sta
 
 from __future__ import annotations
 
-from calmlm.readers.aligned import AlignedReader
 from calmlm.readers.common import Reader
 from calmlm.readers.encoder import EncoderReader
 from calmlm.readers.inputs import (
@@ -20,6 +19,7 @@ from calmlm.readers.inputs import (
     positions_for,
     prompt_of,
 )
+from calmlm.readers.own_tokens import AlignedReader
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
 

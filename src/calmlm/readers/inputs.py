@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from calmlm.backbone import Backbone
-from calmlm.cache import length_in
+from calmlm.bases.families import Backbone
 from calmlm.errors import ConfigError, DataError
-from calmlm.frontier import NOBODY, Frontier
+from calmlm.state.cache import length_in
+from calmlm.state.frontier import NOBODY, Frontier
 
 # The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
 STATE = "cache_params"

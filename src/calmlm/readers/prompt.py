@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calmlm.cache import Past
-from calmlm.connector import eager_attention
+from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError
-from calmlm.hooks import Stream
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
+from calmlm.state.cache import Past
+from calmlm.state.hooks import Stream
 
 
 @dataclass

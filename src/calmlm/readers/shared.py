@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from calmlm.backbone import counted
-from calmlm.cache import Past
-from calmlm.connector import eager_attention, rotary_angles
+from calmlm.bases.families import counted
+from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError
-from calmlm.hooks import Stream
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, length_of, mask_of, positions_for
+from calmlm.state.cache import Past
+from calmlm.state.hooks import Stream
 
 
 @dataclass

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from calmlm.training.config import TrainingConfig, load_config
+from calmlm.training.schema import TrainingConfig, load_config
 
 __all__ = ["TrainingConfig", "load_config"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calmlm.comparison.domain import Domain
+from calmlm.comparison.contract import Domain
 from calmlm.comparison.domains.code import Code
 from calmlm.comparison.domains.kv_arithmetic import KeyValues
 from calmlm.comparison.domains.languages import Languages

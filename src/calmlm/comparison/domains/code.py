@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calmlm.baselines.setting import losses_of
-from calmlm.comparison.domain import Answerer, Task
+from calmlm.baselines.given import losses_of
+from calmlm.comparison.contract import Answerer, Task
 from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
 from calmlm.experiments.code.judging import is_right
 from calmlm.experiments.code.operations import Function
 from calmlm.experiments.code.world import World, passages
 from calmlm.experiments.fitting import IGNORED
-from calmlm.experiments.kv_arithmetic.encoding import encode
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.world import Example
 
 __all__ = ["Code"]

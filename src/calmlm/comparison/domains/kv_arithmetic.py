@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.comparison.domain import Answerer, Task, TextDomain
+from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import Row
-from calmlm.experiments.kv_arithmetic.bases import BASES, augmenting_examples
-from calmlm.experiments.kv_arithmetic.composition import compose_bases, composition_examples
-from calmlm.experiments.kv_arithmetic.encoding import encode
-from calmlm.experiments.kv_arithmetic.evaluate import cascade, columns, is_right
+from calmlm.experiments.kv_arithmetic.joined import compose_bases, composition_examples
+from calmlm.experiments.kv_arithmetic.measures import cascade, columns, is_right
+from calmlm.experiments.kv_arithmetic.pretraining import BASES, augmenting_examples
+from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.run import SeedRun
 from calmlm.experiments.kv_arithmetic.world import Example, World
 

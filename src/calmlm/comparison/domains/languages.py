@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.baselines.confidence_cascade import Confidence
-from calmlm.comparison.domain import Answerer, Task
+from calmlm.comparison.contract import Answerer, Task
 from calmlm.comparison.drawn import DrawnDomain
 from calmlm.data.extras import require
 from calmlm.experiments.kv_arithmetic.words import PHRASE_WORDS

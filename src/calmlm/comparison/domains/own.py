@@ -21,20 +21,20 @@ from transformers import (
 
 import calmlm
 from calmlm.baselines import Data
-from calmlm.baselines.setting import losses_of
-from calmlm.bases import load_base
-from calmlm.comparison.domain import Answerer, Task, TextDomain
-from calmlm.comparison.own import Own, Sources, listed
+from calmlm.baselines.given import losses_of
+from calmlm.bases.opening import load_base
+from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
+from calmlm.comparison.own_settings import Own, Sources, listed
 from calmlm.data.context import stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
+from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.data.sources import load_examples
-from calmlm.data.tokenizing import encode_examples, encode_prompt
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
-from calmlm.spelling import token_bytes
+from calmlm.tokens.spelling import token_bytes
 
 __all__ = ["OwnModels"]
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from transformers import LlamaForCausalLM, PreTrainedModel, ViTForImageClassification
 
-from calmlm.comparison.domain import Answerer, Domain, Fitted, Task
+from calmlm.comparison.contract import Answerer, Domain, Fitted, Task
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.kv_arithmetic.world import final_answer
 from calmlm.experiments.record import device
-from calmlm.experiments.visual_arithmetic.bases import (
+from calmlm.experiments.visual_arithmetic.joined import VARIANTS, train_composition
+from calmlm.experiments.visual_arithmetic.measures import columns, composition, pipeline, text_model
+from calmlm.experiments.visual_arithmetic.pretraining import (
     build_visual_tokenizer,
     new_encoder,
     train_anchor,
     train_encoder,
 )
-from calmlm.experiments.visual_arithmetic.composition import VARIANTS, train_composition
-from calmlm.experiments.visual_arithmetic.evaluate import columns, composition, pipeline, text_model
 from calmlm.experiments.visual_arithmetic.world import HARD_PHRASINGS, OOD_PHRASINGS, Example, World
 
 __all__ = ["Visual"]

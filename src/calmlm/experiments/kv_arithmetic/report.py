@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from calmlm.errors import MissingExtraError
-from calmlm.experiments.kv_arithmetic.evaluate import COLUMNS
+from calmlm.experiments.kv_arithmetic.measures import COLUMNS
 from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, rows_of, table_of
-from calmlm.storage import write_atomically, write_text
+from calmlm.files.storage import write_atomically, write_text
 
 __all__ = ["METHODS", "PUBLISHED", "markdown", "plot", "summarise", "summarise_halves", "write_report"]
 

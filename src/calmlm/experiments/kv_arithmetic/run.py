@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 import calmlm
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import check_seeds, preset_of
-from calmlm.experiments.kv_arithmetic.bases import BASES, TOKENIZERS
-from calmlm.experiments.kv_arithmetic.composition import CORE, GROUPS, VARIANTS, train_composition
-from calmlm.experiments.kv_arithmetic.evaluate import Answerer, cascade, columns, half_columns, models, score
+from calmlm.experiments.kv_arithmetic.joined import CORE, GROUPS, VARIANTS, train_composition
+from calmlm.experiments.kv_arithmetic.measures import Answerer, cascade, columns, half_columns, models, score
 from calmlm.experiments.kv_arithmetic.presets import PRESETS, Preset
+from calmlm.experiments.kv_arithmetic.pretraining import BASES, TOKENIZERS
 from calmlm.experiments.kv_arithmetic.report import summarise, summarise_halves, write_report
 from calmlm.experiments.kv_arithmetic.words import NUMBER_WORDS
 from calmlm.experiments.kv_arithmetic.world import (

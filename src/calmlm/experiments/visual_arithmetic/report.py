@@ -8,8 +8,8 @@ from typing import Any
 
 from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, table_of
-from calmlm.experiments.visual_arithmetic.evaluate import COLUMNS
-from calmlm.storage import write_text
+from calmlm.experiments.visual_arithmetic.measures import COLUMNS
+from calmlm.files.storage import write_text
 
 __all__ = ["METHODS", "markdown", "write_report"]
 

@@ -14,14 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, ViTForImageClassific
 from calmlm.experiments.fitting import check_seeds, preset_of
 from calmlm.experiments.record import Stages, device, origin
 from calmlm.experiments.statistics import INTERVAL, rows_of
-from calmlm.experiments.visual_arithmetic.bases import (
-    build_visual_tokenizer,
-    new_encoder,
-    train_anchor,
-    train_encoder,
-)
-from calmlm.experiments.visual_arithmetic.composition import VARIANTS, train_composition
-from calmlm.experiments.visual_arithmetic.evaluate import (
+from calmlm.experiments.visual_arithmetic.joined import VARIANTS, train_composition
+from calmlm.experiments.visual_arithmetic.measures import (
     COLUMNS,
     columns,
     composition,
@@ -31,6 +25,12 @@ from calmlm.experiments.visual_arithmetic.evaluate import (
     text_model,
 )
 from calmlm.experiments.visual_arithmetic.presets import PRESETS, Preset
+from calmlm.experiments.visual_arithmetic.pretraining import (
+    build_visual_tokenizer,
+    new_encoder,
+    train_anchor,
+    train_encoder,
+)
 from calmlm.experiments.visual_arithmetic.report import METHODS, write_report
 from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
 

@@ -1,0 +1,137 @@
+"""Loading base models by id or folder, each as the class that it was saved as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from calmlm.bases.families import first_line
+from calmlm.errors import ConfigError, ModelError
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+
+
+def load_base(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model from a hub id or a folder.
+
+    Args:
+        source: id or folder.
+        role: ``"anchor"`` or ``"augmenting model"``, for messages.
+        options: passed to ``AutoModelForCausalLM.from_pretrained`` unless None; remote code is off unless
+            ``trust_remote_code`` is given.
+
+    Raises:
+        ModelError: when there is no such model, it is no causal language model, or some of its weights are missing.
+    """
+    return _load(AutoModelForCausalLM, "causal language model", source, role, options)
+
+
+def load_anchor(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model, or one that speaks and was saved as something else: a vision-language model.
+
+    Otherwise like ``load_base``.
+    """
+    config = _saved_config(source, options)
+    text = config is None or _remote(config) or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (load_base if text else load_encoder)(source, role, **options)
+
+
+def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model or, where the id or folder was saved as something else, the class that was saved.
+
+    Raises:
+        ModelError: when it is neither.
+    """
+    return (load_base if holds_decoder(source, **options) else load_encoder)(source, role, **options)
+
+
+def load_again(source: str, role: str, architecture: str | None, **options: Any) -> PreTrainedModel:
+    """Load a model of a composition as the class that it was then, where it was saved as that.
+
+    Otherwise like ``load_anchor`` and ``load_any``.
+    """
+    config, known = _saved_config(source, options), getattr(transformers, architecture or "", None)
+    if config is None or known is None or architecture not in (config.architectures or ()) or _remote(config):
+        return (load_anchor if role == "anchor" else load_any)(source, role, **options)
+    return _load(known, "model", source, role, options)
+
+
+def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
+    """Load a text, image or sound encoder from a hub id or a folder, as the class that was saved.
+
+    Otherwise like ``load_base``.
+    """
+    config = _saved_config(source, options)
+    named = getattr(transformers, ((config and config.architectures) or [""])[0], AutoModel)
+    return _load(named, "model", source, role, options)
+
+
+def holds_decoder(source: str, **options: Any) -> bool:
+    """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
+    config = _saved_config(source, options)
+    architectures = None if config is None else config.architectures
+    if config is not None and _remote(config):
+        return True
+    causal = {
+        name
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([names] if isinstance(names, str) else names)
+    }
+    return not architectures or any(name in causal for name in architectures)
+
+
+def _remote(config: PreTrainedConfig) -> bool:
+    """Whether a model brings code of its own for a causal language model."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _saved_config(source: str, options: dict[str, Any]) -> PreTrainedConfig | None:
+    """The configuration that lies at an id or in a folder; None where there is none, and loading will say so."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
+    try:
+        return AutoConfig.from_pretrained(source, **hub)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless a number format is one of torch's, its name, or ``"auto"``.
+
+    Raises:
+        ConfigError: for another.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not isinstance(found, (torch.dtype, dict)):
+        raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', but got {dtype!r}: use one.")
+
+
+def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
+    check_dtype(options.get("dtype"))
+    options = {"trust_remote_code": False, "use_safetensors": True} | {
+        k: v for k, v in options.items() if v is not None
+    }
+    try:
+        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
+            f"({first_line(error)}): check the name, the revision and your access to it."
+        ) from error
+    except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
+            raise
+        raise ModelError(
+            f"The {role} must have readable weights, but those of {source!r} are damaged "
+            f"({first_line(error)}): fetch or save the model again."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise ModelError(
+            f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
+            f"example {missing[0]!r}: choose a complete {kind}."
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Generation: transformers' loops over a composition, and drafts by the augmenting model."""

@@ -1,0 +1,1 @@
+"""The files of a composition: written atomically, read strictly, told without loading a model."""

@@ -1,0 +1,69 @@
+"""What a saved composition is made of, told from its own files: the two models are not loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from calmlm.errors import CheckpointError
+from calmlm.files import storage
+from calmlm.files.loading import fetch, read_config
+
+
+def describe(source: str) -> list[tuple[str, str]]:
+    """Titles and values, in the order of reading.
+
+    Args:
+        source: folder or id of a composition.
+
+    Raises:
+        CheckpointError: there is no composition, or it is damaged.
+    """
+    config = read_config(source)
+    weights = fetch(source, storage.WEIGHTS_NAME, {})
+    lines = [("composition", source), ("anchor", _base(config.anchor or {}, config.text_config))]
+    for name, entry in (config.augmenting or {}).items():
+        title = name if len(config.augmenting or {}) > 1 else "augmenting"
+        pairs = ", ".join(f"{i} -> {j}" for i, j in entry["connections"])
+        options = ", ".join(f"{key} {value}" for key, value in entry["connector"].items())
+        lines += [
+            (title, _base(entry)),
+            ("reads", _reads(entry)),
+            ("connections", f"{pairs} (layer of {title} -> layer of anchor, counted from 0)"),
+            ("connector", options),
+        ]
+    return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
+
+
+def _reads(entry: dict[str, Any]) -> str:
+    words = {
+        "tokens": "the anchor's tokens",
+        "text": f"the text in tokens of its own ({entry.get('alignment', 'transcode')})",
+        "prompt": "the prompt, once",
+        "inputs": "inputs of its own",
+    }
+    view = f", {entry['view']} view of conversations" if entry.get("view") else ""
+    return words[entry["reads"]] + view
+
+
+def _base(entry: dict[str, Any], config: Any = None) -> str:
+    fingerprint = entry.get("fingerprint") or {}
+    parts = [entry.get("id") or "(in memory, without an id)", fingerprint.get("architecture")]
+    parts.append(f"revision {entry['revision']}" if entry.get("revision") else None)
+    if config is not None:
+        parts.append(f"{config.num_hidden_layers} layers, width {config.hidden_size}")
+    return ", ".join(part for part in parts if part)
+
+
+def _parameters(weights: Path) -> int:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"Expected a readable {weights.name} in {weights.parent}, but it is damaged or cut short ({error}); save "
+            f"the composition again or fetch it anew."
+        ) from error

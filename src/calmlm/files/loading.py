@@ -1,0 +1,285 @@
+"""Loading a saved composition: its configuration, its base models by id and revision, then its own tensors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from calmlm.bases.families import Backbone, first_line
+from calmlm.bases.fingerprint import check_fingerprint
+from calmlm.bases.opening import load_again
+from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
+from calmlm.errors import CheckpointError, ConfigError
+from calmlm.files import storage
+from calmlm.tokens.alignment import Alignment, digest
+from calmlm.tokens.lookup import find_tokenizer
+from calmlm.tokens.retokenization import Rewriting
+
+HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def load_composition(
+    cls: type[Model],
+    source: str | Path,
+    *,
+    anchor: PreTrainedModel | str | None = None,
+    augmenting: PreTrainedModel | str | dict[str, PreTrainedModel | str] | None = None,
+    config: CalmConfig | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Model:
+    """Load the composition at ``source`` into a ``cls``; see ``CalmForCausalLM.from_pretrained``.
+
+    Raises:
+        CheckpointError: when ``source`` holds no composition, a damaged one, or one made on other bases.
+        ModelError: when a base model cannot be loaded.
+    """
+    hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
+    hub |= {"revision": revision, "subfolder": subfolder}
+    config = config if isinstance(config, CalmConfig) else read_config(source, hub)
+    weights = fetch(source, storage.WEIGHTS_NAME, hub)
+    folder = weights.parent
+    if not isinstance(augmenting, dict):
+        names = list(config.augmenting)
+        augmenting = {names[0]: augmenting} if augmenting is not None else {}
+    unknown = sorted(set(augmenting) - set(config.augmenting))
+    if unknown:
+        raise CheckpointError(
+            f"augmenting must name models of this composition ({', '.join(config.augmenting)}), "
+            f"but got {', '.join(unknown)}: use its names."
+        )
+
+    def base(given: PreTrainedModel | str | None, entry: dict[str, Any], role: str) -> PreTrainedModel:
+        recorded = entry.get("id") or ""
+        if given is None and not recorded:
+            raise CheckpointError(
+                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was a model in memory "
+                f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
+            )
+        if isinstance(given, PreTrainedModel):
+            model, name = given, given.name_or_path or type(given).__name__
+        else:
+            name = str(given) if given is not None else storage.resolve_source(recorded, folder)
+            base_revision = entry.get("revision") if given is None else None
+            made = None if given is not None else (entry.get("fingerprint") or {}).get("architecture")
+            settings = {"trust_remote_code": trust_remote_code, "revision": base_revision, **options}
+            model = load_again(name, role, made, **settings)
+        check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
+        # Relative to this folder, the name would lead nowhere once the composition is saved in another.
+        entry["id"] = storage.resolve_source(recorded, folder)
+        return model
+
+    anchor_model = base(anchor, config.anchor, "anchor")
+    augmenting_models = {
+        name: base(
+            augmenting.get(name),
+            entry,
+            f"augmenting model {name!r}" if len(config.augmenting) > 1 else "augmenting model",
+        )
+        for name, entry in config.augmenting.items()
+    }
+    for name, augmenting_model in augmenting_models.items():
+        _check_entry(config.augmenting[name], anchor_model, augmenting_model, config, source)
+    config.text_config = anchor_model.config.get_text_config(decoder=True)
+    alignments = {
+        name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
+    }
+    for name, alignment in alignments.items():
+        _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
+    model = cls(config, anchor_model, augmenting_models, alignments)
+    expected = model.composition_tensors()
+    try:
+        for name, alignment in alignments.items():
+            _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
+        tensors = storage.read_tensors(weights, expected.items(), str(source))
+    except CheckpointError:
+        for name in augmenting_models:  # an anchor that was passed stays as it was
+            model.model.remove(name)
+        raise
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = parameter.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors, strict=False)
+    generation = read_generation(source, hub)
+    if generation is not None:
+        model.generation_config = generation
+    model.name_or_path = str(source)
+    config.name_or_path = anchor_model.name_or_path  # where trainers look for a tokenizer
+    return model.eval()
+
+
+def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmConfig:
+    """The configuration of the composition at ``source``.
+
+    Raises:
+        CheckpointError: when there is none, or it is another model's.
+    """
+    path = fetch(source, "config.json", hub or {})
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable config.json, but it is damaged ({first_line(error)}): "
+            f"save the composition again or fetch it anew."
+        ) from error
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != CalmConfig.model_type or not data.get("augmenting"):
+        raise CheckpointError(
+            f"{str(source)!r} must hold a calmlm composition, but its config.json describes "
+            f"{kind or 'nothing known'!r}: give the folder that save_pretrained wrote."
+        )
+    if not _is_whole(data):
+        raise CheckpointError(
+            f"{str(source)!r} must describe an anchor and, for each augmenting model, connections and a connector, but "
+            f"its config.json lacks some of them: save the composition again or fetch it anew."
+        )
+    try:
+        return CalmConfig.from_json_file(path)  # which knows how infinities are written
+    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable config.json, but the anchor's part of it is damaged "
+            f"({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
+
+
+def _is_whole(data: dict[str, Any]) -> bool:
+    """Whether all that a composition's own configuration needs is there, and of its kind."""
+    if not all(isinstance(data.get(key), dict) for key in ("anchor", "text_config", "augmenting")):
+        return False
+    if not isinstance(data.get("order", []), list) or not isinstance(data["text_config"].get("model_type"), str):
+        return False
+    for entry in data["augmenting"].values():
+        pairs = entry.get("connections") if isinstance(entry, dict) else None
+        if not isinstance(pairs, list) or not isinstance(entry.get("connector"), dict):
+            return False
+        if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
+            return False
+        if entry.get("reads", "tokens") not in READS or not isinstance(entry["connector"].get("num_heads"), int):
+            return False
+    for entry in (data["anchor"], *data["augmenting"].values()):
+        mark = entry.get("fingerprint")
+        named = all(entry.get(key) is None or isinstance(entry[key], str) for key in ("id", "revision", "layers_path"))
+        marked = mark is None or (
+            isinstance(mark, dict) and all(value is None or isinstance(value, str) for value in mark.values())
+        )
+        if not named or not marked:
+            return False
+    return True
+
+
+def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig | None:
+    """How the composition at ``source`` generates; None where it does not say, so that the anchor's settings hold.
+
+    Raises:
+        CheckpointError: when it says so in a file that is damaged.
+    """
+    given = {key: value for key, value in hub.items() if value is not None}
+    try:
+        path = cached_file(str(source), storage.GENERATION_NAME, _raise_exceptions_for_missing_entries=False, **given)
+        return None if path is None else GenerationConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable {storage.GENERATION_NAME} or none, but it is damaged or out of "
+            f"reach ({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
+
+
+def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment | Rewriting:
+    """The alignment of one augmenting model, as it was when the composition was made.
+
+    Raises:
+        CheckpointError: when there is none, or it is damaged.
+    """
+    path = fetch(source, storage.alignment_name(name), hub)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Rewriting.from_json(data) if "method" in data else Alignment.from_json(data)
+    except Exception as error:  # the tokenizers library raises bare exceptions for what it cannot read
+        raise CheckpointError(
+            f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
+            f"save the composition again or fetch it anew."
+        ) from error
+
+
+def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: str | Path) -> None:
+    """Raise where a text would need tokens that the augmenting model has not.
+
+    Raises:
+        CheckpointError: for such an alignment.
+    """
+    if alignment.highest >= size:
+        raise CheckpointError(
+            f"{str(source)!r} must hold an alignment for the {size} tokens of {name!r}, but "
+            f"{storage.alignment_name(name)} asks for token {alignment.highest}: it belongs to another composition."
+        )
+
+
+def _check_tokenizers(
+    alignment: Alignment | Rewriting,
+    name: str,
+    anchor: PreTrainedModel,
+    augmenting: PreTrainedModel,
+    config: CalmConfig,
+) -> None:
+    """Warn where the tokenizers that lie beside both models are not those that the alignment was made from."""
+    found = [
+        find_tokenizer(model.name_or_path, revision=entry.get("revision"), local_files_only=True)
+        if model.name_or_path
+        else None
+        for model, entry in ((anchor, config.anchor), (augmenting, config.augmenting[name]))
+    ]
+    if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
+        return  # the saved table needs neither
+    if digest(*found, templates=getattr(alignment, "view", None) is not None) != alignment.digest:
+        warnings.warn(
+            f"The tokenizer of the anchor or of the augmenting model {name!r}, with its special tokens and its chat "
+            f"template, is not the one that this composition was made with: its saved table still reads by the old "
+            f"ones. Use those to write its input.",
+            stacklevel=4,
+        )
+
+
+def _check_entry(
+    entry: dict[str, Any], anchor: PreTrainedModel, augmenting: PreTrainedModel, config: CalmConfig, source: str | Path
+) -> None:
+    """Raise unless the connections and the connector of ``entry`` fit the two models."""
+    above = Backbone.of(anchor, "anchor", config.anchor.get("layers_path"))
+    find = Backbone.of_encoder if entry.get("reads") == "inputs" else Backbone.of
+    below = find(augmenting, "augmenting model", entry.get("layers_path"))
+    try:
+        resolve_connections(entry["connections"], len(below.layers), len(above.layers))
+        ConnectorConfig.build(entry["connector"], above.size, above.num_heads)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{str(source)!r} must hold connections that fit its models, but its config.json is damaged "
+            f"({first_line(error)}): save the composition again or fetch it anew."
+        ) from error
+
+
+def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
+    """The local path of one of the composition's files, downloaded if ``source`` is a hub id.
+
+    Raises:
+        CheckpointError: when there is no such file.
+    """
+    try:
+        path = cached_file(str(source), name, **{k: v for k, v in hub.items() if v is not None})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"A saved composition must hold {name}, but none was found at {str(source)!r} ({first_line(error)}): "
+            f"give a folder that save_pretrained wrote, or a hub id that you can reach."
+        ) from error
+    if path is None:
+        raise CheckpointError(
+            f"A saved composition must hold {name}, but none was found at {str(source)!r}: "
+            f"give a folder that save_pretrained wrote."
+        )
+    return Path(path)

@@ -1,0 +1,92 @@
+"""A reader of the same text in tokens of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calmlm.errors import DataError
+from calmlm.readers.common import Common
+from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
+from calmlm.state.cache import Past
+from calmlm.state.frontier import NOBODY
+from calmlm.state.hooks import Stream
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Block, Transcoder
+
+
+@dataclass
+class AlignedReader(Common):
+    """The same text in the augmenting model's own tokens."""
+
+    transcoder: Transcoder | Rewriter | None = None
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        assert self.transcoder is not None
+        frontier = past.frontier
+        real = real_tokens(inputs, self.name)
+        check_one_text(inputs, real, self.name)
+        if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
+            raise DataError(
+                f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
+                f"{inputs.ids.shape[0]}: begin a new cache for other rows."
+            )
+        self._forget(padded_since(inputs, frontier), past)
+        block = self._written(inputs.ids, real, past)
+        new, queries = block.ids.shape[1], inputs.ids.shape[1]
+        past.move(frontier.append(block.ids, block.owner))
+        frontier.extend(inputs.ids, real)
+        mask, seeing, attention = self.masked(frontier.mask(queries))
+        rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
+        of_queries, of_keys = rotations
+        stream = Stream(mask, of_queries, of_keys, past.cross, attention, seeing)
+        if new:
+            assert frontier.owner is not None
+            assert frontier.tokens is not None
+            filled = (frontier.owner >= 0).long()
+            positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])
+            self.backbone.check_padding(f"augmenting model {self.name!r}", filled)
+            self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width, positions)
+            self.run(
+                stream,
+                **base_arguments(
+                    self.backbone,
+                    input_ids=self.on_device(frontier.tokens[:, -new:]),
+                    attention_mask=self.on_device(filled),
+                    position_ids=positions,
+                    cache=past.own,
+                ),
+            )
+        return stream
+
+    def _forget(self, columns: Tensor | None, past: Past) -> None:
+        """Leave out what stood for anchor tokens that have turned out to be padding."""
+        if columns is None:
+            return
+        shift, exact = past.frontier.forget(columns)
+        if not exact:
+            raise DataError(
+                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
+                f"augmenting model {self.name!r} has read on from them, but it calls some of them padding: begin a new "
+                f"cache."
+            )
+        past.move(shift)
+
+    def room(self, ids: Tensor, past: Past) -> int:
+        """How many of the next tokens (1, T) the model has positions for, behind what it has read."""
+        most = self.backbone.max_positions
+        if most is None:
+            return ids.shape[1]
+        block = self._written(ids, torch.ones_like(ids, dtype=torch.bool), past)
+        free = most - (0 if past.frontier.owner is None else int((past.frontier.owner[0] != NOBODY).sum()))
+        return ids.shape[1] if block.ids.shape[1] <= free else int(block.owner[0, max(0, free)])
+
+    def _written(self, ids: Tensor, real: Tensor, past: Past) -> Block:
+        """The anchor's new tokens in the model's own."""
+        assert self.transcoder is not None
+        lookback = self.transcoder.lookback
+        return self.transcoder(
+            ids, real, past.frontier.previous(past.frontier.length if lookback is None else lookback, ids)
+        )

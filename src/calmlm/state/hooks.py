@@ -1,0 +1,165 @@
+"""How a composition enters its base models: persistent forward hooks on their layers.
+
+The hooks are plain callable objects, so that a composition can be copied and pickled, and the bases' own state-dict
+names stay as they are. All state of a call lives in one ``Call`` object that the model puts into the ``Slot`` which its
+hooks share, and takes out when the call ends; each thread has its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from calmlm.bases.families import state_of, with_state
+from calmlm.connectors import Connector
+from calmlm.connectors.cross_attention import Attention, Rotation
+
+
+@dataclass
+class Stream:
+    """One augmenting model's part of a call.
+
+    Attributes:
+        mask: cross-attention mask in the form that ``attention`` takes, or None.
+        rotation: rotary angles of the new anchor positions, or None.
+        key_rotation: rotary angles of the new augmenting positions, or None.
+        cache: keys and values of earlier positions, one layer per connection, or None.
+        attention: the attention function.
+        seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
+        hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
+    """
+
+    mask: Tensor | None
+    rotation: Rotation | None
+    key_rotation: Rotation | None
+    cache: Cache | None
+    attention: Attention
+    seeing: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """Everything that one forward call of a composition shares with its hooks.
+
+    Attributes:
+        streams: of the augmenting models, by name.
+        composed: (B, 1, 1) bool, the rows that the connections change; None for all.
+    """
+
+    streams: dict[str, Stream] = field(default_factory=dict)
+    composed: Tensor | None = None
+
+
+class Slot(threading.local):
+    """Where hooks find the call that their thread is in, if it is in one; a copy is empty."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()
+
+
+class CaptureHook:
+    """On a layer of an augmenting model: keeps the layer's output for the connections that read it."""
+
+    def __init__(self, slot: Slot, name: str, layer: int) -> None:
+        self.slot, self.name, self.layer = slot, name, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self.slot.call
+        if call is not None and self.name in call.streams:
+            call.streams[self.name].hidden[self.layer] = state_of(output)
+
+
+class InjectHook:
+    """On a layer of the anchor: adds one connection's cross-attention to the layer's output."""
+
+    def __init__(self, slot: Slot, name: str, connection: int, layer: int, connectors: nn.ModuleList) -> None:
+        self.slot, self.name, self.connection, self.layer, self.connectors = slot, name, connection, layer, connectors
+
+    @property
+    def connector(self) -> Connector:
+        """Looked up at each call: PEFT puts a copy that trains in its place."""
+        return self.connectors[self.connection]  # type: ignore[return-value]
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        new = self.change(state_of(output))
+        return None if new is None else with_state(output, new)
+
+    def change(self, state: Tensor) -> Tensor | None:
+        """The anchor's state (B, T, D_B) with this connection in it; None where there is nothing to add."""
+        call = self.slot.call
+        if call is None or self.name not in call.streams:
+            return None
+        stream = call.streams[self.name]
+        device = state.device
+        if self.layer in stream.hidden:
+            hidden = stream.hidden[self.layer].to(device)
+            keys, values = self.connector.keys_values(hidden, _on(device, stream.key_rotation))
+            if stream.cache is not None:
+                keys, values = stream.cache.update(keys, values, self.connection)
+        elif stream.cache is not None and stream.cache.get_seq_length(self.connection):
+            past = stream.cache.layers[self.connection]
+            keys, values = past.keys, past.values
+        else:
+            return self._unread(state)
+        mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
+        new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+        return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
+
+    def _unread(self, state: Tensor) -> Tensor | None:
+        """What becomes of the state where the augmenting model has read nothing yet: nothing.
+
+        In training it depends on the connection all the same, by nothing, or a batch of which no augmenting model reads
+        anything would have no gradient to pass back.
+        """
+        if not (torch.is_grad_enabled() and self.connector.training):
+            return None
+        return state + 0 * torch.stack([p.sum() for p in self.connector.parameters()]).sum().to(state)
+
+
+class InjectBeforeHook(InjectHook):
+    """On a layer of the anchor: changes the layer's input instead."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
+        if args:
+            new = self.change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = self.change(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+
+def belongs(hook: Any, slot: Slot, name: str) -> bool:
+    """Whether a hook is that of one augmenting model in the composition that ``slot`` serves."""
+    return isinstance(hook, (CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(tensor.to(device) for tensor in value)
+    return value if value is None else value.to(device)
+
+
+class QuietCheckpoint:
+    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.checkpoint = layer, checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        def quiet(*inner: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*inner)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quiet, *args)

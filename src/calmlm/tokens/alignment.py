@@ -1,0 +1,193 @@
+"""Two tokenizers, one text: which augmenting tokens stand for an anchor token, and from where they may be seen.
+
+The augmenting model reads the anchor's tokens *transcoded*: each anchor token's bytes, in the augmenting tokenizer's
+ids, looked up in a table that is made once. The stream grows at its end alone and depends on past tokens alone, so it
+is exactly causal: what training sees is what decoding sees. The price is that the augmenting model sees the anchor's
+segmentation rather than its own; on text whose words are tokens of both, the two agree.
+
+The frontier of anchor position t is the number of augmenting tokens whose bytes end at or before the end of token t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calmlm.tokens.pieces import Writer
+from calmlm.tokens.spelling import BYTE_TOKEN, Spelling, in_word, token_bytes
+
+ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "mask_token", "unk_token", "pad_token")
+LOOKBACK = 3
+"""A character of UTF-8 has at most four bytes, so the three tokens before one decide what its first bytes complete."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The table from one tokenizer to another.
+
+    Attributes:
+        body: for each anchor id, the augmenting ids of its bytes inside a text.
+        start: the same at the start of a word that no space announces, where it differs.
+        opens: anchor ids after which such a word may start: special tokens, and for WordPiece what ends no word.
+        partial: bytes of anchor ids that are parts of characters, where the augmenting tokenizer cannot write bytes.
+        characters: the augmenting ids of each character it knows; needed where there are such parts.
+        unknown: the augmenting ids of a character that it does not know.
+        fill: the augmenting id that stands where a row has no token.
+        digest: sha256 over both tokenizers, and with a view over their chat templates.
+    """
+
+    body: list[list[int]]
+    start: dict[int, list[int]]
+    opens: list[int]
+    partial: dict[int, bytes]
+    characters: dict[str, list[int]]
+    unknown: list[int]
+    fill: int
+    digest: str
+
+    @classmethod
+    def between(cls, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> Alignment:
+        """Make the table from the anchor's tokenizer to the augmenting model's.
+
+        Raises:
+            ModelError: when one of them cannot be read, or the augmenting tokenizer cannot write the anchor's text.
+        """
+        writer, spelling = Writer(augmenting), Spelling.of(anchor, "anchor")
+        pieces = token_bytes(anchor, "anchor")
+        roles, shared = _special_ids(anchor, augmenting), shared_tokens(anchor, augmenting)
+        body: list[list[int]] = []
+        start: dict[int, list[int]] = {}
+        opens: list[int] = []
+        partial: dict[int, bytes] = {}
+        for index, piece in enumerate(pieces):
+            if piece is None:
+                body.append(roles.get(index, []))
+                opens.append(index)
+                if index == anchor.bos_token_id and augmenting.bos_token_id is not None:
+                    start[index] = [augmenting.bos_token_id]  # one token may be both the beginning and the end
+                continue
+            if index in shared:
+                body.append([shared[index]])
+                if not in_word(piece.decode(errors="ignore")[-1:]):
+                    opens.append(index)
+                continue
+            ids = writer.write(piece)
+            if ids is None:
+                partial[index], ids = piece, []
+            body.append(ids)
+            if index not in partial and not in_word(piece.decode(errors="ignore")[-1:]):
+                opens.append(index)
+            first = writer.write(piece.removeprefix(b" ") if spelling.dummy_space else piece, start=True)
+            if first is not None and first != ids:
+                start[index] = first
+        if writer.spelling.kind != "wordpiece":
+            leads = spelling if spelling.dummy_space else writer.spelling
+            begin = (anchor.bos_token_id, anchor.cls_token_id)
+            added = anchor.added_tokens_decoder.items()
+            apart = {index for index, token in added if not BYTE_TOKEN.fullmatch(token.content)}
+            apart |= {index for index, piece in enumerate(pieces) if piece is None}
+            opens = sorted(i for i in apart if leads.every_segment or i in begin)
+            opens = opens if leads.dummy_space else []
+        unknown = [] if augmenting.unk_token_id is None else [augmenting.unk_token_id]
+        return cls(
+            body=body,
+            start=start,
+            opens=opens,
+            partial=partial,
+            characters=writer.characters() if partial else {},
+            unknown=unknown,
+            fill=augmenting.pad_token_id or 0,
+            digest=digest(anchor, augmenting),
+        )
+
+    @property
+    def highest(self) -> int:
+        """The largest augmenting id that a text may need."""
+        rows = (*self.body, *self.start.values(), *self.characters.values(), self.unknown)
+        return max((i for row in rows for i in row), default=-1)
+
+    def filled(self, vocabulary: int) -> Alignment:
+        """The same for a model with so many embeddings, which need not have one for padding: nobody looks there."""
+        return self if self.fill < vocabulary else dataclasses.replace(self, fill=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``from_json`` is the inverse."""
+        data = dataclasses.asdict(self)
+        data["partial"] = {index: piece.hex() for index, piece in self.partial.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Alignment:
+        """An alignment from what ``to_json`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is something else.
+        """
+        made = cls(
+            body=[checked_ids(ids) for ids in data["body"]],
+            start={int(index): checked_ids(ids) for index, ids in data["start"].items()},
+            opens=checked_ids(data["opens"]),
+            partial={int(index): bytes.fromhex(piece) for index, piece in data["partial"].items()},
+            characters={str(character): checked_ids(ids) for character, ids in data["characters"].items()},
+            unknown=checked_ids(data["unknown"]),
+            fill=checked_ids([data["fill"]])[0],
+            digest=str(data["digest"]),
+        )
+        beyond = max((*made.start, *made.opens, *made.partial), default=-1)
+        if beyond >= len(made.body):
+            raise ValueError(f"it says nothing of token {beyond}")
+        return made
+
+
+def checked_ids(ids: Any) -> list[int]:
+    """The same list.
+
+    Raises:
+        ValueError: it is no list of whole numbers from 0 on.
+    """
+    if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+        raise ValueError(f"expected a list of token ids, but found {str(ids)[:40]}")
+    return ids
+
+
+def shared_tokens(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Tokens that were added to both vocabularies with one content, special or not, which no bytes spell."""
+    theirs = {token.content: index for index, token in augmenting.added_tokens_decoder.items()}
+    theirs |= dict(zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True))
+    return {
+        index: theirs[token.content]
+        for index, token in anchor.added_tokens_decoder.items()
+        if token.content in theirs and not BYTE_TOKEN.fullmatch(token.content)
+    }
+
+
+def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """Special tokens by content, then by role; those without a counterpart say nothing to the augmenting model."""
+    found = {index: [other] for index, other in shared_tokens(anchor, augmenting).items()}
+    for role in ROLES:  # one token may have several roles; the first of them counts
+        ours, other = getattr(anchor, f"{role}_id", None), getattr(augmenting, f"{role}_id", None)
+        if ours is not None and other is not None:
+            found.setdefault(ours, [other])
+    return found
+
+
+def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool = False) -> str:
+    """sha256 over both tokenizers, so that a changed one is noticed; how they last padded or cut is no part of them.
+
+    Args:
+        anchor, augmenting: the tokenizers.
+        templates: whether their chat templates matter.
+    """
+    mark = hashlib.sha256()
+    for tokenizer in (anchor, augmenting):
+        data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        # What pads says nothing, and is often set by hand.
+        data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES if role != "pad_token"}
+        data["template"] = tokenizer.chat_template if templates else None
+        mark.update(json.dumps(data, sort_keys=True).encode())
+    return mark.hexdigest()

@@ -1,0 +1,263 @@
+"""One training run: from a checked configuration to a composition on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import set_seed
+
+from calmlm.data.context import context_length
+from calmlm.data.formats import Example
+from calmlm.data.labels import encode_examples
+from calmlm.data.sources import HubDataset, load_examples
+from calmlm.data.tokenizer import load_tokenizer
+from calmlm.errors import ConfigError
+from calmlm.files.storage import WEIGHTS_NAME, read_tensors
+from calmlm.training.backends import Rows, make_arguments, make_trainer, set_packing_length
+from calmlm.training.run_folder import RunFolder, best_of, replacing_folder, steps_of
+from calmlm.training.schema import ModelConfig, TrainingConfig
+
+Report = Callable[[str], None]
+LOOKED_AT = 32  # rows of which a view has to show something
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave: where its composition lies, and the mean loss over the steps that were trained, if any were."""
+
+    composition: Path
+    steps: int
+    loss: float
+
+
+def train(
+    config: TrainingConfig, *, resume: bool = False, overwrite: bool = False, report: Report = print
+) -> TrainingResult:
+    """Train a composition and save it in `<output>/composition`.
+
+    Everything that can be wrong with the configuration, the data and the models is found before anything is written.
+
+    Args:
+        config: what to train on what.
+        resume: go on from the last complete checkpoint in the output folder; from the start where there is none.
+        overwrite: replace an earlier run; its composition stays until the new one is complete.
+        report: takes a line of progress.
+
+    Raises:
+        CalmError: with one sentence about what is wrong.
+    """
+    folder = RunFolder(config.output)
+    folder.check(resume=resume, overwrite=overwrite)
+    arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
+    train_examples = load_examples(_listed(config.data.train))
+    eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    set_seed(arguments.seed)  # new connections draw their weights at random
+    # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
+    tokenizer = _tokenizer(config) if config.tokenizer is not None else None
+    model = _model(config.model, tokenizer)
+    check_inputs(model)
+    tokenizer = tokenizer or _tokenizer(config)
+
+    max_length = _max_length(config.data.max_length, context_length(model))
+    rows = _encode(train_examples, tokenizer, config, max_length, report)
+    eval_rows = _encode(eval_examples, tokenizer, config, max_length, report) if eval_examples is not None else None
+    for given in (rows, eval_rows or []):
+        check_ids(model, given)
+    check_views(model, rows)
+    set_packing_length(arguments, max_length)
+
+    checkpoint = folder.last_checkpoint() if resume else None
+    if resume:
+        report(
+            f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
+        )
+    if checkpoint is not None:
+        check_continues(model, checkpoint, spread=bool(arguments.fsdp or arguments.deepspeed))
+        changed = folder.changes(config.to_dict())
+        if changed:
+            report(f"Other settings than before: {', '.join(changed)}.")
+    trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    with arguments.main_process_first(local=False, desc="making the output folder"):
+        if arguments.process_index == 0:
+            folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
+    trainable, total = model.get_nb_trainable_parameters()
+    report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
+    if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
+        report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
+        # Trainer would look at the limit behind one more step.
+        kept = best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint
+        tensors = read_tensors(kept / WEIGHTS_NAME, model.composition_tensors().items(), str(kept))
+        model.load_state_dict(tensors, strict=False)
+        steps, loss = steps_of(checkpoint), math.nan
+    else:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps, loss = outcome.global_step, outcome.training_loss
+    if trainer.is_world_process_zero():
+        with replacing_folder(folder.composition) as fresh:
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+    trainer.accelerator.wait_for_everyone()
+    return TrainingResult(folder.composition, steps, loss)
+
+
+def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
+    """Raise unless a checkpoint was written while this composition was trained.
+
+    Args:
+        model: the composition.
+        checkpoint: a complete one.
+        spread: whether the trainer spreads the model over processes, and saves its optimizer in files of other names.
+
+    Raises:
+        ConfigError: naming what differs, or that its optimizer is missing.
+    """
+    from calmlm.files.loading import read_config
+
+    before, now = read_config(checkpoint), model.config
+    pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
+    for name in (*before.augmenting, *now.augmenting):
+        pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
+    parts = ("fingerprint", "reads", "alignment", "view", "connections", "connector")
+    for name, (one, other) in pairs.items():
+        differing = [key for key in parts if _part(one, key) != _part(other, key)]
+        if differing:
+            raise ConfigError(
+                f"--resume: expected the composition that {checkpoint} belongs to, but the configuration asks for "
+                f"another {differing[0]} of {name}; take that back, or start anew with --overwrite."
+            )
+    for file in () if spread else ("optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / file).is_file():
+            raise ConfigError(
+                f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "
+                f"anew with --overwrite, or from that checkpoint as model.composition."
+            )
+
+
+def check_ids(model: Any, rows: Rows) -> None:
+    """Raise where the anchor has no embedding for a token.
+
+    Raises:
+        ConfigError: naming the token.
+    """
+    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.backbone().vocab_size
+    if most >= size:
+        raise ConfigError(
+            f"tokenizer: expected ids below {size}, the anchor's vocabulary, but the data have {most}; name the "
+            f"anchor's own tokenizer."
+        )
+
+
+def check_inputs(model: Any) -> None:
+    """Raise where an augmenting model reads what no text has.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for name, entry in model.config.augmenting.items():
+        if entry["reads"] == "inputs":
+            raise ConfigError(
+                f"model.augmenting: expected models that read the data's text, but {name!r} is an encoder with inputs "
+                f"of its own; train it in Python, with transformers' Trainer and augmenting_inputs in each batch."
+            )
+
+
+def check_views(model: Any, rows: Rows) -> None:
+    """Raise where an augmenting model reads the content of messages alone, and the data hold none.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    for name in model.model.active:
+        if not any(model.model.shows(name, row["input_ids"]) for row in rows[:LOOKED_AT]):
+            raise ConfigError(
+                f"model.augmenting_view: expected conversations in the anchor's chat template, but the augmenting "
+                f"model {name!r} would see nothing of the data; give 'messages', or leave the view out."
+            )
+
+
+def _part(entry: dict[str, Any] | None, key: str) -> Any:
+    """A part of a composition's configuration; of a fingerprint, what does not hang on how the model was loaded."""
+    found = (entry or {}).get(key)
+    return {k: v for k, v in found.items() if k != "dtype"} if key == "fingerprint" and found else found
+
+
+def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:
+    if sources is None:
+        return []
+    return sources if isinstance(sources, list) else [sources]
+
+
+def _tokenizer(config: TrainingConfig) -> Any:
+    model = config.model
+    if config.tokenizer is not None:
+        return load_tokenizer([config.tokenizer], trust_remote_code=model.trust_remote_code, named=True)
+    if model.composition is not None:
+        return load_tokenizer(
+            [model.composition, *_anchor_of(model.composition)], trust_remote_code=model.trust_remote_code
+        )
+    return load_tokenizer([model.anchor], revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def _anchor_of(composition: str) -> list[str]:
+    """The anchor that a saved composition names, as an id or folder that can be loaded from here."""
+    from calmlm.files.loading import read_config
+    from calmlm.files.storage import resolve_source
+
+    recorded = (read_config(composition).anchor or {}).get("id")
+    return [resolve_source(recorded, Path(composition))] if recorded else []
+
+
+def _model(config: ModelConfig, tokenizer: Any) -> Any:
+    """The composition to train, from two or more models or from a saved one."""
+    import calmlm
+
+    options = {
+        key: value
+        for key in ("dtype", "device_map", "attn_implementation")
+        if (value := getattr(config, key)) is not None
+    }
+    if config.composition is not None:
+        return calmlm.CalmForCausalLM.from_pretrained(
+            config.composition, trust_remote_code=config.trust_remote_code, **options
+        )
+    assert config.anchor is not None
+    assert config.augmenting is not None
+    connector = {"connector" if key == "kind" else key: value for key, value in config.connector.items()}
+    return calmlm.compose(
+        config.anchor,
+        config.augmenting,
+        config.connections,
+        config.num_heads,
+        tokenizer=tokenizer,
+        refresh=config.refresh,
+        alignment=config.alignment,
+        augmenting_view=config.augmenting_view,
+        revision=config.revision,
+        augmenting_revision=config.augmenting_revision,
+        trust_remote_code=config.trust_remote_code,
+        **connector,
+        **options,
+    )
+
+
+def _max_length(wanted: int | None, context: int | None) -> int | None:
+    if wanted is not None and context is not None and wanted > context:
+        raise ConfigError(
+            f"data.max_length: expected at most {context}, the shorter context of the two models, but got {wanted}; "
+            f"lower it or leave it out."
+        )
+    return wanted if wanted is not None else context
+
+
+def _encode(
+    examples: list[Example], tokenizer: Any, config: TrainingConfig, max_length: int | None, report: Report
+) -> Rows:
+    encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on=config.data.loss_on)
+    if encoded.truncated:
+        report(f"{encoded.truncated} of {len(encoded.rows)} examples were cut at {max_length} tokens.")
+    return encoded.rows

@@ -1,0 +1,164 @@
+"""The folder of a run. What stands in it is whole: the result appears by a rename, checkpoints count when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from calmlm.errors import ConfigError
+from calmlm.files.storage import WEIGHTS_NAME, probe_place, write_text
+
+
+class RunFolder:
+    """The files of one training run.
+
+    config.yaml      the configuration, overrides included
+    checkpoints/     one folder for each checkpoint
+    logs/            TensorBoard's
+    composition/     the result
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.composition = self.path / "composition"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse to write where something stands already, unless that was asked for. Changes nothing.
+
+        Raises:
+            ConfigError: the folder is a file, is not empty, or is no run although it is to be resumed or overwritten.
+        """
+        if resume and overwrite:
+            raise ConfigError("Expected --resume or --overwrite, but got both; choose one.")
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"Expected a folder for the output, but {self.path} is a file; name another output.")
+        try:
+            probe_place(self.path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"Expected a folder for the output that can be written to, but {self.path} is none ({error}); name "
+                f"another output."
+            ) from None
+        if not any(path.is_file() for path in self.path.rglob("*")):
+            return
+        if not resume and not overwrite:
+            raise ConfigError(
+                f"Expected an empty folder for the output, but {self.path} holds files; name another output, go on "
+                f"with --resume, or replace the run with --overwrite."
+            )
+        if not self._is_run():
+            raise ConfigError(
+                f"Expected a run of calmlm in {self.path}, but it holds other files and no config.yaml of such a run; "
+                f"name another output."
+            )
+
+    def _is_run(self) -> bool:
+        """Whether `calmlm train` has written the configuration that lies here."""
+        try:
+            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return isinstance(found, dict) and {"output", "model", "data", "trainer"} <= found.keys()
+
+    def start(self, config_text: str, *, resume: bool) -> None:
+        """Make the folder. Unless resumed, the checkpoints and logs of an earlier run go; its result stays for now."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for folder in (self.checkpoints, self.logs):
+                shutil.rmtree(folder, ignore_errors=True)
+        write_text(self.config, config_text)
+
+    def changes(self, config: dict[str, Any]) -> list[str]:
+        """Which settings differ from those that the run was started with, as dotted keys."""
+        try:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
+        one, other = _flat(before), _flat(config)
+        return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end: Trainer writes `trainer_state.json` last.
+
+        One that was damaged since is passed over.
+        """
+        found = [
+            (int(folder.name.removeprefix("checkpoint-")), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit() and _is_whole(folder)
+        ]
+        return max(found)[1] if found else None
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    return {
+        key: value
+        for name, part in settings.items()
+        for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether everything in a checkpoint can be opened."""
+    try:
+        for name in ("trainer_state.json", "config.json"):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if (checkpoint / WEIGHTS_NAME).is_file():  # a model that is spread over processes lies elsewhere
+            with safe_open(checkpoint / WEIGHTS_NAME, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch.save writes archives, whose table of contents comes last.
+    return all(zipfile.is_zipfile(path) for kind in ("*.pt", "*.pth") for path in checkpoint.glob(kind))
+
+
+def steps_of(checkpoint: Path) -> int:
+    """After how many steps a complete checkpoint was written."""
+    return int(_state(checkpoint).get("global_step", 0))
+
+
+def best_of(checkpoint: Path) -> Path:
+    """The best checkpoint so far, as a checkpoint knows it; itself where that one is gone."""
+    best = checkpoint.parent / Path(_state(checkpoint).get("best_model_checkpoint") or checkpoint).name
+    return best if (best / "trainer_state.json").is_file() else checkpoint
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `target` when the block ends well and vanishes otherwise.
+
+    Until then `target` stays as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,234 @@
+"""What `calmlm train` reads: a YAML file, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from calmlm.data.labels import LossOn
+from calmlm.data.sources import HubDataset
+from calmlm.errors import ConfigError
+from calmlm.training.fields import read_fields, read_value, read_what_fits, show, unknown_key
+from calmlm.training.yaml import parse_yaml
+
+# Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
+OWNED = {
+    "output_dir": "set 'output' at the top of the file",
+    "logging_dir": "logs lie in the folder 'logs' of the output",
+    "max_length": "set 'data.max_length'",
+    "completion_only_loss": "set 'data.loss_on'",
+    "assistant_only_loss": "set 'data.loss_on'",
+    "dataset_text_field": "name the field 'text'",
+    "dataset_kwargs": "calmlm tokenizes the data itself",
+    "model_init_kwargs": "set these under 'model'",
+    "chat_template_path": "name a tokenizer that has the template",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "calmlm tokenizes the data itself",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What to compose: `anchor` and `augmenting`, or `composition` to go on with a saved one.
+
+    Args:
+        anchor: id or folder of the anchor.
+        augmenting: id or folder of the augmenting model; or several, {name: id or folder}.
+        composition: folder of a saved composition, instead of the two.
+        revision: commit, branch or tag of the anchor.
+        augmenting_revision: the same for the augmenting model.
+        connections: "every-4" (the paper), "top", a number, or pairs [augmenting_layer, anchor_layer] counted from 0;
+            several augmenting models may have their own, {name: ...}.
+        num_heads: heads of each cross-attention; the anchor's own number when left out.
+        connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
+        refresh: whether augmenting models read generated tokens too.
+        alignment: "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
+        augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
+        dtype: "bfloat16", "float16", "float32" or "auto" for the two frozen models.
+        device_map: as `from_pretrained` takes it.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" and so on.
+        trust_remote_code: whether code that comes with a model may run.
+    """
+
+    anchor: str | None = None
+    augmenting: str | dict[str, str] | None = None
+    composition: str | None = None
+    revision: str | None = None
+    augmenting_revision: str | None = None
+    connections: str | int | list[list[int]] | dict[str, Any] = "every-4"
+    num_heads: int | None = None
+    connector: dict[str, Any] = field(default_factory=dict)
+    refresh: bool = True
+    alignment: str | dict[str, str] = "transcode"
+    augmenting_view: str | dict[str, str] | None = None
+    dtype: str | None = None
+    device_map: str | dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def faults(self) -> list[str]:
+        if self.composition is not None:
+            fresh = ("anchor", "augmenting", "revision", "augmenting_revision", "num_heads", "augmenting_view")
+            extra = [name for name in fresh if getattr(self, name) is not None]
+            extra += ["connector"] if self.connector else []
+            extra += ["connections"] if self.connections != "every-4" else []
+            extra += ["refresh"] if not self.refresh else []
+            extra += ["alignment"] if self.alignment != "transcode" else []
+            return [
+                f"model.{name}: expected nothing beside model.composition, which settles it, but got "
+                f"{show(getattr(self, name))}."
+                for name in extra
+            ]
+        known = connector_options()
+        found = [unknown_key(key, known, "model.connector") for key in self.connector if key not in known]
+        return found + [
+            f"model.{name}: expected the id or folder of the {name} model, but it is missing."
+            for name in ("anchor", "augmenting")
+            if not getattr(self, name)
+        ]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from.
+
+    Args:
+        train: JSONL files, data sets ({dataset, split, name, revision}), or a list of these.
+        eval: the same for evaluation; none when left out.
+        max_length: tokens of an example at most; the shorter context of the two models when left out.
+        loss_on: "completion" counts completions (or assistant messages) only, "all" every token.
+    """
+
+    train: str | HubDataset | list[str | HubDataset]
+    eval: str | HubDataset | list[str | HubDataset] | None = None
+    max_length: int | None = None
+    loss_on: LossOn = "completion"
+
+    def faults(self) -> list[str]:
+        found = [
+            f"data.{name}: expected at least one file or data set, but got an empty list."
+            for name in ("train", "eval")
+            if getattr(self, name) == []
+        ]
+        if self.max_length is not None and self.max_length < 2:
+            found.append(f"data.max_length: expected 2 or more, but got {self.max_length}.")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run.
+
+    Args:
+        output: the folder of the run: `config.yaml`, `checkpoints/`, `logs/` and, at the end, `composition/`.
+        model: what to compose.
+        data: what to learn from.
+        tokenizer: id or folder of the tokenizer; the anchor's when left out.
+        backend: "sft" for TRL's SFTTrainer, "trainer" for transformers' Trainer.
+        trainer: arguments of SFTConfig or TrainingArguments.
+    """
+
+    output: str
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: str | None = None
+    backend: Literal["sft", "trainer"] = "sft"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def connector_options() -> list[str]:
+    """The options of a cross-attention that stand under `model.connector`."""
+    from calmlm.config import ConnectorConfig
+
+    return [option.name for option in dataclasses.fields(ConnectorConfig) if option.name != "num_heads"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | None = None) -> TrainingConfig:
+    """Read and check a configuration file.
+
+    Args:
+        path: a YAML file; paths within it are relative to the working directory.
+        overrides: "key.subkey=value", the value in YAML; applied before the check.
+        output: wins over the file's own.
+
+    Raises:
+        ConfigError: the file cannot be read, or has faults; all of them are named.
+    """
+    path = Path(path)
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"Expected a configuration file at {path}, but there is none; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Expected a readable text file at {path}, but it cannot be read ({error}); check the path."
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"Expected a mapping in {path}, but got {show(values)}; start with 'output:', 'model:', 'data:'."
+        )
+    for override in overrides:
+        _apply(override, values)
+    if output is not None:
+        values["output"] = output
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: Mapping[str, Any], source: str = "The configuration") -> TrainingConfig:
+    """Check a configuration that is already a mapping.
+
+    Raises:
+        ConfigError: naming every fault.
+    """
+    faults: list[str] = []
+    config = read_fields(TrainingConfig, values, faults)
+    # A key of the wrong type must not hide the faults of the others.
+    model, data = read_what_fits(ModelConfig, values.get("model")), read_what_fits(DataConfig, values.get("data"))
+    faults += [*(model.faults() if model else []), *(data.faults() if data else [])]
+    backend = values.get("backend", "sft")
+    arguments = values.get("trainer", {})
+    if backend in ("sft", "trainer") and isinstance(arguments, Mapping):
+        faults += _argument_faults(backend, arguments)
+    if values.get("output") == "":
+        faults.append("output: expected a folder, but it is empty; name one.")
+    if faults or config is None:
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ConfigError(f"{source} has {count}: " + " ".join(faults))
+    return config
+
+
+def _argument_faults(backend: str, arguments: Mapping[str, Any]) -> list[str]:
+    from calmlm.training.backends import argument_types
+
+    types = argument_types(backend)
+    faults: list[str] = []
+    for key, value in arguments.items():
+        if key in OWNED:
+            faults.append(f"trainer.{key}: calmlm sets this itself; {OWNED[key]}.")
+        elif key not in types:
+            faults.append(unknown_key(key, types.keys() - OWNED.keys(), "trainer"))
+        else:
+            read_value(types[key], value, faults, f"trainer.{key}")
+    return faults
+
+
+def _apply(override: str, values: dict[str, Any]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            f"Expected an override as key=value, but got '{override}'; write for example data.max_length=64."
+        )
+    value = parse_yaml(text, override)
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"Expected a mapping at '{parent}' to set '{key}' in, but got {show(child)}; drop it.")
+        values = child
+    values[last] = value

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -19,12 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calmlm.bases.families import accepts, first_line
 from calmlm.bases.fingerprint import check_fingerprint, has_changed
+from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig, check_names
 from calmlm.decoding.loops import CalmGenerationMixin
 from calmlm.errors import ConfigError
-from calmlm.files import storage
+from calmlm.files import publishing, storage
 from calmlm.files.loading import load_composition
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs, prompt_of
@@ -333,8 +331,8 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
             storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
             for name, alignment in self.model.alignments.items()
         }
-        if not (folder / storage.CARD_NAME).exists():
-            files[storage.CARD_NAME] = storage.text_writer(storage.model_card(config))
+        if not (folder / publishing.CARD_NAME).exists():
+            files[publishing.CARD_NAME] = storage.text_writer(publishing.model_card(config))
         storage.write_together(folder, files)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
@@ -368,25 +366,17 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
             ConfigError: when a base model has no hub id, so that nobody else could load the composition, or the hub
                 refuses or cannot be reached.
         """
-        storage.check_published(self.config)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api = HfApi(token=token)
-            try:
-                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                return api.upload_folder(
-                    folder_path=folder,
-                    repo_id=repo_id,
-                    commit_message=commit_message or "Upload a composition",
-                    commit_description=commit_description,
-                    revision=revision,
-                    create_pr=create_pr,
-                )
-            except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
-                raise ConfigError(
-                    f"The hub must be reached and take the repository {repo_id!r}, but it did not "
-                    f"({first_line(error)}): check the name, the token and the network."
-                ) from error
+        return publishing.upload(
+            self.save_pretrained,
+            self.config,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:

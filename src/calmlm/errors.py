@@ -13,7 +13,9 @@ the message alone and exits with status 2.
 
 from __future__ import annotations
 
-__all__ = ["CalmError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "ModelError"]
+import re
+
+__all__ = ["CalmError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "ModelError", "first_line"]
 
 
 class CalmError(Exception):
@@ -49,3 +51,9 @@ class MissingExtraError(CalmError, ImportError):
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
         """Pickled by what it was made of, so that it comes out of a worker as itself."""
         return type(self), self.said
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error's message, at most one line of it, without its final full stop."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__

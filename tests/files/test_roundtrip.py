@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import calmlm
-from calmlm import CalmForCausalLM, CheckpointError, ConfigError, causal_lm
-from calmlm.files import storage
+from calmlm import CalmForCausalLM, CheckpointError, ConfigError
+from calmlm.files import publishing, storage
 from compositions import assert_helpful, awaken, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
@@ -521,7 +521,7 @@ def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest
             calls.append(kwargs)
             return "done"
 
-    monkeypatch.setattr(causal_lm, "HfApi", Api)
+    monkeypatch.setattr(publishing, "HfApi", Api)
     with pytest.raises(ConfigError) as caught:  # a folder of this machine means nothing to others
         model.push_to_hub("someone/something")
     assert_helpful(caught.value, "hub ids", "compose from its id")

@@ -1,14 +1,11 @@
-"""What differs from one model family to the next: finding layers and widths, positions, padding, freezing.
+"""A base model as a composition sees it: its layers and widths, how it counts, what padding and packing do to it.
 
-No other file of the library knows model families.
+This file and ``structure`` are the only ones that know model families.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 import threading
-from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,10 +15,20 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from calmlm.errors import DataError, ModelError
+from calmlm.bases.structure import (
+    accepts,
+    find_cache_argument,
+    find_first_position,
+    find_layers,
+    find_list,
+    find_positions,
+    find_turning_length,
+    head_classes,
+    layers_at,
+    state_of,
+)
+from calmlm.errors import DataError, ModelError, first_line
 
-LAYER_NAMES = ("layers", "h", "blocks")
-POSITION_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding", "pos_embed")
 # Relative. Experts' kernels round differently with other tokens (1e-6 in float32); an untrained encoder leaks 2e-3.
 PROBE_TOLERANCE = 1e-4
 PROBE_TOLERANCE_HALF = 1e-2
@@ -92,11 +99,11 @@ class Backbone:
                 f"The {role} must be a decoder-only model, but {name} is an encoder-decoder: choose a decoder."
             )
         config = text_config(model)
-        decoder, layers = _find_layers(model, config, role, layers_path)
+        decoder, layers = find_layers(model, config, role, layers_path)
         embedding = model.get_input_embeddings()
-        positions = _absolute_positions(decoder, layers)
+        positions = find_positions(decoder, layers)
         learned = any(isinstance(module, nn.Embedding) for module in positions)
-        first = _first_position(positions)
+        first = find_first_position(positions)
         most = getattr(config, "max_position_embeddings", None) if learned else None
         return cls(
             decoder=decoder,
@@ -107,8 +114,8 @@ class Backbone:
             takes_positions=accepts(decoder, "position_ids"),
             max_positions=most if most is None else most - first,
             takes_use_cache=accepts(decoder, "use_cache"),
-            cache_argument=_cache_argument(model, decoder),
-            turns_at=_turns_at(config),
+            cache_argument=find_cache_argument(model, decoder),
+            turns_at=find_turning_length(config),
             first_position=first,
             given_positions=bool(positions),
             drops_positions=accepts(decoder, "logits_to_keep"),
@@ -135,10 +142,10 @@ class Backbone:
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model
         config = encoder.config
         if layers_path is not None:
-            layers = _layers_at(model, role, layers_path)[1]
+            layers = layers_at(model, role, layers_path)[1]
         else:
             depth = getattr(config, "num_hidden_layers", None)
-            found = _shallowest(encoder, depth)
+            found = find_list(encoder, depth)
             if found is None:
                 raise ModelError(
                     f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none "
@@ -156,7 +163,7 @@ class Backbone:
             layers=layers,
             size=size,
             num_heads=getattr(config, "num_attention_heads", None) or 1,
-            vocab_size=_classes(model),
+            vocab_size=head_classes(model),
             takes_positions=False,
             max_positions=None,
             takes_use_cache=False,
@@ -375,16 +382,6 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
-def state_of(output: Any) -> Any:
-    """The hidden state in a layer's output: older architectures return a tuple that begins with it."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def with_state(output: Any, state: Tensor) -> Any:
-    """``output`` with its hidden state replaced."""
-    return (state, *output[1:]) if isinstance(output, (tuple, list)) else state
-
-
 def _alike(differences: Tensor, half: bool) -> bool:
     """Whether a text is read as it is alone, but for rounding."""
     if not half:
@@ -394,111 +391,10 @@ def _alike(differences: Tensor, half: bool) -> bool:
     return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
 
 
-def accepts(module: nn.Module, argument: str) -> bool:
-    """Whether ``module.forward`` names ``argument``."""
-    return argument in inspect.signature(module.forward).parameters
-
-
 def freeze(model: nn.Module) -> None:
     """No gradients, no dropout."""
     model.requires_grad_(False)
     model.eval()
-
-
-def first_line(error: BaseException) -> str:
-    """The first sentence of an error's message, at most one line of it, without its final full stop."""
-    lines = str(error).strip().splitlines()
-    return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__
-
-
-def _find_layers(
-    model: PreTrainedModel, config: PreTrainedConfig, role: str, layers_path: str | None
-) -> tuple[nn.Module, nn.ModuleList]:
-    if layers_path is not None:
-        return _layers_at(model, role, layers_path)
-    candidates = []
-    for decoder in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
-        if isinstance(decoder, nn.Module) and decoder is not model and decoder not in candidates:
-            candidates.append(decoder)
-    for decoder in candidates:
-        for name in LAYER_NAMES:
-            layers = getattr(decoder, name, None)
-            if isinstance(layers, nn.ModuleList) and len(layers):
-                return decoder, layers
-    for decoder in candidates:
-        found = _shallowest(decoder, config.num_hidden_layers)
-        if found is not None:
-            return decoder, found
-    raise ModelError(
-        f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
-        f"{config.num_hidden_layers}: name it with layers_path."
-    )
-
-
-def _classes(encoder: PreTrainedModel) -> int:
-    """Over how many classes an encoder's own head gives a distribution; 0 where there is no such head."""
-    if encoder.config.is_encoder_decoder:
-        return 0
-    name = type(encoder).__name__
-    if name.endswith("Classification"):
-        return encoder.config.num_labels
-    return encoder.config.vocab_size if name.endswith("CTC") else 0
-
-
-def _shallowest(module: nn.Module, length: int | None) -> nn.ModuleList | None:
-    """The first module list of this length, breadth first."""
-    queue = deque([module])
-    while queue:
-        module = queue.popleft()
-        if isinstance(module, nn.ModuleList) and len(module) == length:
-            return module
-        queue.extend(module.children())
-    return None
-
-
-def _layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:
-    try:
-        layers = model.get_submodule(path)
-    except AttributeError:
-        layers = None
-    if not isinstance(layers, nn.ModuleList):
-        raise ModelError(
-            f"layers_path must name a list of layers in the {role}, but {path!r} is none in {type(model).__name__}: "
-            f"look at its named_modules()."
-        )
-    return model.base_model, layers
-
-
-def _cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | None:
-    # A few models keep their past in a form of their own, which nothing else can carry along.
-    if not model._supports_default_dynamic_cache():
-        return None
-    return next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None)
-
-
-def _turns_at(config: PreTrainedConfig) -> int | None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [found for found in (rope, *rope.values()) if isinstance(found, dict)]  # of all layers, or by their type
-    lengths = [found["original_max_position_embeddings"] for found in kinds if found.get("rope_type") == "longrope"]
-    return min(lengths, default=None)
-
-
-def _absolute_positions(decoder: nn.Module, layers: nn.ModuleList) -> list[Any]:
-    """The modules and buffers outside the layers that hold embeddings of absolute positions."""
-    found: list[Any] = []
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    for owner in decoder.modules():
-        if id(owner) in inside:
-            continue
-        held = (*owner.named_children(), *owner.named_buffers(recurse=False))
-        found += [value for name, value in held if name in POSITION_NAMES]
-    return found
-
-
-def _first_position(positions: list[Any]) -> int:
-    """Position embeddings with a row for padding begin behind it."""
-    paddings = [getattr(module, "padding_idx", None) for module in positions if isinstance(module, nn.Embedding)]
-    return max((padding + 1 for padding in paddings if padding is not None), default=0)
 
 
 def _device(module: nn.Module) -> torch.device:

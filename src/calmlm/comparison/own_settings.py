@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from calmlm.bases.families import first_line
 from calmlm.data.context import stated_length
 from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
-from calmlm.errors import ModelError
+from calmlm.errors import ModelError, first_line
 from calmlm.experiments.fitting import Stage
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.training.schema import ModelConfig

@@ -207,7 +207,7 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self.vocabulary = model.backbone().vocab_size
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         self.total = limits.before + input_ids.shape[1]
-        self.known = model.shared_ids
+        self.known = model.abilities.shared_ids
         self.drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -41,7 +41,7 @@ class DraftLimits:
     def readable(self, ids: Tensor, text: int) -> int:
         """How many of the drafted tokens ``ids[:, text:]`` (1, k) every model knows and has positions for."""
         count = ids.shape[1] - text
-        unknown = (ids[0, text:] >= self.model.shared_ids).nonzero()
+        unknown = (ids[0, text:] >= self.model.abilities.shared_ids).nonzero()
         if len(unknown):
             count = int(unknown[0])
         unread = self.cache.get_seq_length() - self.before
@@ -70,7 +70,7 @@ class Bounded(CandidateGenerator):
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         ids, scores = self.generator.get_candidates(input_ids, **kwargs)
-        text, known = input_ids.shape[1], self.limits.model.shared_ids
+        text, known = input_ids.shape[1], self.limits.model.abilities.shared_ids
         ids = ids[:, : text + max(0, min(ids.shape[1] - text, self.limits.room(text)))]
         count = self.limits.readable(ids, text)
         if scores is not None and scores.shape[-1] > known:

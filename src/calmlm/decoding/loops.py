@@ -20,7 +20,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from calmlm.bases.families import accepts
+from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig
 from calmlm.decoding.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.decoding.limits import Bounded, DraftLimits
@@ -168,9 +168,9 @@ class CalmGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         assistant, config = kwargs.get("assistant_model"), kwargs["generation_config"]
         # A draft must not reach beyond the positions that the models have learned.
-        room, text = self.model.max_positions, kwargs["input_ids"].shape[1]
+        room, text = self.model.abilities.max_positions, kwargs["input_ids"].shape[1]
         before = positions_before(kwargs["input_ids"], kwargs["model_kwargs"].get("position_ids"))
-        lengths = [length - before for length in self.model.turns_at]
+        lengths = [length - before for length in self.model.abilities.turns_at]
         if room is not None:
             config = copy.copy(config)
             room -= before
@@ -275,7 +275,7 @@ class CalmGenerationMixin(GenerationMixin):
         Raises:
             DataError: where the beginning of the text is not known any more.
         """
-        cache, lengths = kwargs.get("past_key_values"), self.model.turns_at
+        cache, lengths = kwargs.get("past_key_values"), self.model.abilities.turns_at
         if not isinstance(cache, CalmCache) or not lengths:
             return
         given, positions = kwargs.get("next_sequence_length"), kwargs.get("position_ids")

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from calmlm.bases.families import Backbone, first_line
+from calmlm.bases.families import Backbone
 from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.opening import load_again
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
-from calmlm.errors import CheckpointError, ConfigError
+from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, digest
 from calmlm.tokens.lookup import find_tokenizer

@@ -19,7 +19,6 @@ from calmlm.errors import CheckpointError, ConfigError
 
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
-CARD_NAME = "README.md"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -190,38 +189,3 @@ def portable_config(config: CalmConfig, folder: Path) -> CalmConfig:
     for entry in (config.anchor, *config.augmenting.values()):
         entry["id"] = relative_source(entry.get("id") or "", folder)
     return config
-
-
-def check_published(config: CalmConfig) -> None:
-    """Raise unless every base model has a hub id.
-
-    Raises:
-        ConfigError: naming the first that has none.
-    """
-    for role, entry in (("anchor", config.anchor), *config.augmenting.items()):
-        source = entry.get("id") or ""
-        if not source or source.startswith((".", "/")) or Path(source).is_dir():
-            raise ConfigError(
-                f"The bases of a composition must have hub ids before it is uploaded, but {role!r} comes from "
-                f"{source or 'memory'!r}: upload that model first and compose from its id."
-            )
-
-
-def model_card(config: CalmConfig) -> str:
-    """The model card of a composition, as Markdown with the hub's metadata on top."""
-    sources = [config.anchor, *config.augmenting.values()]
-    ids = [entry["id"] for entry in sources if entry.get("id") and not entry["id"].startswith((".", "/"))]
-    head = "".join(f"- {name}\n" for name in ids)
-    rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
-    for name, entry in config.augmenting.items():
-        pairs = ", ".join(f"{i} → {j}" for i, j in entry["connections"])
-        rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
-    return (
-        "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"
-        + (f"base_model:\n{head}" if ids else "")
-        + "---\n\n# A composition of frozen language models\n\n"
-        "This folder holds the trained connections only (CALM, arXiv 2401.02412). Loading fetches the base models.\n\n"
-        "| role | model | revision | connections (augmenting layer → anchor layer, 0-based) |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n\n```python\nimport calmlm\n\nmodel = calmlm.CalmForCausalLM.from_pretrained(folder)\n```\n"
-    )

@@ -6,6 +6,8 @@ What it knows of earlier calls lies in the cache; readers themselves keep no sta
 
 from __future__ import annotations
 
+from typing import Any
+
 from calmlm.readers.common import Reader
 from calmlm.readers.encoder import EncoderReader
 from calmlm.readers.inputs import (
@@ -33,9 +35,26 @@ __all__ = [
     "base_arguments",
     "check_inputs",
     "length_of",
+    "make_reader",
     "mask_of",
     "needs_tokens",
     "no_cache",
     "positions_for",
     "prompt_of",
 ]
+
+
+def make_reader(reads: str, common: dict[str, Any], transcoder: Any, anchor_vocabulary: int) -> Reader:
+    """The reader of an augmenting model.
+
+    Args:
+        reads: one of ``calmlm.config.READS``.
+        common: the fields of ``Common``, by name.
+        transcoder: what writes the text in the model's own tokens, for ``"text"``.
+        anchor_vocabulary: the anchor's token ids, for ``"tokens"``.
+    """
+    if reads == "tokens":
+        return SharedReader(**common, anchor_vocabulary=anchor_vocabulary)
+    if reads == "text":
+        return AlignedReader(**common, transcoder=transcoder)
+    return (PromptReader if reads == "prompt" else EncoderReader)(**common)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calmlm.bases.families import Backbone, accepts
+from calmlm.bases.families import Backbone
+from calmlm.bases.structure import accepts
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
 from calmlm.readers.inputs import Inputs
-from calmlm.state.cache import Past
 from calmlm.state.hooks import Call, Slot, Stream
+from calmlm.state.past import Past
 
 
 class Reader(Protocol):

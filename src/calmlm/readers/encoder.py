@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmlm.bases.families import first_line
 from calmlm.connectors.cross_attention import eager_attention
-from calmlm.errors import DataError, ModelError
+from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
-from calmlm.state.cache import Past
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.hooks import Stream
+from calmlm.state.past import Past
 
 MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
 """What encoders call the mask of their input."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
-from calmlm.state.cache import Past
 from calmlm.state.frontier import NOBODY
 from calmlm.state.hooks import Stream
+from calmlm.state.past import Past
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Block, Transcoder
 

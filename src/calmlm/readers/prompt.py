@@ -11,8 +11,8 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
-from calmlm.state.cache import Past
 from calmlm.state.hooks import Stream
+from calmlm.state.past import Past
 
 
 @dataclass

@@ -15,8 +15,8 @@ from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, length_of, mask_of, positions_for
-from calmlm.state.cache import Past
 from calmlm.state.hooks import Stream
+from calmlm.state.past import Past
 
 
 @dataclass

@@ -8,15 +8,16 @@ hooks share, and takes out when the call ends; each thread has its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from calmlm.bases.families import state_of, with_state
+from calmlm.bases.structure import state_of, with_state
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import Attention, Rotation
 
@@ -137,8 +138,46 @@ class InjectBeforeHook(InjectHook):
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
 
-def belongs(hook: Any, slot: Slot, name: str) -> bool:
-    """Whether a hook is that of one augmenting model in the composition that ``slot`` serves."""
+def attach(
+    slot: Slot,
+    name: str,
+    pairs: Sequence[Sequence[int]],
+    connectors: nn.ModuleList,
+    anchor_layers: nn.ModuleList,
+    augmenting_layers: nn.ModuleList,
+) -> None:
+    """Put the hooks of one augmenting model on the layers of both models.
+
+    Args:
+        slot: of the composition.
+        name: of the augmenting model.
+        pairs: its connections (augmenting_layer, anchor_layer).
+        connectors: one for each connection.
+        anchor_layers, augmenting_layers: of both models.
+    """
+    for index, (i, j) in reversed(list(enumerate(pairs))):
+        # First in line, so that outputs recorded by other hooks are those of the composition; the last one first, so
+        # that connections into one layer follow in their order, each on the result of the one before.
+        if connectors[index].before_layer:
+            before = InjectBeforeHook(slot, name, index, i, connectors)
+            anchor_layers[j].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        else:
+            anchor_layers[j].register_forward_hook(InjectHook(slot, name, index, i, connectors), prepend=True)
+    for i in sorted({i for i, _ in pairs}):
+        augmenting_layers[i].register_forward_hook(CaptureHook(slot, name, i))
+
+
+def detach(slot: Slot, name: str, *models: nn.Module) -> None:
+    """Take the hooks of one augmenting model in the composition of ``slot`` off these models."""
+    for model in models:
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if _belongs(hook, slot, name)]:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _belongs(hook: Any, slot: Slot, name: str) -> bool:
     return isinstance(hook, (CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
 
 
@@ -163,3 +202,19 @@ class QuietCheckpoint:
                 self.layer.training = True
 
         return self.checkpoint(quiet, *args)
+
+
+def checkpoint_quietly(layers: Iterable[nn.Module], config: PreTrainedConfig) -> None:
+    """Let transformers checkpoint the activations of frozen layers, whose dropout stays off all the same.
+
+    Args:
+        layers: those that keep a graph; only layers with ``gradient_checkpointing`` are changed.
+        config: of the decoder that they belong to.
+    """
+    dropout = any(isinstance(value, float) and value > 0 for key, value in vars(config).items() if "drop" in key)
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+            checkpoint: Any = layer._gradient_checkpointing_func
+            if dropout and not isinstance(checkpoint, QuietCheckpoint):
+                vars(layer)["_gradient_checkpointing_func"] = QuietCheckpoint(layer, checkpoint)

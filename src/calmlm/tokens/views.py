@@ -12,28 +12,16 @@ import datetime
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
+from calmlm.tokens.samples import BYTES, KINDS, Pieces, Sample, Symbols, check_template, samples_of
 
 VIEWS = ("bare", "template")
-KINDS = ("plain", "system", "tool")
-"""Of conversations that a template is read off from."""
-BYTES = 256
-"""Symbols below this are bytes; a special token is this and its id."""
-Symbols: TypeAlias = tuple[int, ...]
-Pieces: TypeAlias = Sequence[bytes | None]
-
 _SPACES = frozenset(b" ")
 _BLANK = frozenset(b" \t\r\n")
-_MESSAGES = {
-    "system": ("qxasystem",),
-    "user": ("qxbfirst", "qxbsecond"),
-    "assistant": ("qxcfirst", "qxcsecond"),
-    "tool": ("qxdfirst",),
-}
 
 
 @dataclass(frozen=True)
@@ -82,8 +70,8 @@ class Template:
         Raises:
             ModelError: when there is no template, or it does not say where a message begins and ends.
         """
-        _check_template(tokenizer, role)
-        samples = [sample for kind in KINDS for sample in _samples(tokenizer, pieces, kind)]
+        check_template(tokenizer, role)
+        samples = [sample for kind in KINDS for sample in samples_of(tokenizer, pieces, kind)]
         # A system message may stand within the first user message, and what a tool answers within another one: then
         # they are best read as parts of these.
         without: tuple[set[str], ...] = (set(), {"tool"}, {"system"}, {"tool", "system"})
@@ -110,9 +98,9 @@ class Template:
         Raises:
             ModelError: when there is no template, or it cannot be read.
         """
-        _check_template(tokenizer, role)
+        check_template(tokenizer, role)
         samples = [
-            sample for kind in KINDS for sample in _samples(tokenizer, pieces, kind, ids=True) if not sample.prompted
+            sample for kind in KINDS for sample in samples_of(tokenizer, pieces, kind, ids=True) if not sample.prompted
         ]
         if not samples or samples[0].kind != "plain":
             raise ModelError(
@@ -141,7 +129,7 @@ class Template:
         return self.openings.get(_pair(previous, role), self.openings.get(role, ()))
 
     @classmethod
-    def _derived(cls, samples: list[_Sample]) -> Template | None:
+    def _derived(cls, samples: list[Sample]) -> Template | None:
         """What encloses the messages in all samples; None where that cannot be said."""
         special = lambda symbol: symbol >= BYTES  # noqa: E731
         after: dict[str, list[Symbols]] = {}
@@ -183,18 +171,18 @@ class Template:
                 return None
         return cls(openings, closings, tails, {})
 
-    def _reads(self, sample: _Sample, pieces: Pieces) -> bool:
+    def _reads(self, sample: Sample, pieces: Pieces) -> bool:
         """Whether exactly the messages of a sample are found in it."""
         wanted = [(message["role"], message["content"].encode()) for message in sample.messages]
         # A message of the template's own may come first.
         return self._messages(sample, pieces)[-len(wanted) :] == wanted
 
-    def _mentions(self, sample: _Sample, pieces: Pieces) -> bool:
+    def _mentions(self, sample: Sample, pieces: Pieces) -> bool:
         """Whether the system message of a sample is found in it, if only as a part of another."""
         text = b"".join(content for _, content in self._messages(sample, pieces))
         return sample.messages[0]["content"].encode() in text
 
-    def _messages(self, sample: _Sample, pieces: Pieces) -> list[tuple[str, bytes]]:
+    def _messages(self, sample: Sample, pieces: Pieces) -> list[tuple[str, bytes]]:
         found: list[tuple[str, bytes]] = []
         for event in self.events(sample.ids, pieces):
             if event.kind == "open":
@@ -309,33 +297,6 @@ def _content(symbols: list[int], owner: int) -> Iterator[Event]:
         yield Event("text", owner, bytes(run))
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A rendered conversation of messages that occur nowhere else.
-
-    Attributes:
-        kind: one of ``KINDS``: with a system message, with a tool's answer, or neither.
-        messages: what was rendered.
-        prompted: whether the assistant is to speak next.
-        ids: the rendered tokens.
-        gaps: what stands before, between and after the messages, in symbols or in ids.
-    """
-
-    kind: str
-    messages: list[dict[str, str]]
-    prompted: bool
-    ids: list[int]
-    gaps: list[Symbols]
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ModelError(
-            f"augmenting_view needs a chat template of the {role}, but its tokenizer has none: pass a tokenizer "
-            f"with a template, or leave augmenting_view out."
-        )
-
-
 def _pair(previous: str, role: str) -> str:
     return f"{previous} {role}"
 
@@ -343,63 +304,6 @@ def _pair(previous: str, role: str) -> str:
 def speaker_of(name: str) -> str:
     """The role of an opening, which may be one behind a certain other role alone."""
     return name.rpartition(" ")[2]
-
-
-def _samples(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, ids: bool = False) -> Iterator[_Sample]:
-    """Conversations as a tokenizer renders them, without those that its template refuses or changes."""
-    turns = [{"role": role, "content": _MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
-    if kind == "system":
-        first = {"role": "system", "content": _MESSAGES["system"][0]}
-        wanted = [([first, *turns], False), ([first, *turns[:1]], True)]
-    elif kind == "tool":
-        answer = {"role": "tool", "content": _MESSAGES["tool"][0]}
-        wanted = [([*turns[:2], answer, turns[3]], False), ([*turns[:2], answer], True)]
-    else:
-        wanted = [(turns, False), (turns[:1], True), (turns[:3], True)]
-    wanted += [(messages, False) for messages, prompted in wanted if ids and prompted]  # which nobody answers
-    for messages, prompted in wanted:
-        try:
-            rendered = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, add_generation_prompt=prompted
-            )
-        except Exception:  # a template is a program of its own, in Jinja, and refuses what it likes
-            continue
-        found = _gaps(list(rendered["input_ids"]), pieces, messages, ids)
-        if found is not None:
-            yield _Sample(kind, messages, prompted, list(rendered["input_ids"]), found)
-
-
-def _gaps(ids: list[int], pieces: Pieces, messages: list[dict[str, str]], as_ids: bool) -> list[Symbols] | None:
-    """What stands before, between and after the messages of a rendered conversation; None where one is not found."""
-    symbols: list[int] = []
-    ends: list[int] = []
-    for token in ids:
-        piece = pieces[token]
-        symbols += (BYTES + token,) if piece is None else tuple(piece)
-        ends.append(len(symbols))
-    gaps, start = [], 0
-    for message in messages:
-        place = _find(symbols, message["content"].encode(), start)
-        if place is None:
-            return None
-        gaps.append(_slice(ids, symbols, ends, start, place, as_ids))
-        start = place + len(message["content"])
-    return [*gaps, _slice(ids, symbols, ends, start, len(symbols), as_ids)]
-
-
-def _slice(ids: list[int], symbols: list[int], ends: list[int], start: int, stop: int, as_ids: bool) -> Symbols:
-    if not as_ids:
-        return tuple(symbols[start:stop])
-    starts = [0, *ends[:-1]]
-    return tuple(i for i, a, b in zip(ids, starts, ends, strict=True) if a >= start and b <= stop)
-
-
-def _find(symbols: list[int], text: bytes, start: int) -> int | None:
-    wanted = list(text)
-    for place in range(start, len(symbols) - len(wanted) + 1):
-        if symbols[place : place + len(wanted)] == wanted:
-            return place
-    return None
 
 
 def _common(sequences: list[Symbols]) -> Symbols:

@@ -14,67 +14,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
+from calmlm.modeling.abilities import Abilities, can_cache
+from calmlm.modeling.pretrained import CalmPreTrainedModel
 from calmlm.readers import (
-    AlignedReader,
-    EncoderReader,
     Inputs,
-    PromptReader,
     Reader,
     SharedReader,
     base_arguments,
     check_inputs,
     length_of,
+    make_reader,
     mask_of,
     needs_tokens,
     no_cache,
     positions_for,
 )
-from calmlm.state.cache import CalmCache, Past, moves
-from calmlm.state.hooks import Call, CaptureHook, InjectBeforeHook, InjectHook, QuietCheckpoint, Slot, belongs
+from calmlm.state.cache import CalmCache
+from calmlm.state.hooks import Call, Slot, attach, checkpoint_quietly, detach
 from calmlm.state.longrope import check_turn
+from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder
-
-ATTENTION_FALLBACK = "sdpa"
-
-
-class CalmPreTrainedModel(PreTrainedModel):
-    """What ``CalmModel`` and ``CalmForCausalLM`` have in common."""
-
-    config_class = CalmConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def __init__(self, config: CalmConfig, anchor: PreTrainedModel) -> None:
-        # The cross-attentions take the anchor's kind of attention where it is a general one.
-        kind = text_config(anchor)._attn_implementation
-        general = kind == "eager" or kind in ALL_ATTENTION_FUNCTIONS
-        config._attn_implementation_internal = kind if general else ATTENTION_FALLBACK
-        super().__init__(config)
-
-    def init_weights(self) -> None:
-        """Nothing: the bases are pretrained and the connectors draw their own weights."""
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing: gradients start at the first connection, so the bases' embeddings need none."""
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
-        self.train(self.training)
 
 
 class CalmModel(CalmPreTrainedModel):
@@ -127,33 +95,29 @@ class CalmModel(CalmPreTrainedModel):
             find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
             self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
 
-        def cacheable(name: str) -> bool:
-            backbone = self._backbones[name]
-            if not name or self.config.augmenting[name]["reads"] == "tokens":
-                return backbone.cache_argument is not None
-            if self.config.augmenting[name]["reads"] != "text":
-                return True  # it reads once
-            # Of tokens of its own nobody could read again what turns otherwise later.
-            own = text_config(self.augmenting[name])  # type: ignore[arg-type]
-            return backbone.cache_argument is not None and backbone.turns_at is None and moves(own)
-
-        self._cacheable = {name: cacheable(name) for name in self._backbones}
+        reads = {name: self.config.augmenting[name]["reads"] for name in self.augmenting}
+        self._cacheable = {
+            name: can_cache(backbone, self.augmenting[name] if name else self.anchor, reads.get(name, "tokens"))  # type: ignore[arg-type]
+            for name, backbone in self._backbones.items()
+        }
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
         for name in self.augmenting:
             first: Connector = self.connectors[name][0]  # type: ignore[index,assignment]
             layers = tuple(sorted({i for i, _ in self.config.augmenting[name]["connections"]}))
-            common = (name, self.augmenting[name], self._backbones[name], layers, first, self.config, self.slot)
+            common = {
+                "name": name,
+                "model": self.augmenting[name],
+                "backbone": self._backbones[name],
+                "layers": layers,
+                "first": first,
+                "config": self.config,
+                "slot": self.slot,
+            }
             reads = self.config.augmenting[name]["reads"]
-            if reads == "tokens":
-                self._readers[name] = SharedReader(*common, anchor_vocabulary=self._backbones[""].vocab_size)
-            elif reads == "text":
-                self._readers[name] = AlignedReader(*common, transcoder=self.transcoders[name])  # type: ignore[arg-type]
-            elif reads == "prompt":
-                self._readers[name] = PromptReader(*common)
-            else:
-                self._readers[name] = EncoderReader(*common)
+            transcoder, vocabulary = self.transcoders[name] if reads == "text" else None, self._backbones[""].vocab_size
+            self._readers[name] = make_reader(reads, common, transcoder, vocabulary)
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
@@ -165,17 +129,7 @@ class CalmModel(CalmPreTrainedModel):
             connector = build_connector(kind, size, anchor.size, options)
             connector.to(next(anchor.layers[j].parameters()).device)
             connectors.append(connector)
-        for index, (i, j) in reversed(list(enumerate(entry["connections"]))):
-            # First in line, so that outputs recorded by other hooks are those of the composition; the last one first,
-            # so that connections into one layer follow in their order, each on the result of the one before.
-            if connectors[index].before_layer:
-                before = InjectBeforeHook(self.slot, name, index, i, connectors)
-                anchor.layers[j].register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-            else:
-                hook = InjectHook(self.slot, name, index, i, connectors)
-                anchor.layers[j].register_forward_hook(hook, prepend=True)
-        for i in sorted({i for i, _ in entry["connections"]}):
-            augmenting.layers[i].register_forward_hook(CaptureHook(self.slot, name, i))
+        attach(self.slot, name, entry["connections"], connectors, anchor.layers, augmenting.layers)
         self.connectors[name] = connectors
 
     def add(
@@ -213,12 +167,7 @@ class CalmModel(CalmPreTrainedModel):
 
     def remove(self, name: str) -> None:
         """Take one augmenting model out, with its connectors and hooks: the others are as they were without it."""
-        for model in (self.anchor, self.augmenting[name]):
-            for module in model.modules():
-                for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                    for key in [key for key, hook in hooks.items() if belongs(hook, self.slot, name)]:
-                        del hooks[key]
-                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        detach(self.slot, name, self.anchor, self.augmenting[name])  # type: ignore[arg-type]
         del self.config.augmenting[name], self.augmenting[name], self.connectors[name]
         if name in self.transcoders:
             del self.transcoders[name]
@@ -276,39 +225,22 @@ class CalmModel(CalmPreTrainedModel):
             base.eval()
         if mode:
             first = min(j for entry in self.config.augmenting.values() for _, j in entry["connections"])
-            dropout = _has_dropout(text_config(self.anchor))
-            for layer in self._backbones[""].layers[first + 1 :]:
-                if getattr(layer, "gradient_checkpointing", False):
-                    layer.training = True
-                    checkpoint: Any = layer._gradient_checkpointing_func
-                    if dropout and not isinstance(checkpoint, QuietCheckpoint):
-                        vars(layer)["_gradient_checkpointing_func"] = QuietCheckpoint(layer, checkpoint)
+            checkpoint_quietly(self._backbones[""].layers[first + 1 :], text_config(self.anchor))
         return self
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the models that are switched on can do together."""
+        names = [name for name in self.augmenting if name in self.active]
+        return Abilities(
+            {name: self._backbones[name] for name in ("", *names)},
+            {name: self.config.augmenting[name]["reads"] for name in names},
+        )
 
     @property
     def reads_prompts(self) -> bool:
         """Whether an augmenting model that is switched on reads the prompt only (``refresh=False``)."""
         return any(self.config.augmenting[name]["reads"] == "prompt" for name in self.active)
-
-    @property
-    def max_positions(self) -> int | None:
-        """How many positions all models that read the text have learned; None where positions do not end."""
-        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
-        found = [self._backbones[name].max_positions for name in ("", *reading)]
-        return min((most for most in found if most is not None), default=None)
-
-    @property
-    def shared_ids(self) -> int:
-        """All models that share the anchor's token ids know those below."""
-        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
-        return min(self._backbones[name].vocab_size for name in ("", *reading))
-
-    @property
-    def turns_at(self) -> list[int]:
-        """The lengths beyond which a model that advances with the anchor turns all positions of a text otherwise."""
-        reading = [name for name in self.active if self.config.augmenting[name]["reads"] == "tokens"]
-        found = [self._backbones[name].turns_at for name in ("", *reading)]
-        return sorted({length for length in found if length is not None})
 
     @property
     def can_cache(self) -> bool:
@@ -447,7 +379,7 @@ class CalmModel(CalmPreTrainedModel):
         if cache is not None and inputs.ids.shape[1] > 1:
             check_continues(self._backbones, cache)
         if cache is not None:
-            check_turn(self.turns_at, cache, inputs.ids.shape[1], inputs.positions)
+            check_turn(self.abilities.turns_at, cache, inputs.ids.shape[1], inputs.positions)
         backbone.check_padding("anchor", inputs.mask)
         if cache is None:  # with one, transformers takes a row for one text
             backbone.check_packing("anchor", inputs.positions, inputs.mask)
@@ -509,7 +441,3 @@ def check_apart(anchor: PreTrainedModel, augmenting: Iterable[Any]) -> None:
 
 def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:
     return Rewriter(alignment) if isinstance(alignment, Rewriting) else Transcoder(alignment)
-
-
-def _has_dropout(config: Any) -> bool:
-    return any(isinstance(value, float) and value > 0 for key, value in vars(config).items() if "drop" in key)

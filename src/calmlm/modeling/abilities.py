@@ -1,0 +1,60 @@
+"""What the models of a composition can do together: positions, ids, and whether a cache can carry their pasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from calmlm.bases.families import Backbone, text_config
+from calmlm.state.cache import moves
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What the models that are switched on can do together.
+
+    Attributes:
+        backbones: of these models, by name; the anchor's is ``""``.
+        reads: what each augmenting model reads, one of ``calmlm.config.READS``.
+    """
+
+    backbones: dict[str, Backbone]
+    reads: dict[str, str]
+
+    @property
+    def _advancing(self) -> list[Backbone]:
+        """The anchor, and the augmenting models that share its token ids and read every one of them."""
+        shared = [name for name, reads in self.reads.items() if reads == "tokens"]
+        return [self.backbones[name] for name in ("", *shared)]
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions all models that share the anchor's ids have learned; None where positions do not end."""
+        return min((b.max_positions for b in self._advancing if b.max_positions is not None), default=None)
+
+    @property
+    def shared_ids(self) -> int:
+        """All models that share the anchor's token ids know those below."""
+        return min(backbone.vocab_size for backbone in self._advancing)
+
+    @property
+    def turns_at(self) -> list[int]:
+        """The lengths beyond which a model that shares the anchor's ids turns all positions of a text otherwise."""
+        return sorted({backbone.turns_at for backbone in self._advancing if backbone.turns_at is not None})
+
+
+def can_cache(backbone: Backbone, model: PreTrainedModel, reads: str) -> bool:
+    """Whether one model can carry its past in a cache.
+
+    Args:
+        backbone: of the model.
+        model: the anchor or an augmenting model.
+        reads: what it reads; the anchor reads ``"tokens"``.
+    """
+    if reads == "tokens":
+        return backbone.cache_argument is not None
+    if reads != "text":
+        return True  # it reads once
+    # Of tokens of its own nobody could read again what turns otherwise later.
+    return backbone.cache_argument is not None and backbone.turns_at is None and moves(text_config(model))

@@ -1,0 +1,43 @@
+"""What all models of calmlm are to transformers: attention, gradient checkpointing, and no weights to draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from calmlm.bases.families import text_config
+from calmlm.config import CalmConfig
+
+ATTENTION_FALLBACK = "sdpa"
+
+
+class CalmPreTrainedModel(PreTrainedModel):
+    """What ``CalmModel`` and ``CalmForCausalLM`` have in common."""
+
+    config_class = CalmConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: CalmConfig, anchor: PreTrainedModel) -> None:
+        # The cross-attentions take the anchor's kind of attention where it is a general one.
+        kind = text_config(anchor)._attn_implementation
+        general = kind == "eager" or kind in ALL_ATTENTION_FUNCTIONS
+        config._attn_implementation_internal = kind if general else ATTENTION_FALLBACK
+        super().__init__(config)
+
+    def init_weights(self) -> None:
+        """Nothing: the bases are pretrained and the connectors draw their own weights."""
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: gradients start at the first connection, so the bases' embeddings need none."""
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from calmlm.modeling.calm_model import CalmModel
-from calmlm.modeling.pretrained import CalmPreTrainedModel
+from calmlm.modeling.parent import CalmPreTrainedModel
 
 __all__ = ["CalmModel", "CalmPreTrainedModel"]

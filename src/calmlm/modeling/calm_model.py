@@ -20,7 +20,7 @@ from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
-from calmlm.modeling.pretrained import CalmPreTrainedModel
+from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.readers import (
     Inputs,
     Reader,

@@ -16,7 +16,7 @@ from calmlm.bases.opening import load_anchor, load_any
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
-from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.alignment import Alignment, without_embedding
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import METHODS, Rewriting
 from calmlm.tokens.views import VIEWS
@@ -252,13 +252,22 @@ def align(
                 f"{type(given).__name__}: load them with AutoTokenizer."
             )
     if tokenizer is not None and augmenting_tokenizer is not None:
-        if view is not None or tokenizer.get_vocab() != augmenting_tokenizer.get_vocab():
+        beyond = without_embedding(augmenting_tokenizer, augmenting.vocab_size)
+        one_vocabulary = tokenizer.get_vocab() == augmenting_tokenizer.get_vocab()
+        if view is not None or not one_vocabulary or (beyond and augmenting.vocab_size < anchor.vocab_size):
             found: Alignment | Rewriting
             if view is None and method == "transcode":
                 found = Alignment.between(tokenizer, augmenting_tokenizer)
             else:
                 found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
             found = found.filled(augmenting.vocab_size)
+            if beyond:
+                found = found.without(beyond)
+                warnings.warn(
+                    f"{_some(list(beyond.values()))} of the augmenting tokenizer has no embedding in its model "
+                    f"({augmenting.vocab_size} embeddings): the augmenting model reads nothing where it stands.",
+                    stacklevel=3,
+                )
             if isinstance(found, Rewriting) and found.late:
                 warnings.warn(
                     "The augmenting tokenizer has tokens that reach across the ends of words, so that with "
@@ -285,3 +294,9 @@ def align(
             f"have {anchor.vocab_size} and {augmenting.vocab_size} entries: pass tokenizer and augmenting_tokenizer."
         )
     return None
+
+
+def _some(contents: list[str]) -> str:
+    """A few tokens by their contents, for a message."""
+    shown = ", ".join(repr(content) for content in contents[:3])
+    return f"The token {shown}" if len(contents) == 1 else f"Each of {len(contents)} tokens ({shown}, ...)"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,20 @@ class Alignment:
         """The same for a model with so many embeddings, which need not have one for padding: nobody looks there."""
         return self if self.fill < vocabulary else dataclasses.replace(self, fill=0)
 
+    def without(self, ids: Collection[int]) -> Alignment:
+        """The same where these augmenting ids are never written: what they would stand for says nothing."""
+
+        def kept(row: list[int]) -> list[int]:
+            return [index for index in row if index not in ids]
+
+        return dataclasses.replace(
+            self,
+            body=[kept(row) for row in self.body],
+            start={index: kept(row) for index, row in self.start.items()},
+            characters={character: kept(row) for character, row in self.characters.items()},
+            unknown=kept(self.unknown),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``from_json`` is the inverse."""
         data = dataclasses.asdict(self)
@@ -164,6 +179,14 @@ def shared_tokens(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokeniz
         for index, token in anchor.added_tokens_decoder.items()
         if token.content in theirs and not BYTE_TOKEN.fullmatch(token.content)
     }
+
+
+def without_embedding(augmenting: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Tokens that were added to a tokenizer and have no embedding in a model of ``size`` ids, with their content.
+
+    Some classes of tokenizers add a token that their model has never seen (transformers' Qwen2: ``<|endoftext|>``).
+    """
+    return {i: token.content for i, token in augmenting.added_tokens_decoder.items() if i >= size}
 
 
 def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,27 @@ class Rewriting:
     def filled(self, vocabulary: int) -> Rewriting:
         """See ``Alignment.filled``."""
         return dataclasses.replace(self, alignment=self.alignment.filled(vocabulary))
+
+    def without(self, ids: Collection[int]) -> Rewriting:
+        """See ``Alignment.without``."""
+        saved = json.loads(self.tokenizer)
+        gone = {token["content"] for token in saved["added_tokens"] if token["id"] in ids}
+        saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] not in ids]
+        own = self.own_template
+        if own is not None:
+            parts = {
+                part: {name: tuple(i for i in row if i not in ids) for name, row in getattr(own, part).items()}
+                for part in ("openings", "closings", "beginnings")
+            }
+            own = dataclasses.replace(own, **parts)
+        return dataclasses.replace(
+            self,
+            alignment=self.alignment.without(ids),
+            tokenizer=json.dumps(saved),
+            unknown=None if self.unknown in gone else self.unknown,
+            own_template=own,
+            begin=None if self.begin in ids else self.begin,
+        )
 
     @property
     def digest(self) -> str:

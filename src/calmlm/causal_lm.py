@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -71,6 +72,16 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
     def augmenting(self) -> dict[str, PreTrainedModel]:
         """The frozen augmenting models, by name."""
         return dict(self.model.augmenting.items())
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Which part lies on which device, where a base was loaded with a device map; tools look for it here."""
+        return {f"model.{name}": device for name, device in self.model.hf_device_map.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected: the anchor's embeddings compute there, wherever their weights lie."""
+        return self.model.device
 
     @property
     def lm_head(self) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from calmlm.bases.placement import execution_device
 from calmlm.bases.structure import (
     accepts,
     find_cache_argument,
@@ -224,7 +225,7 @@ class Backbone:
     @cached_property
     def pads_left(self) -> bool:
         """Whether padding on the left of a text leaves what the model reads in it as it is; tried out once."""
-        ids = torch.arange(5, device=_device(self.decoder))[None] % self.vocab_size
+        ids = torch.arange(5, device=execution_device(self.decoder))[None] % self.vocab_size
         everything = torch.ones_like(ids)
         padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(everything, (2, 0))
         # As it counts by itself, where it does; else, and where that fails, with positions given.
@@ -264,7 +265,7 @@ class Backbone:
     @cached_property
     def packs(self) -> bool:
         """Whether positions that begin anew within a row keep its texts apart; tried out once."""
-        ids = torch.arange(4, device=_device(self.decoder))[None] % self.vocab_size
+        ids = torch.arange(4, device=execution_device(self.decoder))[None] % self.vocab_size
         place = torch.tensor([[0, 1, 0, 1]], device=ids.device)
         found = self._differences((ids[:, 2:], None, place[:, 2:]), (ids, None, place))
         if found is None:
@@ -310,7 +311,7 @@ class Backbone:
             ModelError: when a layer does not give states of shape (batch, length, size), or when an earlier state
                 depends on a later token.
         """
-        ids = torch.arange(6, device=_device(self.decoder)).view(2, 3) % self.vocab_size
+        ids = torch.arange(6, device=execution_device(self.decoder)).view(2, 3) % self.vocab_size
         everything = torch.ones_like(ids)
         first = self._layer_outputs(ids, role, everything)
         changed = ids.clone()
@@ -395,7 +396,3 @@ def freeze(model: nn.Module) -> None:
     """No gradients, no dropout."""
     model.requires_grad_(False)
     model.eval()
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from calmlm.bases.families import Backbone, freeze, text_config
+from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
@@ -127,7 +129,7 @@ class CalmModel(CalmPreTrainedModel):
         connectors = nn.ModuleList()
         for _, j in entry["connections"]:
             connector = build_connector(kind, size, anchor.size, options)
-            connector.to(next(anchor.layers[j].parameters()).device)
+            connector.to(execution_device(anchor.layers[j]))
             connectors.append(connector)
         attach(self.slot, name, entry["connections"], connectors, anchor.layers, augmenting.layers)
         self.connectors[name] = connectors
@@ -191,6 +193,20 @@ class CalmModel(CalmPreTrainedModel):
         for name in self.active:
             if self.config.augmenting[name]["reads"] in ("tokens", "text"):
                 yield self.augmenting[name]  # type: ignore[misc]
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Which part lies on which device, where a base was loaded with a device map; tools look for it here."""
+        parts = {"anchor": self.anchor, **{f"augmenting.{name}": model for name, model in self.augmenting.items()}}
+        found = device_map_of(parts)
+        if found is None:
+            raise AttributeError("none of the models was loaded with a device map")
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected: the anchor's embeddings compute there, wherever their weights lie."""
+        return execution_device(self.anchor.get_input_embeddings())
 
     def backbone(self, name: str = "") -> Backbone:
         """The decoder of the augmenting model ``name``, or of the anchor."""
@@ -360,6 +376,11 @@ class CalmModel(CalmPreTrainedModel):
             DataError: when there are no token ids, or an augmenting model cannot read what it is given, or would read
                 in training what is to be learned.
         """
+        if self.enabled and getattr(self, "_is_replica", False):
+            raise ModelError(
+                "A composition must run in one process for each device, but torch.nn.DataParallel runs copies of it in "
+                "threads, whose layers use the original's connectors: start it with torchrun, or let it see one GPU."
+            )
         if not self.enabled:
             return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         if inputs.ids is None or inputs_embeds is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.bases.families import Backbone
+from calmlm.bases.placement import execution_device
 from calmlm.bases.structure import accepts
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
@@ -95,4 +96,4 @@ class Common:
         return additive.masked_fill(~visible, torch.finfo(dtype).min), seeing, attention
 
     def on_device(self, value: Any) -> Any:
-        return value.to(next(self.backbone.decoder.parameters()).device) if isinstance(value, Tensor) else value
+        return value.to(execution_device(self.backbone.decoder)) if isinstance(value, Tensor) else value

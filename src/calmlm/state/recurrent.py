@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from calmlm.bases.families import Backbone
+from calmlm.bases.placement import execution_device
 from calmlm.errors import DataError
 from calmlm.state.cache import CalmCache
 
@@ -56,7 +57,7 @@ def continues(backbone: Backbone) -> bool:
 def _trial(backbone: Backbone) -> bool:
     """Three tokens behind three others, against all six at once."""
     decoder: Any = backbone.decoder
-    ids = torch.arange(6, device=next(decoder.parameters()).device)[None] % backbone.vocab_size
+    ids = torch.arange(6, device=execution_device(decoder))[None] % backbone.vocab_size
     own = {str(backbone.cache_argument): DynamicCache(config=decoder.config.get_text_config(decoder=True))}
     with torch.no_grad():
         whole = decoder(input_ids=ids, use_cache=False)[0][:, 3:].float()

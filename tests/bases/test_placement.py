@@ -94,7 +94,9 @@ def test_the_device_map_is_carried(folders: Path) -> None:
     assert not hasattr(tiny_composition().model, "hf_device_map")
 
 
-@pytest.mark.parametrize("devices", [{"": torch.device("meta")}, {"model.layers.0": 0, "model.layers.1": 1}, {"": "cpu"}], ids=str)
+@pytest.mark.parametrize(
+    "devices", [{"": torch.device("meta")}, {"model.layers.0": 0, "model.layers.1": 1}, {"": "cpu"}], ids=str
+)
 def test_trainer_sees_on_the_composition_what_it_sees_on_the_anchor(
     devices: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

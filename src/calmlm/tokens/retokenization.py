@@ -127,11 +127,11 @@ class Rewriting:
         saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] not in ids]
         own = self.own_template
         if own is not None:
-            parts = {
-                part: {name: tuple(i for i in row if i not in ids) for name, row in getattr(own, part).items()}
-                for part in ("openings", "closings", "beginnings")
-            }
-            own = dataclasses.replace(own, **parts)
+            openings, closings, beginnings = (
+                {name: tuple(i for i in row if i not in ids) for name, row in part.items()}
+                for part in (own.openings, own.closings, own.beginnings)
+            )
+            own = dataclasses.replace(own, openings=openings, closings=closings, beginnings=beginnings)
         return dataclasses.replace(
             self,
             alignment=self.alignment.without(ids),

@@ -1,22 +1,36 @@
-"""The README: its table is the committed result, its first block of code runs, its files exist."""
+"""The README: its first screen, its figures, and everything in it that can be run."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import calmlm
+from calmlm.cli import main
+from calmlm.comparison.selection import load_config
+from calmlm.demo import MODELS
+from documents import ROOT, blocks, console, links
 from tiny import tiny_model
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_SCREEN = "\n".join(README.splitlines()[:60])
+IMAGES = ROOT / "docs" / "images"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def test_table_is_the_committed_result() -> None:
+def test_tables_are_the_committed_results() -> None:
     script = ROOT / "scripts" / "tables.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=120)
     if "there are none" in done.stderr:
@@ -24,27 +38,213 @@ def test_table_is_the_committed_result() -> None:
     assert done.returncode == 0, f"A page is behind the results: run scripts/tables.py. {done.stderr}"
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+# The first screen
 
 
-def test_first_example_runs(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tokenizer: PreTrainedTokenizerBase,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    match = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert match
-    code = match[1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+def test_the_first_screen_has_everything_in_its_order() -> None:
+    marks = [
+        "# calmlm\n",
+        "](docs/images/licence.svg)](LICENSE)",
+        "](docs/images/bridge.svg)",
+        "uv pip install .",
+        "\npip install .",
+        "```python",
+        "\n# composed ",
+        "<!-- systems:start -->",
+        "<!-- systems:end -->",
+        "Take something else if",
+        "[Documentation]",
+    ]
+    places = [FIRST_SCREEN.find(mark) for mark in marks]
+    missing = [mark for mark, place in zip(marks, places, strict=True) if place < 0]
+    assert not missing, f"not within the first 60 lines: {missing}"
+    assert places == sorted(places)
+
+
+def test_the_small_table_is_that_of_the_comparison() -> None:
+    table = FIRST_SCREEN.partition("<!-- systems:start -->")[2].partition("<!-- systems:end -->")[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
+    assert [len(row) for row in rows] == [4] * 7
+    assert [row[0] for row in rows[2:]] == ["m_A", "m_B", "composed", "cascade", "LoRA"]
+    result = json.loads((ROOT / "experiments/compare/results/small.json").read_text(encoding="utf-8"))
+    means = {(row["method"], row["task"]): f"{row['mean']:.1f}" for row in result["rows"]}
+    tasks = [f"kv_arithmetic/{name}" for name in ("key_value", "numeric", "keys_arithmetic")]
+    for row, method in zip(rows[2:], ("m_A", "m_B", "composed", "cascade", "lora"), strict=True):
+        assert row[1:] == [means[method, task] for task in tasks]
+
+
+def run(code: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run code in a fresh namespace and return what it prints."""
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    return capsys.readouterr().out
+
+
+def test_the_first_block_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks(FIRST_SCREEN + "\n", "python")[0]
+    lines = [line for line in code.splitlines() if line and not line.startswith("#")]
+    said = [line.removeprefix("# ") for line in code.splitlines() if line.startswith("#")]
+    assert len(lines) == 10
+    assert len(said) == 3
+    assert run(code, capsys).splitlines() == said
+    right = [record for record in questions() if record["prompt"] in said[2]]
+    assert len(right) == 1
+    answers = [line.split()[-1] for line in said]
+    assert answers[2] == right[0]["answer"] not in answers[:2]
+
+
+def questions() -> list[dict[str, str]]:
+    """What no model of the demonstration has seen, with the answers."""
+    return [json.loads(line) for line in (MODELS / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def said_in(picture: Path) -> list[str]:
+    """The texts of a picture, in order."""
+    root = ElementTree.parse(picture).getroot()
+    return ["".join(text.itertext()).strip() for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_shows_what_the_models_say() -> None:
+    texts = said_in(IMAGES / "bridge.svg")
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "anchor")
+
+    def asked(model: Any, prompt: str) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")
+        return tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0], skip_special_tokens=True)
+
+    keys, question, numbers = "pxj - wuk + fkb ->", "pxj - wuk + fkb =", "9 - 7 + 10 ="
+    augmenting = AutoModelForCausalLM.from_pretrained(MODELS / "augmenting")
+    anchor = AutoModelForCausalLM.from_pretrained(MODELS / "anchor")
+    composed = calmlm.CalmForCausalLM.from_pretrained(MODELS / "composition")
+    for said in (
+        asked(augmenting, keys),
+        asked(anchor, numbers),
+        asked(augmenting, question),
+        asked(anchor, question),
+        asked(composed, question),
+    ):
+        assert said in texts
+
+
+def test_badges_say_what_is_so() -> None:
+    found = {path.stem: " ".join(said_in(path)) for path in IMAGES.glob("*.svg") if path.stem != "bridge"}
+    assert PROJECT["license"] in found["licence"]
+    assert PROJECT["requires-python"].removeprefix(">=") in found["python"]
+    shown = [Path(link).stem for link in links(FIRST_SCREEN) if link.startswith("docs/images/")]
+    assert set(shown) == {*found, "bridge"}
+
+
+@pytest.mark.parametrize("picture", sorted(IMAGES.glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_legible_on_light_and_dark_pages(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", ""), "nothing is loaded from elsewhere"
+    assert "<title>" in text
+    if picture.stem == "bridge":
+        assert "prefers-color-scheme: dark" in text
+    else:
+        assert re.search(r"<rect[^>]*fill=", text), "a badge brings its own ground"
+
+
+def test_install_commands() -> None:
+    lines = console(FIRST_SCREEN)
+    uv = [words for words in lines if words[:3] == ["uv", "pip", "install"]]
+    pip = [words for words in lines if words[:2] == ["pip", "install"]]
+    assert uv == [["uv", "pip", "install", ".", "--torch-backend", "cpu"]]
+    assert pip == [
+        ["pip", "install", "torch", "--index-url", "$CALMLM_TORCH_INDEX"],
+        ["pip", "install", "."],
+    ]
+    assert "CALMLM_TORCH_INDEX" in (ROOT / "scripts" / "_env").read_text(encoding="utf-8")
+    if shutil.which("uv"):
+        helped = subprocess.run(["uv", "pip", "install", "--help"], capture_output=True, text=True, timeout=60).stdout
+        assert "--torch-backend" in helped
+    extras = set(re.findall(r"`([a-z]+)`", README.partition("## Extras")[2].partition("\n## ")[0]))
+    assert extras <= set(PROJECT["optional-dependencies"])
+    assert {"train", "compare", "eval"} <= extras
+
+
+def test_the_demo_models_are_in_the_package() -> None:
+    """`from calmlm.demo import MODELS` must hold in an installed package as it does in a clone."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    assert packages["targets"]["wheel"]["packages"] == ["src/calmlm"]
+    assert MODELS.is_relative_to(Path(calmlm.__file__).parent)
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", str(MODELS / "anchor" / "model.safetensors")], cwd=ROOT)
+    assert ignored.returncode != 0, "hatch leaves out what git ignores"
+
+
+# Below it
+
+
+@pytest.fixture
+def two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A working directory with the models and data that the README's examples name."""
     monkeypatch.chdir(tmp_path)
-    tiny_model("llama", seed=1).save_pretrained("big-general-model")
-    tokenizer.save_pretrained("big-general-model")
-    tiny_model("mistral", seed=2).save_pretrained("small-specialist-model")
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert "trainable params" in capsys.readouterr().out
-    assert (tmp_path / "my-composition" / "model.safetensors").is_file()
+    example = yaml.safe_load((ROOT / "configs" / "example.yaml").read_text(encoding="utf-8"))
+    for name in ("big-general-model", example["model"]["anchor"]):
+        tiny_model("llama", seed=1).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    for name in ("small-specialist-model", example["model"]["augmenting"]):
+        tiny_model("mistral", seed=2).save_pretrained(name)
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "example.yaml", tmp_path / "configs")
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+    (tmp_path / example["data"]["train"]).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return tmp_path
+
+
+def test_compose_your_own_runs(two_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(block for block in blocks(README, "python") if "calmlm.compose(" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    assert "trainable params" in run(code, capsys)
+    assert (two_models / "my-composition" / "model.safetensors").is_file()
+
+
+def test_every_python_block_is_run_here() -> None:
+    assert len(blocks(README, "python")) == 2
+
+
+def commands(*start: str) -> list[list[str]]:
+    """The README's commands that begin with these words."""
+    return [words for words in console(README) if words[: len(start)] == list(start)]
+
+
+def test_train_and_generate(two_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (train,) = commands("calmlm", "train")
+    (generate,) = commands("calmlm", "generate")
+    short = ["trainer.max_steps=1", "trainer.use_cpu=true", "trainer.report_to=none", "trainer.disable_tqdm=true"]
+    assert main([*train[1:], *short]) == 0
+    assert main(generate[1:]) == 0
+    assert main([*generate[1:], "--anchor-only"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands("calmlm", "repro"), ids=shlex.join)
+def test_reproductions_in_a_tiny_form(words: list[str], tmp_path: Path) -> None:
+    tiny = {"small": "tiny", "0,1,2": "0"}
+    trial = ["--max-steps", "2", "--items", "4", "--output", str(tmp_path / "results"), "--cache", str(tmp_path)]
+    assert main([tiny.get(word, word) for word in words[1:]] + trial) == 0
+
+
+@pytest.mark.parametrize("words", commands("calmlm", "compare"), ids=shlex.join)
+def test_comparisons_can_be_planned(words: list[str]) -> None:
+    preset = words[words.index("--preset") + 1] if "--preset" in words else None
+    assert load_config(ROOT / words[2], preset).cells()
+
+
+def test_every_command_is_known_here() -> None:
+    """What is none of these is run by no test: give it one."""
+    known = {"calmlm", "uv", "pip", "scripts/demo", "scripts/test"}
+    assert {words[0] for words in console(README)} <= known
+    tested = {"train", "generate", "repro", "compare"}
+    assert {words[1] for words in console(README) if words[0] == "calmlm"} <= tested
+
+
+def test_the_tree_shows_every_room() -> None:
+    tree = next(block for block in blocks(README, "text") if "connectors/" in block)
+    named = re.findall(r"^    ([\w/.]+)", tree, re.MULTILINE)
+    package = ROOT / "src" / "calmlm"
+    rooms = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert set(named) == rooms | files

@@ -15,10 +15,11 @@ from typing import Any
 
 import calmlm
 from calmlm.data.jsonl import read_jsonl
+from calmlm.demo import MODELS
 from calmlm.errors import ModelError
 from calmlm.training.run_folder import replacing_folder
 
-HOME = Path(__file__).parent / "models"
+HOME = MODELS
 
 # What is copied from a seed's folder of the experiment, and the name that it gets here.
 STAGES = {"augmenting": "augmenting", "anchor": "anchor", "composed": "composition"}

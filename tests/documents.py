@@ -76,8 +76,8 @@ def _command_of(words: list[str]) -> tuple[Any, Any, list[str]]:
     """The innermost command that the words name, its parent's context, and the words that are left for it."""
     command, rest = get_command(app), list(words[1:])
     parent = command.make_context(words[0], list(rest))
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and rest:
         name, command, rest = command.resolve_command(parent, rest)
-        if hasattr(command, "commands"):
+        if hasattr(command, "commands") and rest:
             parent = command.make_context(name, list(rest), parent=parent)
     return parent, command, rest

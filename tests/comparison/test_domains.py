@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from calmlm.comparison.contract import TextDomain
 from calmlm.comparison.domains import DOMAINS
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import IGNORED
 from calmlm.experiments.visual_arithmetic.joined import composition_examples
 
 
-@pytest.mark.parametrize("name", ["kv_arithmetic", "languages", "code"])
+@pytest.mark.parametrize("name", [name for name, (kind, _) in DOMAINS.items() if issubclass(kind, TextDomain)])
 def test_validation_rows_are_not_in_the_composition_data(name: str, tmp_path: Path) -> None:
     kind, presets = DOMAINS[name]
     data = kind(presets["tiny"], 0, tmp_path, print).data  # type: ignore[attr-defined]
@@ -30,7 +31,7 @@ def test_a_size_of_the_composition_data_that_holds_keys_of_the_evaluation_is_ref
         domain.composition(4, "composition", share=0.4)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["kv_arithmetic", "languages", "code", "visual"])
+@pytest.mark.parametrize("name", DOMAINS)
 def test_nothing_that_is_to_be_kept_is_asked_as_the_composition_data_shows_it(name: str, tmp_path: Path) -> None:
     kind, presets = DOMAINS[name]
     domain: Any = kind(presets["tiny"], 0, tmp_path, print)

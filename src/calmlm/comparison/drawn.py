@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 import calmlm
 from calmlm.comparison.contract import TextDomain
+from calmlm.connectors import CONNECTORS
 from calmlm.experiments.fitting import Row, Stage, fit
 from calmlm.experiments.kv_arithmetic.pretraining import new_model
 from calmlm.experiments.kv_arithmetic.rows import encode
@@ -79,8 +80,8 @@ class DrawnDomain(TextDomain):
     def compose(self, augmenting: PreTrainedModel, connector: str = "cross_attention", **options: Any) -> Any:
         preset = self.preset
         set_seed(self.seed + 2)
-        # Flamingo works on the input of a layer: the next layer's, for the same place, where there is a next one.
-        shift, last = int(connector == "flamingo"), preset.anchor_size[1] - 1
+        # A connector that works on the input of a layer takes the next layer's, where there is one: the same place.
+        shift, last = int(CONNECTORS[connector].before_layer), preset.anchor_size[1] - 1
         usual: dict[str, Any] = {
             "connections": sorted({(i, min(j + shift, last)) for i, j in preset.connections}),
             "num_heads": preset.heads,

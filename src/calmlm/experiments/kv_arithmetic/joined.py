@@ -10,6 +10,7 @@ from typing import Any
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
+from calmlm.connectors import CONNECTORS
 from calmlm.experiments.fitting import Stage, answer, fit
 from calmlm.experiments.kv_arithmetic.pretraining import BASES
 from calmlm.experiments.kv_arithmetic.rows import encode
@@ -127,8 +128,8 @@ def compose_bases(
     preset = world.preset
     set_seed(world.seed + 2)
     ours, theirs = tokenizers or (None, None)
-    # Flamingo works on the input of a layer: the next layer's, for the same place in the anchor.
-    shift = 1 if connector == "flamingo" else 0
+    # A connector that works on the input of a layer takes the next layer's: the same place in the anchor.
+    shift = int(CONNECTORS[connector].before_layer)
     usual: dict[str, Any] = {
         "connections": [(i, j + shift) for i, j in preset.connections],
         "num_heads": preset.heads,

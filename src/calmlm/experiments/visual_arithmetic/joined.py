@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import calmlm
+from calmlm.connectors import CONNECTORS
 from calmlm.experiments.fitting import collator, fit
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.visual_arithmetic.digits import SIZE, Digits
@@ -88,8 +89,8 @@ def compose_bases(
     """Return an untrained composition with the preset's connections and connector options."""
     preset = world.preset
     set_seed(world.seed + 2)
-    # Flamingo works on the input of a layer: the next layer's, for the same place in the anchor.
-    shift = 1 if connector == "flamingo" else 0
+    # A connector that works on the input of a layer takes the next layer's: the same place in the anchor.
+    shift = int(CONNECTORS[connector].before_layer)
     return calmlm.compose(
         copy.deepcopy(anchor),
         {EYES: encoder},

@@ -2,8 +2,8 @@
 
     python examples/two_tiny_models.py
 
-The augmenting model and the anchor are random here, so nothing worth reading comes out: put the ids of two models with
-one tokenizer in their place, and your own rows.
+Both models are random here, so the text that they write means nothing. Replace them by the ids of two pretrained models
+with one tokenizer, and replace the rows by your own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import calmlm
 
 
 def random_llama(width: int, layers: int) -> LlamaForCausalLM:
-    """Stands for a pretrained model."""
+    """A random model in the place of a pretrained one."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
@@ -44,7 +44,7 @@ def main() -> None:
         report_to="none",
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
-    assert torch.equal(model.anchor.state_dict()["model.embed_tokens.weight"], before), "the anchor stays as it was"
+    assert torch.equal(model.anchor.state_dict()["model.embed_tokens.weight"], before), "the anchor changed"
 
     model.eval()
     prompt = tokens[:1, :4]

@@ -5,10 +5,18 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import calmlm
+from compositions import tiny_composition
 from documents import ROOT, anchors, blocks, check_command, check_options, console, inline, links, pages
+from readers.test_items import vision
+from tiny import tiny_model, tiny_tokens
+from tokenizers_tiny import tokenizer
+from tokens.test_views import chatty
 
 PAGES = pages()
 
@@ -100,3 +108,75 @@ def test_every_name_that_extending_gives_is_in_its_file() -> None:
         names = re.findall(r"`(_?[A-Z][A-Z_]{3,}|_?[A-Z]\w+\.\w+)`", step)
         missing += [name for name in names if files and name.split(".")[-1] not in texts]
     assert missing == []
+
+
+# Code that runs on tiny models in the place of the pages' own
+
+
+def save(model: Any, folder: str, tokens: Any = None) -> Any:
+    """Save a model, with a tokenizer beside it, and load it again as a user would."""
+    model.save_pretrained(folder)
+    if tokens is not None:
+        tokens.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run all Python of a page in order; return the names that it leaves."""
+    for block in blocks((ROOT / page).read_text(encoding="utf-8"), "python"):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
+    small = {"tokens": theirs, "model": tiny_model("mistral", seed=2, vocab_size=len(theirs))}
+    anchor = save(tiny_model("llama", seed=1, vocab_size=len(ours)), "big-model", ours)
+    augmenting = save(small["model"], "small-model", small["tokens"])
+    save(tiny_model("llama", seed=1), "language-model")
+    save(vision(), "vision-encoder")
+    others = [save(tiny_model("gpt2", seed=seed, vocab_size=len(ours)), f"other-{seed}", ours) for seed in (3, 4, 5)]
+    calmlm.compose("big-model", "other-5").save_pretrained("folder-of-another-composition")
+    image_token, ids = 7, tiny_tokens(2, 9)
+    ids[ids == image_token] += 1
+    ids[0, [1, 4]] = ids[1, [2, 6]] = image_token
+    names = run(
+        "docs/any-two-models.md",
+        {
+            "calmlm": calmlm,
+            "torch": torch,
+            "anchor": anchor,
+            "augmenting": augmenting,
+            "anchor_tokenizer": ours,
+            "small_tokenizer": theirs,
+            "chat_model": "big-model",
+            "specialist": "small-model",
+            "coder": others[0],
+            "speaker": others[1],
+            "input_ids": ids,
+            "images": torch.randn(2, 1, 8, 8),
+            "pictures": torch.randn(4, 1, 8, 8),
+            "image_token": image_token,
+        },
+    )
+    assert names["at"].tolist() == [[1, 4], [2, 6]]
+    assert set(names["model"].model.active) == {"eyes"}
+
+
+def test_code_of_generation() -> None:
+    shared = {"vocab_size": 97}
+    model = tiny_composition("llama", "gpt2", anchor_options=shared, augmenting_options=shared)
+    names = {"calmlm": calmlm, "torch": torch, "model": model}
+    names |= {"question": {"input_ids": tiny_tokens(1, 5)}, "batch": {"input_ids": tiny_tokens(2, 5)}}
+    for inputs in (names["question"], names["batch"]):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    model.generation_config.pad_token_id = 0
+    assert run("docs/generation.md", names)["out"].shape[0] == 2
+
+
+def test_every_page_with_code_has_a_test_that_runs_it() -> None:
+    """What needs data sets from a hub is compiled only."""
+    with_code = {name_of(page) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")}
+    run_here = {"docs/any-two-models.md", "docs/generation.md"}
+    assert with_code == {"README.md", "configs/benchmarks/README.md", *run_here}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,15 +15,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calmlm
 from calmlm.cli import main
 from calmlm.comparison.selection import load_config
 from calmlm.demo import MODELS
 from documents import ROOT, blocks, console, links
-from tiny import tiny_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST_SCREEN = "\n".join(README.splitlines()[:60])
@@ -176,28 +175,14 @@ def test_the_demo_models_are_in_the_package() -> None:
 # Below it
 
 
-@pytest.fixture
-def two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A working directory with the models and data that the README's examples name."""
-    monkeypatch.chdir(tmp_path)
-    example = yaml.safe_load((ROOT / "configs" / "example.yaml").read_text(encoding="utf-8"))
-    for name in ("big-general-model", example["model"]["anchor"]):
-        tiny_model("llama", seed=1).save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    for name in ("small-specialist-model", example["model"]["augmenting"]):
-        tiny_model("mistral", seed=2).save_pretrained(name)
-    (tmp_path / "configs").mkdir()
-    shutil.copy(ROOT / "configs" / "example.yaml", tmp_path / "configs")
-    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
-    (tmp_path / example["data"]["train"]).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return tmp_path
-
-
-def test_compose_your_own_runs(two_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compose_your_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = next(block for block in blocks(README, "python") if "calmlm.compose(" in block)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    assert len([line for line in code.splitlines() if line.strip()]) <= 16
+    monkeypatch.chdir(tmp_path)
     assert "trainable params" in run(code, capsys)
-    assert (two_models / "my-composition" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "my-composition" / "model.safetensors").is_file()
 
 
 def test_every_python_block_is_run_here() -> None:
@@ -209,14 +194,36 @@ def commands(*start: str) -> list[list[str]]:
     return [words for words in console(README) if words[: len(start)] == list(start)]
 
 
-def test_train_and_generate(two_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (train,) = commands("calmlm", "train")
-    (generate,) = commands("calmlm", "generate")
-    short = ["trainer.max_steps=1", "trainer.use_cpu=true", "trainer.report_to=none", "trainer.disable_tqdm=true"]
-    assert main([*train[1:], *short]) == 0
+def test_train_and_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As written, in a folder that looks like a clone; only the training is cut short."""
+    (python,), (train,), (generate,) = commands("python"), commands("calmlm", "train"), commands("calmlm", "generate")
+    monkeypatch.chdir(tmp_path)
+    for name in ("src", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert python == ["python", "examples/keys.py"]
+    example = runpy.run_path(python[1])
+    example["main"].__globals__["COUNT"] = 40  # tests/test_examples.py writes all of them
+    example["main"]()
+    short = ["trainer.max_steps=1", "trainer.per_device_train_batch_size=4", "trainer.use_cpu=true"]
+    assert main([*train[1:], *short, "trainer.report_to=none", "trainer.disable_tqdm=true"]) == 0
+    capsys.readouterr()
     assert main(generate[1:]) == 0
-    assert main([*generate[1:], "--anchor-only"]) == 0
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_configuration_to_copy_trains(
+    anchor_folder: Path, augmenting_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`configs/example.yaml`, with models and data that exist."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    models = [f"model.anchor={anchor_folder}", f"model.augmenting={augmenting_folder}"]
+    short = ["trainer.max_steps=1", "trainer.use_cpu=true", "trainer.report_to=none", "trainer.disable_tqdm=true"]
+    assert main(["train", str(ROOT / "configs" / "example.yaml"), *models, *short]) == 0
+    assert (tmp_path / "runs" / "example" / "composition" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -235,7 +242,7 @@ def test_comparisons_can_be_planned(words: list[str]) -> None:
 
 def test_every_command_is_known_here() -> None:
     """What is none of these is run by no test: give it one."""
-    known = {"calmlm", "uv", "pip", "scripts/demo", "scripts/test"}
+    known = {"calmlm", "python", "uv", "pip", "scripts/demo", "scripts/test"}
     assert {words[0] for words in console(README)} <= known
     tested = {"train", "generate", "repro", "compare"}
     assert {words[1] for words in console(README) if words[0] == "calmlm"} <= tested

@@ -106,7 +106,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
-    """Train a composition; the two models stay as they are."""
+    """Train a composition; the two models do not change."""
     from calmlm.training.pipeline import train
     from calmlm.training.schema import load_config
 
@@ -125,7 +125,7 @@ def generate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="The prompt is what a user says: put it into the template.")
     ] = False,
-    draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts: the same text, sooner.")] = False,
+    draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts; the text is the same.")] = False,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,

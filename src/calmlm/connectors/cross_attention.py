@@ -136,7 +136,7 @@ class CrossAttention(nn.Module):
         self.reset_parameters(query_key_bias)
 
     def reset_parameters(self, query_key_bias: float | None = None) -> None:
-        """Draw the weights anew: normal with variance 1 / fan-in; W_O zero unless a gate keeps the output at zero."""
+        """Draw new weights: normal with variance 1 / fan-in; W_O is zero unless a gate keeps the output at zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

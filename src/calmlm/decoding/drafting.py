@@ -1,4 +1,4 @@
-"""Drafting: the augmenting model, which reads every token anyway, proposes what the composition then checks.
+"""Drafting: the augmenting model reads every token anyway, so it proposes tokens and the composition checks them.
 
 A round: the augmenting model reads the last token and writes up to ``num_tokens`` further ones, each from its own
 distribution; the anchor reads all of them in one call and keeps those that the composition would have written. The
@@ -48,7 +48,7 @@ class DraftStatistics:
     paused: int = 0
 
     def reset(self) -> None:
-        """Begin to count anew; what is expected of drafts stays."""
+        """Set the counts to zero; the expected share of accepted tokens stays."""
         self.drafted = self.accepted = self.passes = self.tokens = 0
 
     @property

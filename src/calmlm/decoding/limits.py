@@ -1,4 +1,4 @@
-"""Where a draft has to end: no model of the composition may be asked to read what it cannot."""
+"""Where a draft has to end: no model may receive a token or a position that it does not have."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from calmlm.state.longrope import check_turn, turns
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
-# How the arguments begin that bring an anchor something else than text.
+# Prefixes of the arguments that give an anchor something other than text.
 MODALITIES = ("pixel_", "image_", "video_", "input_features", "input_values", "audio_", "second_per_grid")
 # Arguments that assisted generation hands on to itself.
 LOOP_ARGUMENTS = ("cached_tokens", "earlier_tokens", "whole_mask")
@@ -183,7 +183,7 @@ class CalmGenerationMixin(GenerationMixin):
             return AugmentingCandidateGenerator(self.model, assistant, limits, **{key: kwargs[key] for key in wanted})
         arguments = {key: value for key, value in given.items() if key not in LOOP_ARGUMENTS}
         kwargs["model_kwargs"] = arguments if isinstance(assistant, CalmGenerationMixin) else _without_own(arguments)
-        # Prompt lookup takes max_length for a place in the text that it copies from.
+        # Prompt lookup uses max_length as a place in the text that it copies from.
         return Bounded(super()._get_candidate_generator(*args, **kwargs), limits)
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

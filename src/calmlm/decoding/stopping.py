@@ -59,14 +59,14 @@ class Gate(StoppingCriteria, BaseStreamer):
         return torch.full((input_ids.shape[0],), self.ended, dtype=torch.bool, device=input_ids.device)
 
     def put(self, value: Tensor) -> None:
-        """Nothing yet: it is not known where the text ends."""
+        """Do nothing yet: the end of the text is not known."""
 
     def end(self) -> None:
         if self.streamer is not None:
             self.streamer.end()
 
     def close(self) -> None:
-        """Let the cache follow the loop again, whatever ended it; drafts that nobody accepted are no part of it."""
+        """Let the cache follow the loop again, however it ended; rejected drafts are removed from it."""
         if self.cache.held is not None:
             over = int(self.cache.get_seq_length()) + self.cache.held - self.before - self.length
             self.cache.release(-max(0, over))

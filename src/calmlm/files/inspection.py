@@ -1,4 +1,4 @@
-"""What a saved composition is made of, told from its own files: the two models are not loaded."""
+"""What a saved composition is made of, read from its own files without loading the two models."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def load_composition(
             settings = {"trust_remote_code": trust_remote_code, "revision": base_revision, **options}
             model = load_again(name, role, made, **settings)
         check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
-        # Relative to this folder, the name would lead nowhere once the composition is saved in another.
+        # A name relative to this folder would be wrong once the composition is saved in another folder.
         entry["id"] = storage.resolve_source(recorded, folder)
         return model
 
@@ -120,7 +120,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
     """The configuration of the composition at ``source``.
 
     Raises:
-        CheckpointError: when there is none, or it is another model's.
+        CheckpointError: when there is none, or it belongs to another kind of model.
     """
     path = fetch(source, "config.json", hub or {})
     try:
@@ -143,7 +143,7 @@ def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmCo
         )
     try:
         return CalmConfig.from_json_file(path)  # which knows how infinities are written
-    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+    except Exception as error:  # a value of the wrong kind may raise any exception
         raise CheckpointError(
             f"{str(source)!r} must hold a readable config.json, but the anchor's part of it is damaged "
             f"({first_line(error)}): save the composition again or fetch it anew."
@@ -185,7 +185,7 @@ def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig
     try:
         path = cached_file(str(source), storage.GENERATION_NAME, _raise_exceptions_for_missing_entries=False, **given)
         return None if path is None else GenerationConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except Exception as error:  # values of a wrong kind raise whatever first stumbles over them
+    except Exception as error:  # a value of the wrong kind may raise any exception
         raise CheckpointError(
             f"{str(source)!r} must hold a readable {storage.GENERATION_NAME} or none, but it is damaged or out of "
             f"reach ({first_line(error)}): save the composition again or fetch it anew."
@@ -210,7 +210,7 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
 
 
 def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: str | Path) -> None:
-    """Raise where a text would need tokens that the augmenting model has not.
+    """Raise if a text may need tokens that the augmenting model does not have.
 
     Raises:
         CheckpointError: for such an alignment.

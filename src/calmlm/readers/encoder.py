@@ -1,4 +1,4 @@
-"""A reader of inputs of its own: a text, an image, a sound."""
+"""A reader of its own inputs: a text, an image, a sound."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EncoderReader(Common):
         return stream
 
     def _forget(self, columns: Tensor, frontier: Frontier) -> None:
-        """Count on from the text without the anchor tokens that have turned out to be padding."""
+        """Continue counting without the anchor tokens that turned out to be padding."""
         assert frontier.owner is not None
         if self.connector.rotary and bool((frontier.owner >= frontier.length).any()):
             raise DataError(

@@ -82,7 +82,7 @@ def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
 
 
 def no_cache(what: str) -> ConfigError:
-    """What is raised where ``what`` needs a cache and there can be none."""
+    """The error for ``what`` needing a cache where there can be none."""
     return ConfigError(
         f"The models of a composition must carry their past in a cache of transformers' general form for {what}, but "
         f"one of these keeps it in a form of its own: leave {what} out."
@@ -90,7 +90,7 @@ def no_cache(what: str) -> ConfigError:
 
 
 def needs_tokens() -> DataError:
-    """What is raised where embeddings come instead of tokens."""
+    """The error for embeddings in the place of tokens."""
     return DataError(
         "A composition must be given input_ids alone, because the augmenting model reads the same tokens, but got "
         "inputs_embeds: pass input_ids, or disable the composition."
@@ -103,7 +103,7 @@ def prompt_of(labels: Tensor) -> Tensor:
 
 
 def real_tokens(inputs: Inputs, name: str) -> Tensor:
-    """Which of the new tokens are no padding, (B, T) bool."""
+    """Which of the new tokens are real, not padding, (B, T) bool."""
     mask = inputs.mask.get("tokens") if isinstance(inputs.mask, dict) else inputs.mask
     if mask is None:
         return torch.ones_like(inputs.ids, dtype=torch.bool)
@@ -177,7 +177,7 @@ def length_of(input_ids: Tensor, attention_mask: Any, cache: Cache | None) -> in
     """Tokens up to the end of this call, as far as shapes tell; only the device knows what a static cache holds."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask.shape[1]
-    # What a compiled step reads of a length on the host, it would be compiled for.
+    # torch would compile a step for each length that it reads on the host.
     past = length_in(cache) if cache is not None and not torch.compiler.is_compiling() else 0
     return input_ids.shape[1] + (past if isinstance(past, int) else 0)
 

@@ -1,4 +1,4 @@
-"""A reader of the same text in tokens of its own."""
+"""A reader of the same text in its own tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AlignedReader(Common):
         return stream
 
     def _forget(self, columns: Tensor | None, past: Past) -> None:
-        """Leave out what stood for anchor tokens that have turned out to be padding."""
+        """Remove what stood for anchor tokens that turned out to be padding."""
         if columns is None:
             return
         shift, exact = past.frontier.forget(columns)
@@ -75,7 +75,7 @@ class AlignedReader(Common):
         past.move(shift)
 
     def room(self, ids: Tensor, past: Past) -> int:
-        """How many of the next tokens (1, T) the model has positions for, behind what it has read."""
+        """How many of the next tokens (1, T) the model has positions for, after what it has read."""
         most = self.backbone.max_positions
         if most is None:
             return ids.shape[1]

@@ -91,7 +91,7 @@ class CalmCache(Cache):
         self.frontiers = frontiers or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
-        self.joined: dict[str, int] = {}  # which of the models that have borne each name it was begun with
+        self.joined: dict[str, int] = {}  # which model of each name the cache was begun with
         self.alone = 0
         self.composed: torch.Tensor | None = None
         self.begun = False

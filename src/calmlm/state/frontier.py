@@ -125,7 +125,7 @@ class Frontier:
         size = sizes.gather(1, group)
         return (size - 1 - rank).float() / size
 
-    # What becomes of it later
+    # Changes of the record
 
     def forget(self, columns: Tensor) -> tuple[Shift, bool]:
         """Take anchor tokens for padding that were read as text: those in which generation has filled up ended rows.
@@ -162,7 +162,7 @@ class Frontier:
             return 0, None
         self.ids = self.ids[:, : self.length - tokens]
         if self.tokens is None and self.length:
-            return 0, None  # what was encoded at once belongs to tokens that may come again
+            return 0, None  # an encoded item belongs to tokens that may come again
         self.owner = self.owner.where(self.owner < self.length, torch.full_like(self.owner, NOBODY))
         used = (self.owner != NOBODY).any(0).nonzero()
         keep = int(used[-1]) + 1 if len(used) else 0

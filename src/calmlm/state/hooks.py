@@ -117,10 +117,10 @@ class InjectHook:
         return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
 
     def _unread(self, state: Tensor) -> Tensor | None:
-        """What becomes of the state where the augmenting model has read nothing yet: nothing.
+        """The state if the augmenting model has read nothing yet: it does not change.
 
-        In training it depends on the connection all the same, by nothing, or a batch of which no augmenting model reads
-        anything would have no gradient to pass back.
+        In training, zero times the sum of the connection's parameters is added. Otherwise a batch of which no
+        augmenting model reads anything would have no gradient.
         """
         if not (torch.is_grad_enabled() and self.connector.training):
             return None

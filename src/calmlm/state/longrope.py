@@ -1,4 +1,4 @@
-"""Models that turn all positions of a text otherwise once it is longer than some length (LongRoPE).
+"""Models that rotate all positions of a text differently once it exceeds some length (LongRoPE).
 
 What a cache holds was turned for a short text and does not fit a long one: a text that grows beyond the length has to
 be read again from its beginning.
@@ -22,7 +22,7 @@ def turns(lengths: list[int], cache: CalmCache, new: int, positions: Tensor | No
         new: how many tokens follow what it holds.
         positions: (B or 1, ``new``) int64 of these, counted over real tokens, or None for columns.
     """
-    # A compiled step would be compiled for what it reads on the host; its caller has looked before.
+    # torch would compile a step for each value that it reads on the host; the caller has already checked.
     if not lengths or torch.compiler.is_compiling():
         return None
     before = int(cache.get_seq_length())

@@ -1,4 +1,4 @@
-"""Models that keep their past as a state: which of them go on from it with several tokens at once."""
+"""Models that keep their past as a state: which of them can continue from it with several tokens at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calmlm.bases.placement import execution_device
 from calmlm.errors import DataError
 from calmlm.state.cache import CalmCache
 
-TOLERANCE = 3e-2  # relative; a state that is forgotten leaves nothing alike
+TOLERANCE = 3e-2  # relative; a model that forgets its state differs by far more
 
 
 def check_continues(backbones: dict[str, Backbone], cache: CalmCache) -> None:

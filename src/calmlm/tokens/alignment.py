@@ -113,7 +113,7 @@ class Alignment:
         return max((i for row in rows for i in row), default=-1)
 
     def filled(self, vocabulary: int) -> Alignment:
-        """The same for a model with so many embeddings, which need not have one for padding: nobody looks there."""
+        """The same for a model with so many embeddings. It may lack the padding token, which attention never sees."""
         return self if self.fill < vocabulary else dataclasses.replace(self, fill=0)
 
     def without(self, ids: Collection[int]) -> Alignment:
@@ -138,10 +138,10 @@ class Alignment:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Alignment:
-        """An alignment from what ``to_json`` gave.
+        """Read an alignment from the data that ``to_json`` gave.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: it is something else.
+            ValueError, KeyError, TypeError, AttributeError: the data are something else.
         """
         made = cls(
             body=[checked_ids(ids) for ids in data["body"]],
@@ -160,10 +160,10 @@ class Alignment:
 
 
 def checked_ids(ids: Any) -> list[int]:
-    """The same list.
+    """Return the same list if it holds token ids.
 
     Raises:
-        ValueError: it is no list of whole numbers from 0 on.
+        ValueError: for anything but a list of whole numbers from 0 on.
     """
     if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
         raise ValueError(f"expected a list of token ids, but found {str(ids)[:40]}")
@@ -171,7 +171,7 @@ def checked_ids(ids: Any) -> list[int]:
 
 
 def shared_tokens(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, int]:
-    """Tokens that were added to both vocabularies with one content, special or not, which no bytes spell."""
+    """Tokens with the same content that were added to both vocabularies, special or not; no bytes spell them."""
     theirs = {token.content: index for index, token in augmenting.added_tokens_decoder.items()}
     theirs |= dict(zip(augmenting.all_special_tokens, augmenting.all_special_ids, strict=True))
     return {
@@ -190,7 +190,7 @@ def without_embedding(augmenting: PreTrainedTokenizerBase, size: int) -> dict[in
 
 
 def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """Special tokens by content, then by role; those without a counterpart say nothing to the augmenting model."""
+    """Special tokens by content, then by role. A token without a counterpart gives the augmenting model nothing."""
     found = {index: [other] for index, other in shared_tokens(anchor, augmenting).items()}
     for role in ROLES:  # one token may have several roles; the first of them counts
         ours, other = getattr(anchor, f"{role}_id", None), getattr(augmenting, f"{role}_id", None)
@@ -200,7 +200,7 @@ def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenize
 
 
 def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool = False) -> str:
-    """sha256 over both tokenizers, so that a changed one is noticed; how they last padded or cut is no part of them.
+    """sha256 over both tokenizers, which shows a change of either; their last padding and truncation do not count.
 
     Args:
         anchor, augmenting: the tokenizers.
@@ -209,7 +209,7 @@ def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase,
     mark = hashlib.sha256()
     for tokenizer in (anchor, augmenting):
         data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-        # What pads says nothing, and is often set by hand.
+        # The padding token has no meaning, and users often set it by hand.
         data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES if role != "pad_token"}
         data["template"] = tokenizer.chat_template if templates else None
         mark.update(json.dumps(data, sort_keys=True).encode())

@@ -58,7 +58,7 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
     for index, piece in enumerate(token_bytes(tokenizer, "augmenting model")):
         if index in added:
             continue
-        # A part of a character may be that of any character beyond ASCII.
+        # A part of a character may belong to any character beyond ASCII.
         classes = [
             BEYOND_ASCII if character == "\ufffd" else (class_of(character),)
             for character in (piece or b"").decode(errors="replace")
@@ -81,7 +81,7 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
 
 
 def literal_encoder(saved: str) -> Any:
-    """From a text to its ids in a saved tokenizer; what looks like a special token in the text is text."""
+    """From a text to its ids in a saved tokenizer. A special token that is spelled out in the text counts as text."""
     backend = Tokenizer.from_str(saved)
     backend.encode_special_tokens = True
     backend.no_padding()

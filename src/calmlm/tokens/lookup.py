@@ -17,7 +17,7 @@ def find_tokenizer(source: str | Path, **options: Any) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception:  # transformers raises whatever the first missing file gives rise to
+    except Exception:  # transformers raises different errors, depending on which file is missing
         return None
-    # For some types of model (GPT-2, Gemma) transformers makes up an empty one where there is none.
+    # Where there is no tokenizer, transformers makes an empty one for some types of model (GPT-2, Gemma).
     return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None

@@ -99,7 +99,7 @@ class Writer:
         return ids
 
     def _continue(self, word: str) -> list[int]:
-        """Greedy longest pieces, as WordPiece does it, from the middle of a word on."""
+        """Cut greedily into the longest pieces, as WordPiece does, from the middle of a word on."""
         ids: list[int] = []
         while word:
             for end in range(len(word), 0, -1):
@@ -116,7 +116,7 @@ class Writer:
         words = [text] if self.cut is None else [word for word, _ in self.cut.pre_tokenize_str(text)]
         try:
             return [token.id for word in words if word for token in self.backend.model.tokenize(word)]
-        except Exception as error:  # the library raises a bare one where its unknown token is not in the vocabulary
+        except Exception as error:  # the library raises a bare exception if its unknown token is not in the vocabulary
             raise ModelError(
                 f"The tokenizer of the augmenting model must have a token for what it does not know, but it fails at "
                 f"{text!r} ({str(error).strip().rstrip('.')}): give it an unknown token."

@@ -1,4 +1,4 @@
-"""What an augmenting model reads where a table from token to token does not do, as data.
+"""What an augmenting model reads if a table from token to token is not enough, as data.
 
 ``retokenize`` gives the augmenting model the tokens that its tokenizer gives to the text, but only up to the last
 boundary that no continuation can move. A *view* leaves the anchor's chat template out, or puts the augmenting model's
@@ -72,7 +72,7 @@ class Rewriting:
         if view is not None:
             alignment = dataclasses.replace(alignment, digest=digest(anchor, augmenting, templates=True))
         pieces = token_bytes(anchor, "anchor")
-        # A token that both have is no text; its own tokenizer finds it in a text, where it is not special.
+        # A token that both tokenizers have is not text. If it is not special, its own tokenizer finds it in a text.
         special = {index for index, token in augmenting.added_tokens_decoder.items() if token.special}
         for index, other in shared_tokens(anchor, augmenting).items():
             if method == "transcode" or other in special:
@@ -113,7 +113,7 @@ class Rewriting:
     @property
     def late(self) -> bool:
         """Whether tokens reach across the ends of words, so that hardly anything is read before a text ends."""
-        ends = {("letter", "space"), ("space", "letter")}  # a mark at the end of words leaves the second alone
+        ends = {("letter", "space"), ("space", "letter")}  # an end-of-word mark leaves the second only
         return self.method == "retokenize" and not ends & set(self.stable)
 
     def filled(self, vocabulary: int) -> Rewriting:

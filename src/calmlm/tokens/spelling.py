@@ -49,7 +49,7 @@ class Spelling:
         """Read a tokenizer's spelling off its decoder.
 
         Raises:
-            ModelError: when the tokenizer is none of the tokenizers library, or writes text in another way.
+            ModelError: when the tokenizer does not come from the tokenizers library, or writes text in another way.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:

@@ -24,8 +24,8 @@ from calmlm.tokens.transcoding import Block, block_of
 from calmlm.tokens.views import Event, Reading, Template
 
 CONTEXT = 24  # characters before a segment that its tokens may depend on
-KEPT = 4096  # places of texts from which writing can go on, over all rows; more where there are more rows
-LATEST = 16  # tokens of a call after which such a place is kept: a draft may be taken back to any of them
+KEPT = 4096  # how many places are kept from which writing can continue, over all rows; more if there are more rows
+LATEST = 16  # such a place is kept after each of the last tokens of a call: a draft may be taken back to any of them
 PARTS = 1 << 16  # pieces of text whose tokens are kept
 
 
@@ -95,7 +95,7 @@ class Rewriter(nn.Module):
         return block_of(rows, self.alignment.alignment.fill, ids)
 
     def _at(self, key: bytes) -> _Stream | None:
-        """The stream behind a text that ended a call, or nearly: generation goes on there."""
+        """The stream after a text that ended a call, or nearly ended it: generation continues there."""
         with self._lock:
             found = self._places.get(key)
         return None if found is None else copy.copy(found)
@@ -113,12 +113,12 @@ class Rewriter(nn.Module):
         return [(token, owner) for owner, index in enumerate(ids) for token in stream.take(index)]
 
     def opening(self, own: Template, role: str, previous: str | None) -> Sequence[int]:
-        """What opens a message of ``role``, behind one of ``previous`` or as the first of all."""
+        """What opens a message of ``role`` after one of ``previous``, or as the first message."""
         if previous is not None:
             return own.opening(role, previous)
         if role in own.beginnings:
             return own.beginnings[role]
-        # Begun as no sample was: with what conversations begin with, and the role's own mark.
+        # No sample began with this role: take the beginning of another conversation, and the role's own mark.
         for other, beginning in own.beginnings.items():
             mark = self._mark(own, other)
             if mark and beginning[-len(mark) :] == mark:
@@ -178,7 +178,7 @@ class _Stream:
         if event.kind in ("open", "close"):
             run.flush()
         if own is not None:
-            # What it has no tools for, its user says.
+            # A template without a role for tools reads their answers as the user's.
             speaker = "user" if role == "tool" and role not in own.closings else role
             if event.kind == "enter":
                 run.flush()
@@ -241,7 +241,7 @@ class _Run:
                 self._characters(part.decode())
 
     def flush(self) -> None:
-        """Write what was put off."""
+        """Write what was held back."""
         self._cut()
         if self.raw:
             self.write(self.raw)
@@ -267,7 +267,7 @@ class _Run:
                 self.started, self.before = True, (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 
     def _undummied(self, text: bytes) -> bytes:
-        """The first bytes of a run without a space that the anchor's tokenizer has put there."""
+        """The first bytes of a run, without the space that the anchor's tokenizer has added."""
         dummy, every = self.rewriter.alignment.dummy
         own = dummy and self.rewriter.alignment.view is None and (every or self.runs == 0)
         return text.removeprefix(b" ") if own else text

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calmlm.tokens.alignment import LOOKBACK, Alignment
 
-FEW = 32  # up to so many tokens, looking each up is quicker than the same with tensors
+FEW = 32  # up to this many tokens, single look-ups are faster than tensors
 
 
 @dataclass(frozen=True)

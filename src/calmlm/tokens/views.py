@@ -112,7 +112,7 @@ class Template:
         for sample in samples:
             for index, message in enumerate(sample.messages):
                 after.setdefault(message["role"], []).append(sample.gaps[index + 1])
-        # What stands behind a role whoever speaks next, or nobody, is its closing.
+        # The closing of a role is the text that follows it in all cases: whoever speaks next, or no one.
         closings = {name: _closing(_common(gaps), special) for name, gaps in after.items()}
         openings: dict[str, Symbols] = {}
         beginnings: dict[str, Symbols] = {}
@@ -158,7 +158,7 @@ class Template:
             opening = _stripped(_common(found))
             openings[role] = opening
             rest = {header[len(opening) :] for header in found}
-            # Of spaces at the end a tokenizer may drop some.
+            # A tokenizer may drop some of the spaces at the end.
             rest |= {tail[:n] for tail in rest if set(tail) <= _SPACES for n in range(len(tail))}
             tails[role] = sorted((tail for tail in rest if tail), key=len, reverse=True)
         year = str(datetime.date.today().year).encode()
@@ -167,7 +167,7 @@ class Template:
             blank = all(symbol in _BLANK for symbol in openings[role])
             closing = closings.get(speaker_of(role), ())
             closed = not all(symbol in _BLANK for symbol in closing)
-            if blank or not closed or year in text:  # an opening with a date would be another one tomorrow
+            if blank or not closed or year in text:  # an opening that holds a date would change tomorrow
                 return None
         return cls(openings, closings, tails, {})
 

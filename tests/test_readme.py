@@ -244,6 +244,7 @@ def test_every_command_is_known_here() -> None:
     """What is none of these is run by no test: give it one."""
     known = {"calmlm", "python", "uv", "pip", "scripts/demo", "scripts/test"}
     assert {words[0] for words in console(README)} <= known
+    assert 'bin/calmlm" demo' in (ROOT / "scripts" / "demo").read_text(encoding="utf-8")  # see tests/demo
     tested = {"train", "generate", "repro", "compare"}
     assert {words[1] for words in console(README) if words[0] == "calmlm"} <= tested
 

@@ -14,8 +14,8 @@ import calmlm
 from calmlm.data.context import context_length
 from calmlm.data.formats import check_text
 from calmlm.data.labels import encode_prompt
-from calmlm.data.tokenizer import load_tokenizer
 from calmlm.errors import ConfigError, DataError
+from calmlm.tokens.lookup import load_tokenizer
 
 COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
 

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.data import Example, encode_examples, read_examples, read_jsonl
 from calmlm.data.labels import encode_prompt
 from calmlm.data.sources import HubDataset, load_examples
-from calmlm.data.tokenizer import load_tokenizer
 from calmlm.errors import DataError
-from calmlm.tokens.lookup import find_tokenizer
+from calmlm.tokens.lookup import find_tokenizer, load_tokenizer
 from tiny import tiny_model, tiny_tokenizer
 
 PAIR = {"prompt": "1+1=", "completion": "2"}

@@ -94,7 +94,7 @@ def test_checkpoints_hold_the_composition_alone(backend: str, settings: Settings
 
 
 def test_tokenizer_is_saved_beside_the_composition(settings: Settings) -> None:
-    from calmlm.data.tokenizer import load_tokenizer
+    from calmlm.tokens.lookup import load_tokenizer
 
     assert len(load_tokenizer([str(go(settings()))])) == 97
 

@@ -15,9 +15,9 @@ from calmlm.data.context import context_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples
-from calmlm.data.tokenizer import load_tokenizer
 from calmlm.errors import ConfigError
 from calmlm.files.storage import WEIGHTS_NAME, read_tensors
+from calmlm.tokens.lookup import load_tokenizer
 from calmlm.training.backends import Rows, make_arguments, make_trainer, set_packing_length
 from calmlm.training.run_folder import RunFolder, best_of, replacing_folder, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig

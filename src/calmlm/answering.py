@@ -12,9 +12,10 @@ from transformers import TextStreamer, set_seed
 
 import calmlm
 from calmlm.data.context import context_length
-from calmlm.data.formats import check_text
 from calmlm.data.labels import encode_prompt
+from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError, DataError
+from calmlm.tokens.chat import in_parts, takes_parts
 from calmlm.tokens.lookup import load_tokenizer
 
 COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
@@ -122,7 +123,9 @@ class TextModel:
             raise ConfigError(
                 "Expected a tokenizer with a chat template, but this one has none: leave the template out."
             )
-        messages = [{"role": "user", "content": prompt}]
+        messages: Any = [{"role": "user", "content": prompt}]
+        if takes_parts(self.tokenizer):
+            messages = in_parts(messages)
         rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, add_generation_prompt=True
         )

@@ -432,3 +432,47 @@ def test_a_batch_of_which_nothing_is_read_trains_nothing() -> None:
         assert torch.equal(output.logits, model.anchor(ids).logits)
     output.loss.backward()
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("view", ["bare", "template"])
+def test_templates_that_read_parts_alone(view: str) -> None:
+    """As those of models with pictures; they leave out what comes as text."""
+    ours, theirs = (chatty(kind, "chatml") for kind in ("bytes", "bytes-large"))
+    expected = Rewriter(Rewriting.between(ours, theirs, "retokenize", view)).write(rendered(ours, CONVERSATION))
+    ours.chat_template = theirs.chat_template = PARTS
+    found = Rewriter(Rewriting.between(ours, theirs, "retokenize", view))
+    ours.chat_template = CHATML
+    assert found.write(rendered(ours, CONVERSATION)) == expected
+
+
+def test_a_template_that_shows_no_message_is_refused() -> None:
+    ours = chatty("bytes", "chatml")
+    ours.chat_template = "{% for m in messages %}<|im_start|><|im_end|>{% endfor %}"
+    with pytest.raises(calmlm.ModelError) as error:
+        Rewriting.between(ours, tokenizer("bytes-large"), "transcode", "bare")
+    assert_helpful(error.value, "anchor")
+
+
+@pytest.mark.parametrize(("template", "speaks"), [("headers", "developer"), ("only system", "system")])
+def test_developers_are_read(template: str, speaks: str) -> None:
+    """In the role of the system where the augmenting model's template knows no developer."""
+    ours, theirs = chatty("bytes", "chatml"), chatty("bytes-large", "headers")
+    if template != "headers":
+        theirs.chat_template = "{% for m in messages %}{% if m['role'] == 'developer' %}{{ raise_exception('no') }}" + (
+            "{% endif %}{% endfor %}" + TEMPLATES["headers"][0]
+        )
+    messages = [{"role": "developer", "content": "be kind"}, *CONVERSATION]
+    ids = rendered(ours, messages, add_generation_prompt=True)
+    bare = Rewriter(Rewriting.between(ours, theirs, "retokenize", "bare"))
+    assert theirs.decode([i for i, _ in bare.write(ids)], skip_special_tokens=True).startswith("be kind\nhello")
+    own = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+    plain = [{**messages[0], "role": speaks}, *CONVERSATION]
+    wanted = theirs.decode(rendered(theirs, plain, add_generation_prompt=True))
+    assert theirs.decode([i for i, _ in own.write(ids)]) == wanted

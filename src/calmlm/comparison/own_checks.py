@@ -19,7 +19,7 @@ from calmlm.comparison.own_settings import Known, Own, OwnTask, Sources, listed
 from calmlm.config import ConnectorConfig, resolve_connections
 from calmlm.data.context import stated_length
 from calmlm.data.extras import require
-from calmlm.data.formats import Example
+from calmlm.data.formats import CONVERSATIONS, Example
 from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
 from calmlm.tokens.retokenization import METHODS as ALIGNMENTS
@@ -187,7 +187,7 @@ def _know(own: Own) -> Known:
             if count := sum(_text_of(example) in texts for example in examples):
                 found[name] = count
     for examples in (composition, corpus):
-        if examples[0].format == "messages":
+        if examples[0].format in CONVERSATIONS:
             raise DataError(
                 f"{examples[0].place}: expected 'prompt' and 'completion', or 'text', but got 'messages', which the "
                 f"tasks could not be asked in: write the conversation out."

@@ -1,4 +1,4 @@
-"""The three forms of an example: prompt and completion, messages, text. The first record decides for all."""
+"""The forms of an example: prompt and completion, messages, both of these at once, text. The first record decides."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from calmlm.data.jsonl import Record
+from calmlm.data.messages import check_text, read_messages, read_settings, read_tools
 from calmlm.errors import DataError
 
-Format = Literal["prompt-completion", "messages", "text"]
+Format = Literal["prompt-completion", "messages", "exchange", "text"]
+"""An exchange is a prompt and a completion, each a list of messages: of the conversation, the completion is learned."""
 
 FIELDS: dict[Format, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
 }
-OPTIONAL: dict[Format, tuple[str, ...]] = {"messages": ("tools",)}
-"""What a record may hold besides: the tools that an assistant may call, as a chat template takes them."""
-ROLES = ("system", "user", "assistant", "tool")
+CONVERSATIONS = ("messages", "exchange")
+"""The formats that a chat template writes; they may come with tools that an assistant may call, and its settings."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,24 @@ def read_examples(records: Iterable[Record]) -> list[Example]:
                 f"{record.place}: expected {_fields(examples[0].format)} as in {examples[0].place}, but got "
                 f"{_fields(found)}; keep one format in all data of a run."
             )
-        fields = {key: record.fields[key] for key in FIELDS[found]}
-        for key in OPTIONAL.get(found, ()):
-            if record.fields.get(key) is not None:
-                fields[key] = _tools(record.fields[key], record.place)
-        _check_messages(fields["messages"], record.place) if found == "messages" else _check_texts(fields, record.place)
-        examples.append(Example(found, fields, record.place))
+        read = _conversation if found in CONVERSATIONS else _texts
+        examples.append(Example(found, read(record, found), record.place))
     return examples
 
 
 def detect_format(record: Record) -> Format:
-    """The format whose fields a record has.
+    """The format whose fields a record has; what is null is missing.
 
     Raises:
         DataError: there is none, or more than one.
     """
-    matches: list[Format] = [name for name, keys in FIELDS.items() if all(key in record.fields for key in keys)]
+    given = {key for key, value in record.fields.items() if value is not None}
+    # Where nothing else is there, a null stands in the place of a text, and is spoken of as such.
+    matches = _matching(given) or _matching(set(record.fields))
     if len(matches) == 1:
-        return matches[0]
+        pair = matches[0] == "prompt-completion"
+        lists = pair and any(isinstance(record.fields[key], list) for key in FIELDS["prompt-completion"])
+        return "exchange" if lists else matches[0]
     if matches:
         raise DataError(
             f"{record.place}: expected one format, but got the fields of {' and of '.join(map(_fields, matches))}; "
@@ -74,77 +75,41 @@ def detect_format(record: Record) -> Format:
     )
 
 
+def _matching(keys: set[str]) -> list[Format]:
+    return [name for name, wanted in FIELDS.items() if keys.issuperset(wanted)]
+
+
 def _fields(name: Format) -> str:
+    if name == "exchange":
+        return "'prompt' and 'completion' as messages"
     return " and ".join(repr(key) for key in FIELDS[name])
 
 
-def _check_texts(fields: dict[str, Any], place: str) -> None:
+def _conversation(record: Record, found: Format) -> dict[str, Any]:
+    given, place = record.fields, record.place
+    if found == "messages":
+        fields: dict[str, Any] = {"messages": read_messages(given["messages"], place)}
+    else:
+        asked = read_messages(given["prompt"], place, "prompt", answered=False)
+        fields = {"prompt": asked, "completion": read_messages(given["completion"], place, "completion")}
+    if given.get("tools") is not None and (tools := read_tools(given["tools"], place)) is not None:
+        fields["tools"] = tools
+    if given.get("chat_template_kwargs") is not None:
+        fields["chat_template_kwargs"] = read_settings(given["chat_template_kwargs"], place)
+    return fields
+
+
+def _texts(record: Record, found: Format) -> dict[str, Any]:
+    fields = {key: record.fields[key] for key in FIELDS[found]}
     for key, value in fields.items():
         if not isinstance(value, str):
             raise DataError(
-                f"{place}: expected a string in '{key}', but got {type(value).__name__}; put the text in quotes."
+                f"{record.place}: expected a string in '{key}', but got {type(value).__name__}; put the text in quotes."
             )
-        check_text(value, place)
+        check_text(value, record.place)
         if key != "prompt" and not value:
             raise DataError(
-                f"{place}: expected text in '{key}', but it is empty, so there is nothing to learn from it; "
+                f"{record.place}: expected text in '{key}', but it is empty, so there is nothing to learn from it; "
                 f"fill it in or remove the record."
             )
-
-
-def check_text(text: str, place: str) -> None:
-    """Raise unless a text can be written down: halves of characters come from cut escapes and wrong encodings.
-
-    Raises:
-        DataError: otherwise.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: expected text in Unicode, but got half of a character ({text[error.start]!r}) at position "
-            f"{error.start + 1}; save the text as UTF-8."
-        ) from None
-
-
-def _check_messages(messages: Any, place: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f"{place}: expected a list of messages in 'messages', but got {_short(messages)}; write for example "
-            f'[{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}].'
-        )
-    for number, message in enumerate(messages, start=1):
-        calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
-        said = isinstance(message, dict) and (
-            isinstance(message.get("content"), str) or (calls and message.get("content") is None)
-        )
-        if not said:
-            raise DataError(
-                f"{place}: expected 'role' and 'content' as strings in message {number}, but got {_short(message)}; "
-                f"write both."
-            )
-        check_text(message["content"] or "", place)
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"{place}: expected the role of message {number} to be one of {', '.join(ROLES)}, but got "
-                f"{message.get('role')!r}; rename it."
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"{place}: expected a message of the role assistant, but there is none, so there is nothing to learn from "
-            f"it; add the answer or remove the record."
-        )
-
-
-def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            f"{place}: expected a list of tool descriptions in 'tools', but got {_short(tools)}; write them as JSON "
-            f"schemas, or leave the field out."
-        )
-    return tools
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return fields

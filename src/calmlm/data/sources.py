@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from calmlm.data.extras import require
 from calmlm.data.formats import Example, read_examples
 from calmlm.data.jsonl import Record, read_jsonl
+from calmlm.data.messages import without_nulls
 from calmlm.errors import DataError
 
 
@@ -48,6 +49,7 @@ def read_hub(source: HubDataset) -> list[Record]:
 
     try:
         loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+        rows = list(loaded)  # which decodes them
     except Exception as error:  # the loader raises whatever a data set's files and the network give rise to
         reason = str(error).strip().splitlines()
         raise DataError(
@@ -55,9 +57,7 @@ def read_hub(source: HubDataset) -> list[Record]:
             f"({reason[0] if reason else type(error).__name__}); check its id, name, split and revision."
         ) from error
     records = [
-        # Arrow gives every row every column: a field that a row lacks arrives as None.
-        Record({key: value for key, value in row.items() if value is not None}, f"{source.dataset}, row {number}")
-        for number, row in enumerate(loaded, start=1)
+        Record(without_nulls(row), f"{source.dataset}, row {number}") for number, row in enumerate(rows, start=1)
     ]
     if not records:
         raise DataError(

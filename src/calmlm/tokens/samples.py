@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
+from calmlm.tokens.chat import in_parts, takes_parts
 
-KINDS = ("plain", "system", "tool")
+KINDS = ("plain", "system", "developer", "tool")
 """Of conversations that a template is read off from."""
 BYTES = 256
 """Symbols below this are bytes; a special token is this and its id."""
@@ -19,6 +20,7 @@ Pieces: TypeAlias = Sequence[bytes | None]
 
 MESSAGES = {
     "system": ("qxasystem",),
+    "developer": ("qxedeveloper",),
     "user": ("qxbfirst", "qxbsecond"),
     "assistant": ("qxcfirst", "qxcsecond"),
     "tool": ("qxdfirst",),
@@ -30,7 +32,7 @@ class Sample:
     """A rendered conversation of messages that occur nowhere else.
 
     Attributes:
-        kind: one of ``KINDS``: with a system message, with a tool's answer, or neither.
+        kind: one of ``KINDS``: with a message of the system or a developer, with a tool's answer, or neither.
         messages: what was rendered.
         prompted: whether the assistant is to speak next.
         ids: the rendered tokens.
@@ -55,8 +57,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
 def samples_of(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *, ids: bool = False) -> Iterator[Sample]:
     """Conversations as a tokenizer renders them, without those that its template refuses or changes."""
     turns = [{"role": role, "content": MESSAGES[role][index]} for index in (0, 1) for role in ("user", "assistant")]
-    if kind == "system":
-        first = {"role": "system", "content": MESSAGES["system"][0]}
+    if kind in ("system", "developer"):
+        first = {"role": kind, "content": MESSAGES[kind][0]}
         wanted = [([first, *turns], False), ([first, *turns[:1]], True)]
     elif kind == "tool":
         answer = {"role": "tool", "content": MESSAGES["tool"][0]}
@@ -64,10 +66,12 @@ def samples_of(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, kind: str, *,
     else:
         wanted = [(turns, False), (turns[:1], True), (turns[:3], True)]
     wanted += [(messages, False) for messages, prompted in wanted if ids and prompted]  # which nobody answers
+    parts = takes_parts(tokenizer)
     for messages, prompted in wanted:
         try:
+            written: Any = in_parts(messages) if parts else messages
             rendered = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, add_generation_prompt=prompted
+                written, tokenize=True, return_dict=True, add_generation_prompt=prompted
             )
         except Exception:  # a template is a program of its own, in Jinja, and refuses what it likes
             continue

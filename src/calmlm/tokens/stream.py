@@ -27,6 +27,7 @@ CONTEXT = 24  # characters before a segment that its tokens may depend on
 KEPT = 4096  # how many places are kept from which writing can continue, over all rows; more if there are more rows
 LATEST = 16  # such a place is kept after each of the last tokens of a call: a draft may be taken back to any of them
 PARTS = 1 << 16  # pieces of text whose tokens are kept
+STAND_INS = {"tool": "user", "developer": "system"}  # who says it in a template that does not know a role
 
 
 class Rewriter(nn.Module):
@@ -178,8 +179,8 @@ class _Stream:
         if event.kind in ("open", "close"):
             run.flush()
         if own is not None:
-            # A template without a role for tools reads their answers as the user's.
-            speaker = "user" if role == "tool" and role not in own.closings else role
+            # A template without a role for tools reads their answers as the user's, and so on.
+            speaker = role if role in own.closings else STAND_INS.get(role, role)
             if event.kind == "enter":
                 run.flush()
                 run.enter(self.rewriter.opening(own, speaker, self.speaker))

@@ -75,7 +75,9 @@ class Template:
         # A system message may stand within the first user message, and what a tool answers within another one: then
         # they are best read as parts of these.
         without: tuple[set[str], ...] = (set(), {"tool"}, {"system"}, {"tool", "system"})
-        for chosen in ([sample for sample in samples if sample.kind not in left] for left in without):
+        # A developer's message may look like the system's, and is then read as that.
+        tried = [left | more for left in without for more in (set(), {"developer"})]
+        for chosen in ([sample for sample in samples if sample.kind not in left] for left in tried):
             found = cls._derived(chosen)
             if found is not None and all(found._reads(sample, pieces) for sample in chosen if not sample.prompted):
                 system = [sample for sample in samples if sample.kind == "system" and not sample.prompted]
@@ -131,6 +133,8 @@ class Template:
     @classmethod
     def _derived(cls, samples: list[Sample]) -> Template | None:
         """What encloses the messages in all samples; None where that cannot be said."""
+        if not samples:
+            return None
         special = lambda symbol: symbol >= BYTES  # noqa: E731
         after: dict[str, list[Symbols]] = {}
         for sample in samples:

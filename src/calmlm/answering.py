@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import StoppingCriteriaList, TextStreamer, set_seed
 
 import calmlm
-from calmlm.data.context import context_length
+from calmlm.data.context import EndOfContext, context_length, own_contexts, prompt_length
 from calmlm.data.labels import encode_prompt
 from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError, DataError
@@ -67,21 +68,25 @@ class TextModel:
         anchor_only: bool = False,
         drafting: bool = False,
         apply_chat_template: bool = False,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         """Continue `prompt`; `emit` takes each piece of text as soon as it is settled.
+
+        What was written is emitted to its end, whatever ends it.
 
         Args:
             prompt: the text to go on from.
             emit: takes text.
-            max_new_tokens: tokens to add at most; fewer where the context ends before.
+            max_new_tokens: tokens to add at most; fewer where a context ends before.
             temperature: 0 takes the likeliest token each time.
             seed: makes sampling repeatable.
             anchor_only: switch the composition off.
             drafting: let the augmenting model draft.
             apply_chat_template: whether `prompt` is what a user says, to be put into the chat template.
+            tell: takes a line where a context ended the text; it goes to stderr by default.
 
         Raises:
-            DataError: the prompt is empty or leaves no room in the context.
+            DataError: the prompt is empty or leaves no room in a context.
             ConfigError: no augmenting model of this composition can draft, the tokenizer has no chat template, or an
                 augmenting model that reads the content of messages alone would see nothing.
         """
@@ -91,12 +96,6 @@ class TextModel:
             self._check_views(ids)
         if not ids:
             raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
-        context = context_length(self.model)
-        if context is not None and len(ids) >= context:
-            raise DataError(
-                f"Expected a prompt shorter than the context of {context} tokens, but got {len(ids)}; shorten it."
-            )
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         if seed is not None:
             set_seed(seed)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
@@ -104,19 +103,65 @@ class TextModel:
         # them back without a warning.
         greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         inputs = torch.tensor([ids], device=self.model.device)
+        streamer = _Streamer(self.tokenizer, emit)
         with self.model.disable_composition() if anchor_only else nullcontext():
-            self.model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=room,
-                pad_token_id=self._padding(),
-                streamer=_Streamer(self.tokenizer, emit),
-                tokenizer=self.tokenizer,  # for strings that end a text
-                num_beams=1,
-                num_return_sequences=1,
-                drafting=drafting,
-                **(sampling if temperature > COLDEST else greedy),
+            room = self._room(ids, max_new_tokens)
+            end = EndOfContext(own_contexts(self.model))
+            try:
+                written = self.model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=room,
+                    pad_token_id=self._padding(),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([end]),
+                    tokenizer=self.tokenizer,  # for strings that end a text
+                    num_beams=1,
+                    num_return_sequences=1,
+                    drafting=drafting,
+                    **(sampling if temperature > COLDEST else greedy),
+                )
+            except BaseException:
+                streamer.end()  # which holds a word back until the next one comes
+                raise
+        new = written[0, len(ids) :].tolist()
+        if end.full is not None:
+            context = f"the context of the augmenting model {end.full.name!r} ends, {end.full.length} of its own tokens"
+        elif room < max_new_tokens and len(new) == room and new[-1] not in self._ends():
+            context = f"the context ends, {len(ids) + room} tokens"
+        else:
+            return
+        (tell or _say)(f"The text stops where {context}.")
+
+    def _room(self, ids: list[int], wanted: int) -> int:
+        """How many tokens may follow a prompt.
+
+        Raises:
+            DataError: it leaves no room in a context.
+        """
+        length = context_length(self.model)
+        if length is not None and len(ids) >= length:
+            raise DataError(
+                f"Expected a prompt shorter than the context of {length} tokens, but got {len(ids)}; shorten it."
             )
+        prompt = prompt_length(self.model)
+        if prompt is not None and len(ids) > prompt:
+            raise DataError(
+                f"Expected a prompt of at most {prompt} tokens, the context of an augmenting model that reads it, but "
+                f"got {len(ids)}; shorten it."
+            )
+        for context in own_contexts(self.model):
+            if context.readable(ids) < len(ids):
+                raise DataError(
+                    f"Expected a prompt that fits into the context of the augmenting model {context.name!r}, "
+                    f"{context.length} of its own tokens, but it takes {context.count(ids)}; shorten it."
+                )
+        return wanted if length is None else min(wanted, length - len(ids))
+
+    def _ends(self) -> set[int]:
+        """The tokens that end a text by themselves."""
+        given = self.model.generation_config.eos_token_id
+        return set(given if isinstance(given, list) else [given])
 
     def _conversation(self, prompt: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -155,6 +200,11 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.emit(text)
+
+
+def _say(line: str) -> None:
+    """A line on stderr; on a terminal the text stands in the line before."""
+    print(("\n" if sys.stdout.isatty() else "") + line, file=sys.stderr, flush=True)
 
 
 def _device(name: str) -> torch.device:

@@ -1,24 +1,126 @@
-"""How many tokens a composition can take."""
+"""How long a text may be: for each model of a composition in the tokens that this model reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from calmlm.tokens.alignment import LOOKBACK
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Transcoder
 
 # What architectures call it. Those with relative positions only (Bloom) state none.
 NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
 
 def context_length(model: Any) -> int | None:
-    """The shortest context among the language models of a composition; None where none of them states one.
+    """The shortest context of the models that read every one of the anchor's tokens; None where none states one.
 
-    A model with other tokens may need more of them for the same text; it says so itself when they do not fit.
+    It is about the models that are switched on, as is all that is asked of a composition here.
     """
-    reading = [base for name, base in model.augmenting.items() if model.config.augmenting[name]["reads"] != "inputs"]
-    lengths = [stated_length(base.config) for base in (model.anchor, *reading)]
-    return min((length for length in lengths if length is not None), default=None)
+    return _shortest(model, ["", *_reading(model, "tokens")])
+
+
+def prompt_length(model: Any) -> int | None:
+    """How many of the anchor's tokens a prompt may have; models with ``refresh=False`` read nothing else."""
+    return _shortest(model, ["", *_reading(model, "tokens"), *_reading(model, "prompt")])
+
+
+def own_contexts(model: Any) -> list[OwnContext]:
+    """The contexts of the augmenting models that read the text in tokens of their own."""
+    found = []
+    for name in _reading(model, "text"):
+        length = _shortest(model, [name])
+        if length is not None:
+            learned = model.model.backbone(name).max_positions is not None
+            found.append(OwnContext(name, length, learned, model.model.transcoders[name]))
+    return found
 
 
 def stated_length(config: Any) -> int | None:
     """How many tokens a language model can take, from its configuration; None where that states nothing."""
     config = config.get_text_config(decoder=True)
     return next((value for name in NAMES if isinstance(value := getattr(config, name, None), int)), None)
+
+
+@dataclass(frozen=True)
+class OwnContext:
+    """The context of an augmenting model that has tokens of its own.
+
+    Attributes:
+        name: of the model.
+        length: how many of its own tokens it can take.
+        learned: whether its positions end there, so that it cannot read on.
+        writer: writes the text in its tokens.
+    """
+
+    name: str
+    length: int
+    learned: bool
+    writer: Transcoder | Rewriter
+
+    def readable(self, ids: Sequence[int]) -> int:
+        """How many of a text's tokens, the anchor's, the model can read."""
+        owners = self._owners(ids, 0)
+        return len(ids) if len(owners) <= self.length else owners[self.length]
+
+    def count(self, ids: Sequence[int], start: int = 0) -> int:
+        """How many of its own tokens the model reads for ``ids[start:]``, behind those before."""
+        return len(self._owners(ids, start))
+
+    def _owners(self, ids: Sequence[int], start: int) -> list[int]:
+        """Which of ``ids[start:]`` each of the model's tokens belongs to."""
+        if isinstance(self.writer, Rewriter) and not start:
+            return [owner for _, owner in self.writer.write(ids)]
+        lookback = LOOKBACK if self.writer.lookback is not None else start
+        before = list(ids[max(0, start - lookback) : start])
+        past = torch.tensor([[-1] * (lookback - len(before)) + before], dtype=torch.long)
+        new = torch.tensor([list(ids[start:])], dtype=torch.long)
+        if isinstance(self.writer, Transcoder):
+            past, new = past.to(self.writer.flat.device), new.to(self.writer.flat.device)
+        return self.writer(new, torch.ones_like(new, dtype=torch.bool), past).owner[0].tolist()
+
+
+class EndOfContext(StoppingCriteria):
+    """Ends the text of one row with the first token that an augmenting model has no room for in its own context.
+
+    That token was still made from what both models have read.
+    """
+
+    def __init__(self, contexts: Sequence[OwnContext]) -> None:
+        self.contexts = contexts
+        self.counts = [0] * len(contexts)
+        self.length = 0
+        self.full: OwnContext | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether the row of (1, T) ids ends, (1,) bool."""
+        ids = input_ids[0].tolist()
+        for index, context in enumerate(self.contexts):
+            self.counts[index] += context.count(ids, self.length)
+            if self.counts[index] > context.length:
+                self.full = context
+        self.length = len(ids)
+        return torch.full((1,), self.full is not None, dtype=torch.bool, device=input_ids.device)
+
+
+def _reading(model: Any, what: str) -> list[str]:
+    """The augmenting models that are switched on and read the anchor's tokens, their own, or the prompt."""
+    composed = model.model
+    active = composed.active if composed.enabled else ()
+    return [name for name, entry in model.config.augmenting.items() if name in active and entry["reads"] == what]
+
+
+def _shortest(model: Any, names: Sequence[str]) -> int | None:
+    """The shortest context of models of a composition, the anchor under an empty name."""
+    lengths: list[int | None] = []
+    for name in names:
+        base = model.augmenting[name] if name else model.anchor
+        # Some positions that a configuration states are no text's: RoBERTa's begin behind the padding id.
+        lengths += [stated_length(base.config), model.model.backbone(name).max_positions]
+    return min((length for length in lengths if length is not None), default=None)

@@ -7,10 +7,11 @@ begins at the first token in which the whole differs from the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calmlm.data.context import OwnContext
 from calmlm.data.conversations import Conversations, common_prefix
 from calmlm.data.formats import CONVERSATIONS, Example
 from calmlm.errors import DataError
@@ -22,10 +23,17 @@ LossOn = Literal["completion", "all"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """All examples as ids and labels, and how many were cut at the context's end."""
+    """All examples as ids and labels.
+
+    Attributes:
+        rows: one for each example.
+        truncated: how many were cut at `max_length`.
+        outgrown: how many were cut where an augmenting model's own context ends, by that model's name.
+    """
 
     rows: list[dict[str, list[int]]]
     truncated: int
+    outgrown: dict[str, int]
 
 
 def encode_examples(
@@ -34,8 +42,10 @@ def encode_examples(
     *,
     max_length: int | None,
     loss_on: LossOn = "completion",
+    prompt_length: int | None = None,
+    own: Sequence[OwnContext] = (),
 ) -> Encoded:
-    """Token ids and labels of each example, at most `max_length` long.
+    """Token ids and labels of each example, at most `max_length` long, and no longer than all models can read.
 
     Args:
         examples: checked examples.
@@ -45,11 +55,14 @@ def encode_examples(
             and texts that run over it are cut there. None sets no limit.
         loss_on: "completion" counts the completion, or the assistant's messages, only; "all" counts every token.
             A text without a prompt counts in full either way.
+        prompt_length: the context of models that read the prompt alone.
+        own: contexts of models that have tokens of their own; what runs over them is cut as well.
 
     Raises:
-        DataError: a prompt that fills the context, an empty encoding, or a chat template that cannot be used.
+        DataError: a prompt that fills a context, an empty encoding, or a chat template that cannot be used.
     """
-    rows, truncated = [], 0
+    rows: list[dict[str, list[int]]] = []
+    truncated, outgrown = 0, dict[str, int]()
     conversations = Conversations(tokenizer)
     for example in examples:
         if example.format in CONVERSATIONS:
@@ -67,10 +80,28 @@ def encode_examples(
                     f"{example.place}: expected a prompt shorter than the context of {max_length} tokens, but got "
                     f"{learned.index(True)}; shorten it, or raise data.max_length if the models allow it."
                 )
-            ids, labels = ids[:max_length], labels[:max_length]
+            ids = ids[:max_length]
             truncated += 1
-        rows.append({"input_ids": ids, "labels": labels})
-    return Encoded(rows, truncated)
+        prompt = next((place for place, label in enumerate(labels) if label != IGNORE), 0)
+        if prompt_length is not None and prompt > prompt_length:
+            raise DataError(
+                f"{example.place}: expected a prompt of at most {prompt_length} tokens, the context of an augmenting "
+                f"model that reads it, but got {prompt}; shorten it."
+            )
+        for context in own:
+            keep = context.readable(ids)
+            if not any(learned[1:keep]):
+                first = learned.index(True, 1)
+                raise DataError(
+                    f"{example.place}: expected the prompt and one token more to fit into the context of the "
+                    f"augmenting model {context.name!r}, {context.length} of its own tokens, but they take "
+                    f"{context.count(ids[: first + 1])}; shorten the prompt."
+                )
+            if keep < len(ids):
+                ids = ids[:keep]
+                outgrown[context.name] = outgrown.get(context.name, 0) + 1
+        rows.append({"input_ids": ids, "labels": labels[: len(ids)]})
+    return Encoded(rows, truncated, outgrown)
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import set_seed
 
-from calmlm.data.context import context_length
+from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples
@@ -64,8 +64,10 @@ def train(
     tokenizer = tokenizer or _tokenizer(config)
 
     max_length = _max_length(config.data.max_length, context_length(model))
-    rows = _encode(train_examples, tokenizer, config, max_length, report)
-    eval_rows = _encode(eval_examples, tokenizer, config, max_length, report) if eval_examples is not None else None
+    rows = _encode(train_examples, model, tokenizer, config, max_length, report)
+    eval_rows = None
+    if eval_examples is not None:
+        eval_rows = _encode(eval_examples, model, tokenizer, config, max_length, report)
     for given in (rows, eval_rows or []):
         check_ids(model, given)
     check_views(model, rows)
@@ -255,9 +257,28 @@ def _max_length(wanted: int | None, context: int | None) -> int | None:
 
 
 def _encode(
-    examples: list[Example], tokenizer: Any, config: TrainingConfig, max_length: int | None, report: Report
+    examples: list[Example],
+    model: Any,
+    tokenizer: Any,
+    config: TrainingConfig,
+    max_length: int | None,
+    report: Report,
 ) -> Rows:
-    encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on=config.data.loss_on)
+    own = own_contexts(model)
+    encoded = encode_examples(
+        examples,
+        tokenizer,
+        max_length=max_length,
+        loss_on=config.data.loss_on,
+        prompt_length=prompt_length(model),
+        own=own,
+    )
     if encoded.truncated:
         report(f"{encoded.truncated} of {len(encoded.rows)} examples were cut at {max_length} tokens.")
+    for context in own:
+        if context.name in encoded.outgrown:
+            report(
+                f"{encoded.outgrown[context.name]} of {len(encoded.rows)} examples were cut where the context of "
+                f"{context.name!r} ends, after {context.length} of its own tokens."
+            )
     return encoded.rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -134,6 +136,28 @@ def test_the_command_writes_its_results(composition: str, tmp_path: Path, capsys
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["results"]["calm_humaneval"]["pass@1,none"] == 0.0
     assert {"commit", "versions", "machine", "command"} <= set(written)
+
+
+def test_results_are_written_whatever_they_hold(
+    composition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After hours of measuring, values that JSON has no form for, and a task that fails behind another one."""
+    odd = {"a,none": np.float32(0.5), "b,none": math.nan, "c,none": len, "d,none": {1, 2}, "e,none": np.array([1])}
+
+    def measured(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        if tasks == ["calm_mbpp"]:
+            raise ZeroDivisionError("division by zero")
+        return {"results": {tasks[0]: {**odd, "f,none": {(1, 2): torch.tensor(3)}, "alias": "x"}}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", measured)
+    path = tmp_path / "out.json"
+    arguments = ["--tasks", "calm_humaneval,calm_mbpp", "--data", str(SLICES), "--device", "cpu"]
+    assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 0
+    assert "calm_mbpp came to a ZeroDivisionError" in capsys.readouterr().out
+    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))["results"]
+    expected = {"a,none": 0.5, "b,none": None, "c,none": "<built-in function len>", "d,none": [1, 2], "e,none": [1]}
+    assert found["calm_humaneval"] == expected | {"f,none": {"(1, 2)": 3}}
+    assert list(found["calm_mbpp"]) == ["failed"]
 
 
 def composed_lm(tokenizer: Any, anchor: Any = None, **options: Any) -> ComposedLM:

@@ -87,26 +87,36 @@ class OwnContext:
 
 
 class EndOfContext(StoppingCriteria):
-    """Ends the text of one row with the first token that an augmenting model has no room for in its own context.
+    """Ends a text with the first token that an augmenting model has no room for in its own context.
 
-    That token was still made from what both models have read.
+    That token was still made from what both models have read. Several rows are the beams of one text: what generation
+    fills up an ended row with would be read on with.
+
+    Attributes:
+        full: the context that ended a text, or None.
     """
 
     def __init__(self, contexts: Sequence[OwnContext]) -> None:
         self.contexts = contexts
-        self.counts = [0] * len(contexts)
-        self.length = 0
         self.full: OwnContext | None = None
+        self.length = 0  # of the text so far, and what the models have read of it
+        self.counts = [0] * len(contexts)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether the row of (1, T) ids ends, (1,) bool."""
-        ids = input_ids[0].tolist()
+        """Which rows of (B, T) ids end, (B,) bool."""
+        rows = input_ids.tolist()
+        ends = [self._ends(row, self.length if len(rows) == 1 else 0) for row in rows]
+        self.length = input_ids.shape[1]
+        return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
+
+    def _ends(self, ids: list[int], start: int) -> bool:
+        """Whether a text of which ``start`` tokens are counted does not fit any more."""
         for index, context in enumerate(self.contexts):
-            self.counts[index] += context.count(ids, self.length)
+            self.counts[index] = context.count(ids, start) + (self.counts[index] if start else 0)
             if self.counts[index] > context.length:
                 self.full = context
-        self.length = len(ids)
-        return torch.full((1,), self.full is not None, dtype=torch.bool, device=input_ids.device)
+                return True
+        return False
 
 
 def _reading(model: Any, what: str) -> list[str]:

@@ -11,11 +11,14 @@ from calmlm.answering import TextModel
 from calmlm.data.context import context_length
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError, DataError
+from calmlm.files.results import plain
 
 __all__ = ["TASKS", "evaluate"]
 
 TASKS = Path(__file__).parent / "tasks"
 """calmlm's own tasks: FLORES-200, HumanEval, MBPP and CodeXGLUE, with code confined to the sandbox."""
+UNSAID = ("alias", "name", "sample_len")
+"""What the harness gives beside a task's metrics."""
 
 
 def evaluate(
@@ -52,12 +55,12 @@ def evaluate(
         trust_remote_code: whether code that comes with a model may run.
 
     Returns:
-        the metrics, by task.
+        the metrics, by task, as plain data; of a task that came to an error beside others, ``failed`` with the reason.
 
     Raises:
         MissingExtraError: without lm-eval.
         ConfigError: for a task that does not exist, or one that cannot be asked of this composition.
-        DataError: the harness could not run the tasks.
+        DataError: the harness could run none of the tasks.
         CalmError: there is no such composition.
     """
     require("lm_eval", "eval", "Evaluating on benchmarks")
@@ -87,28 +90,42 @@ def evaluate(
             f"Expected prompts in the chat template, since the augmenting model {viewed[0]!r} reads the content of "
             "messages alone and would see nothing: pass --apply-chat-template."
         )
+    names = manager.match_tasks(list(tasks))
+    found: dict[str, dict[str, Any]] = {}
+    failures: dict[str, CalmError] = {}
     with model.disable_composition() if anchor_only else nullcontext():
+        wrapped = ComposedLM(model, text.tokenizer, batch_size)
         try:
-            found = simple_evaluate(
-                ComposedLM(model, text.tokenizer, batch_size),
-                tasks=manager.match_tasks(list(tasks)),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=manager,
-                log_samples=False,
-                apply_chat_template=apply_chat_template,
-            )
-        except CalmError:
-            raise
+            manager.load(names)  # what cannot be read is found before anything is measured
         except Exception as error:  # whatever a task's files, its data and the network give rise to
-            reason = str(error).strip().splitlines() or [""]
-            raise DataError(
-                f"Expected tasks and data that lm-evaluation-harness can run, but {', '.join(tasks)} came to a "
-                f"{type(error).__name__} ({reason[0]}): check the data, the number of examples, and that prompts and "
-                f"answers fit into the context of {context_length(model) or 'any number of'} tokens."
-            ) from error
-    assert found is not None
-    return {
-        task: {name: value for name, value in metrics.items() if name not in ("alias", "name", "sample_len")}
-        for task, metrics in found["results"].items()
-    }
+            raise error if isinstance(error, CalmError) else _failed(tasks, error, model) from error
+        for name in names:
+            try:
+                measured = simple_evaluate(
+                    wrapped,
+                    tasks=[name],
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    task_manager=manager,
+                    log_samples=False,
+                    apply_chat_template=apply_chat_template,
+                )
+            except Exception as error:  # the others are measured all the same
+                failures[name] = error if isinstance(error, CalmError) else _failed([name], error, model)
+                continue
+            assert measured is not None
+            for task, metrics in measured["results"].items():
+                found[task] = {key: value for key, value in plain(metrics).items() if key not in UNSAID}
+    if not found:
+        raise next(iter(failures.values()))
+    return found | {name: {"failed": str(failure)} for name, failure in failures.items()}
+
+
+def _failed(tasks: Sequence[str], error: Exception, model: Any) -> DataError:
+    """What is raised where the harness cannot run tasks."""
+    reason = str(error).strip().splitlines() or [""]
+    return DataError(
+        f"Expected tasks and data that lm-evaluation-harness can run, but {', '.join(tasks)} came to a "
+        f"{type(error).__name__} ({reason[0]}): check the data, the number of examples, and that prompts and answers "
+        f"fit into the context of {context_length(model) or 'any number of'} tokens."
+    )

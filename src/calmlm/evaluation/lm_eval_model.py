@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from calmlm.data.context import context_length
+from calmlm.data.context import EndOfContext, OwnContext, context_length, own_contexts, prompt_length
 from calmlm.errors import ConfigError
+from calmlm.evaluation.truncation import kept, windows
 
 __all__ = ["ComposedLM"]
 
@@ -59,10 +64,99 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             self.add_bos_token = given
 
     def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> Any:
+        """The harness truncates in the anchor's tokens; what does not fit in other models' is cut before."""
         composed = self.model.model
         if composed.enabled and composed.reads_prompts:
             raise ConfigError(
                 "Tasks that ask for probabilities need augmenting models that read generated tokens as well, but this "
                 "composition was made with refresh=False: choose tasks that generate."
             )
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
+        contexts = own_contexts(self.model)
+        if not contexts:
+            return super()._loglikelihood_tokens(requests, *arguments, **options)
+        parts = [windows(contexts, self.max_length, before, scored) for _, before, scored in requests]
+        # What is scored in parts has no key, under which the harness would keep a part for the whole.
+        keyed = [
+            (request[0] if len(part) == 1 else None, *window)
+            for request, part in zip(requests, parts, strict=True)
+            for window in part
+        ]
+        with self._row_by_row(contexts, split=len(keyed) > len(parts)):
+            scores = iter(super()._loglikelihood_tokens(keyed, *arguments, **options))
+        found = [[next(scores) for _ in part] for part in parts]
+        return [(sum(score for score, _ in each), all(greedy for _, greedy in each)) for each in found]
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """The harness truncates in the anchor's tokens; a text ends besides where another model's positions end."""
+        contexts, prompt = own_contexts(self.model), prompt_length(self.model)
+        if not contexts and (prompt is None or context.shape[1] <= prompt):
+            return super()._model_generate(context, max_length, stop, **options)
+        new = max_length - context.shape[1]
+        masks = options.pop("attention_mask", torch.ones_like(context)).bool()
+        known = [row[real].tolist() for row, real in zip(context, masks, strict=True)]
+        rows = [kept(contexts, ids if prompt is None else ids[-prompt:], new) for ids in known]
+        if not any(each.learned for each in contexts):
+            return self._generated(context, rows, new, stop, options)
+        # What an ended row is filled up with would be read on with, and take positions.
+        written = [
+            self._generated(row[None], [ids], new, stop, options, EndOfContext(contexts))
+            for row, ids in zip(context, rows, strict=True)
+        ]
+        pad, width = self.tokenizer.pad_token_id, max(row.shape[1] for row in written)
+        return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=pad) for row in written])
+
+    def _generated(
+        self,
+        context: Tensor,
+        rows: list[list[int]],
+        new: int,
+        stop: list[str],
+        options: dict[str, Any],
+        end: EndOfContext | None = None,
+    ) -> Tensor:
+        """What the harness generates behind rows of ids, put behind ``context``, which it takes them for."""
+        width = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=context.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=context.device)
+        model: Any = self._model  # type: ignore[has-type]
+        self._model = model if end is None else _Ending(model, end)
+        try:
+            written = super()._model_generate(ids, width + new, stop, attention_mask=mask, **options)
+        finally:
+            self._model = model
+        return torch.cat((context, written[:, width:]), dim=1)
+
+    @contextmanager
+    def _row_by_row(self, contexts: Sequence[OwnContext], split: bool) -> Iterator[None]:
+        """One row at a time where positions end: the harness fills rows up with tokens, which would take some.
+
+        Of texts that are split, it would take parts for one another that have the same tokens and are scored from
+        different ones on.
+        """
+        settings: dict[str, Any] = self.__dict__
+        given = {name: settings[name] for name in ("batch_size_per_gpu", "logits_cache")}
+        if any(each.learned for each in contexts):
+            settings["batch_size_per_gpu"] = 1
+        if split:
+            settings["logits_cache"] = False
+        try:
+            yield
+        finally:
+            settings.update(given)
+
+
+class _Ending:
+    """A model whose texts end earlier.
+
+    Args:
+        model: what generates.
+        end: ends its texts, besides what else does.
+    """
+
+    def __init__(self, model: Any, end: EndOfContext) -> None:
+        self.model, self.end = model, end
+
+    def generate(self, stopping_criteria: Any = (), **options: Any) -> Any:
+        """As the model does."""
+        return self.model.generate(stopping_criteria=StoppingCriteriaList([*stopping_criteria, self.end]), **options)

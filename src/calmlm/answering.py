@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import StoppingCriteriaList, TextStreamer, set_seed
 
 import calmlm
@@ -188,6 +189,23 @@ class TextModel:
         """One sequence needs no padding, but generate warns where it knows no token for it."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def generate_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    """``model.generate`` for prompts padded on the left, each ended where the positions of an augmenting model end.
+
+    Such a model has tokens of its own, so that rows differ in what they take. Where there is one, they are written one
+    by one: what fills up a row that has ended would be read on with.
+    """
+    contexts = [c for c in own_contexts(model) if c.learned] if isinstance(model, calmlm.CalmForCausalLM) else []
+    if not contexts:
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+    written = []
+    for row, real in zip(input_ids, attention_mask.bool(), strict=True):
+        ids, end = row[real][None], StoppingCriteriaList([EndOfContext(contexts)])
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=end, **options)
+        written.append(torch.cat((row, found[0, ids.shape[1] :])))
+    return torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=options["pad_token_id"])
 
 
 class _Streamer(TextStreamer):

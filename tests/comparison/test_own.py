@@ -19,7 +19,7 @@ from calmlm.comparison.selection import CompareConfig, load_config
 from calmlm.comparison.workers import run
 from calmlm.data.labels import encode_prompt
 from calmlm.errors import ConfigError, DataError
-from calmlm.experiments.fitting import IGNORED
+from calmlm.experiments.fitting import IGNORED, Stage, fit
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers_tiny import tokenizer as tokenizer_of
 
@@ -402,3 +402,58 @@ def test_the_first_token_of_a_text_may_be_a_part_of_a_character(tmp_path: Path, 
     size = _size(domain.tokenizer, ids[0])
     assert size < 4 or len(domain.tokenizer.decode([ids[0]])) == 1
     assert sum(_size(domain.tokenizer, index) for index in ids) == len(text.encode())
+
+
+def apart(folder: Path, values: dict[str, Any], positions: int, **model: Any) -> None:
+    """An augmenting model with letters for tokens and so many learned positions."""
+    letters = {"n_positions": positions, "max_position_embeddings": positions}
+    own(values)["model"] |= {
+        "anchor": save(folder / "long", "llama", tokenizer_of("bytes-large"), max_position_embeddings=400),
+        "augmenting": save(folder / "letters", "gpt2", tokenizer_of("characters"), 1, **letters),
+        "connections": 1,
+        "num_heads": None,
+        **model,
+    }
+
+
+def test_an_augmenting_model_with_few_positions_for_its_own_tokens(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Padding takes none of them, and answers end with them."""
+    apart(tmp_path, values, 36)
+    own(values)["tasks"] = {"both": {"data": write(tmp_path / "asked.jsonl", sums(2))}}
+    domain = domain_of(tmp_path, values)
+    model = domain.compose(domain.augmenting)
+    # Half of the rows are long for the anchor, the others for the augmenting model.
+    texts = ["hello " * 5, "0123456789" * 3]
+    records = [{"prompt": text, "completion": f" {i}"} for i in range(2) for text in texts]
+    rows = domain._encoded(write(tmp_path / "c.jsonl", records))
+    lengths = {len(row["input_ids"]) for row in rows}
+    assert max(lengths) - min(lengths) > 10
+    fit(model, rows, domain._pad, Stage(1, 4, 1e-3), 0)
+    model.generation_config.eos_token_id = None
+    whole = domain.answerer(model)([*texts, "12"], 30)
+    assert [len(domain.tokenizer(text).input_ids) for text in whole[:2]] < [30, 30] and all(whole)
+    assert domain.answerer(model)(["12"], 30) == whole[2:]
+
+
+def test_examples_are_counted_as_a_composition_reads_them(tmp_path: Path, values: dict[str, Any]) -> None:
+    """The anchor's pieces, written in letters; the whole text in tokens of its own may be shorter."""
+    theirs = tokenizer_of("bytes-large")
+    apart(tmp_path, values, 36)
+    own(values)["model"]["augmenting"] = save(
+        tmp_path / "words", "gpt2", theirs, 1, n_positions=36, max_position_embeddings=36
+    )
+    own(values)["model"]["anchor"] = save(
+        tmp_path / "bytes", "llama", tokenizer_of("characters"), max_position_embeddings=400
+    )
+    text = "the quick brown fox is playing and jumps over"
+    assert len(encode_prompt(text, theirs)) < 20 and len(text) > 36
+    lines: list[str] = []
+    own(values)["composition"] = write(tmp_path / "c.jsonl", [{"prompt": "the", "completion": text[3:]}] * 20)
+    domain = domain_of(tmp_path, values)
+    domain.stages.report = lines.append
+    rows = domain._encoded(domain.settings.composition, composed=True)
+    assert {len(row["input_ids"]) for row in rows} == {36}
+    assert lines == ["20 of 20 examples were cut where m_A's context ends, after 36 of its own tokens."]
+    own(values)["tasks"] = {"both": {"data": write(tmp_path / "asked.jsonl", [{"prompt": text, "completion": "x"}])}}
+    with pytest.raises(DataError, match=r"asked.jsonl, line 1: .* 36 of m_A's own tokens, but got 45"):
+        domain_of(tmp_path, values)

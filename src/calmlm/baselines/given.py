@@ -123,9 +123,7 @@ def check_same_shapes(models: list[PreTrainedModel], method: str) -> None:
 
 def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
     """A batch of rows, padded on the right: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64."""
-    batch = collator(pad)(rows)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    batch = collator(pad, masked=True)(rows)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

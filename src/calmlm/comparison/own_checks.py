@@ -141,7 +141,9 @@ def _check_models(own: Own) -> None:
             f"{own.anchor!r}: name another, or none to have it trained."
         )
 
-    contexts = [stated_length(config) for config in configs.values()]
+    # m_A's context is about other tokens where it has a tokenizer of its own.
+    apart = () if own.shares_tokenizer else (own.augmenting, own.vanilla)
+    contexts = [stated_length(config) for source, config in configs.items() if source not in apart]
     context = min((length for length in contexts if length is not None), default=None)
     if own.max_length is not None and context is not None and own.max_length > context:
         raise ConfigError(

@@ -71,7 +71,7 @@ class Own:
         steps, batch_size, learning_rate, weight_decay: of every training.
         full_learning_rate: where all weights of m_B are trained.
         loss_on: as in `calmlm train`.
-        max_length: tokens of a training example at most; the shorter context of the two models if None.
+        max_length: tokens of a training example at most; the context of the models if None.
         max_new_tokens: of an answer.
         evaluation_batch_size: prompts that are answered together.
         validation: rows of D_C that no training sees; where a method has to choose, it chooses on these.
@@ -180,10 +180,13 @@ class Own:
         return found
 
     @property
-    def context(self) -> int | None:
-        """The shorter context of the two models, in tokens; None where neither states one."""
-        lengths = [stated_length(self.configs[source]) for source in (self.anchor, self.augmenting)]
-        return min((length for length in lengths if length is not None), default=None)
+    def contexts(self) -> tuple[int | None, int | None]:
+        """How many tokens m_B and m_A take, each its own; where they share them, both the shorter; None for any."""
+        ours, theirs = (stated_length(self.configs[source]) for source in (self.anchor, self.augmenting))
+        if not self.shares_tokenizer:
+            return ours, theirs
+        shorter = min((length for length in (ours, theirs) if length is not None), default=None)
+        return shorter, shorter
 
 
 def listed(sources: Sources) -> list[str | HubDataset]:

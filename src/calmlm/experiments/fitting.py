@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from calmlm.causal_lm import CalmForCausalLM
+from calmlm.data.context import own_contexts
 from calmlm.data.labels import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
@@ -121,26 +124,40 @@ def _windows(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield found
 
 
-def collator(pad: int) -> Callable[[list[Row]], dict[str, Any]]:
-    """Return a function that pads rows on the right and stacks them."""
+def collator(pad: int, masked: bool = False) -> Callable[[list[Row]], dict[str, Any]]:
+    """Return a function that pads rows on the right and stacks them.
 
-    def collate(rows: list[Row]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), pad)
-        labels = torch.full((len(rows), width), IGNORED)
-        for i, row in enumerate(rows):
-            ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
-        # Padding stands on the right, where a causal model never looks back from: no attention mask is needed.
-        return {"input_ids": ids, "labels": labels}
+    Args:
+        pad: the padding token.
+        masked: whether padding is told from text. It stands where a causal model never looks back from, so that only a
+            model that writes the text in tokens of its own has to know.
+    """
+    return partial(_collate, pad, masked)  # which can be sent to workers
 
-    return collate
+
+def _collate(pad: int, masked: bool, rows: list[Row]) -> dict[str, Any]:
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
+    batch = {"input_ids": ids, "labels": labels}
+    if masked:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    return batch
 
 
 def prompt_argument(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """What tells a model that reads prompts alone where they end, or it would read what is asked for."""
     reads = getattr(getattr(model, "model", None), "reads_prompts", False)
     return {"prompt_mask": prompt_of(labels)} if reads else {}
+
+
+def _own_positions(model: Any) -> bool:
+    """Whether an augmenting model has learned positions for tokens of its own, of which padding would take some."""
+    return isinstance(model, CalmForCausalLM) and any(context.learned for context in own_contexts(model))
 
 
 PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM)
@@ -219,7 +236,7 @@ def fit(
             model=model,
             args=arguments,
             train_dataset=ordered,
-            data_collator=collate or collator(pad),
+            data_collator=collate or collator(pad, masked=_own_positions(model)),
         )
         trainer.remove_callback(PrinterCallback)  # the losses are returned
         trainer.train()

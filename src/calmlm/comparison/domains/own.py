@@ -20,13 +20,14 @@ from transformers import (
 )
 
 import calmlm
+from calmlm.answering import generate_rows
 from calmlm.baselines import Data
 from calmlm.baselines.given import losses_of
 from calmlm.bases.opening import load_base
 from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
 from calmlm.comparison.own_settings import Own, Sources, listed
-from calmlm.data.context import stated_length
+from calmlm.data.context import OwnContext, stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
@@ -34,7 +35,11 @@ from calmlm.data.sources import load_examples
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Transcoder
 
 __all__ = ["OwnModels"]
 
@@ -170,32 +175,61 @@ class OwnModels(TextDomain):
     def _check_lengths(self, name: str, examples: list[Example]) -> None:
         """Raise for an item that one of the models could not read, or not answer; say how many answers are too long."""
         answered = self.settings.tasks[name].metric != "bits_per_byte"
-        context, longer = self.settings.context, 0
+        longer = 0
         for example in examples:
             text = example.fields["prompt"] if answered else "".join(example.fields.values())
-            for tokenizer in (self.tokenizer, self.augmenting_tokenizer):
+            tokenizers = (self.tokenizer, self.augmenting_tokenizer)
+            for tokenizer, context in zip(tokenizers, self.settings.contexts, strict=True):
                 length = len(encode_prompt(text, tokenizer)) + (self.max_new_tokens if answered else 0)
                 if context is not None and length > context:
                     raise DataError(
-                        f"{example.place}: expected at most {context} tokens, the shorter context of the two models, "
-                        f"but got {length}{' with the answer' if answered else ''}: shorten it, or lower "
+                        f"{example.place}: expected at most {context} tokens, the context of the models, but got "
+                        f"{length}{' with the answer' if answered else ''}: shorten it, or lower "
                         f"max_new_tokens."
                     )
                 if answered and length == self.max_new_tokens:
                     raise DataError(f"{example.place}: expected a prompt, but it is empty: write one.")
+            for own in self._own_contexts:
+                count = own.count(encode_prompt(text, self.tokenizer))
+                if count > own.length:
+                    raise DataError(
+                        f"{example.place}: expected text that the anchor's tokens spell in at most {own.length} of "
+                        f"m_A's own tokens, but got {count}: shorten it."
+                    )
             if answered:
                 whole = encode_prompt(example.fields["completion"], self.tokenizer)
                 longer += len(whole) > self.max_new_tokens
         if longer:
             self.stages.report(f"{longer} of {len(examples)} answers of {name} are longer than max_new_tokens.")
 
-    def _encoded(self, sources: Sources) -> list[Row]:
-        limits = [limit for limit in (self.settings.max_length, self.settings.context) if limit is not None]
+    @cached_property
+    def _own_contexts(self) -> list[OwnContext]:
+        """m_A's, where it reads the anchor's text in tokens of its own; as compositions will have it."""
+        own = self.settings
+        length = stated_length(own.configs[own.augmenting])
+        if own.shares_tokenizer or length is None:
+            return []
+        if own.model.alignment == "transcode":
+            writer: Transcoder | Rewriter = Transcoder(Alignment.between(self.tokenizer, self.augmenting_tokenizer))
+        else:
+            method = str(own.model.alignment)
+            writer = Rewriter(Rewriting.between(self.tokenizer, self.augmenting_tokenizer, method, None)).eval()
+        return [OwnContext("m_A", length, True, writer)]
+
+    def _encoded(self, sources: Sources, *, composed: bool = False) -> list[Row]:
+        """The rows of some data; where they train compositions, no longer than m_A can read."""
+        limits = [limit for limit in (self.settings.max_length, self.settings.contexts[0]) if limit is not None]
         examples = load_examples(listed(sources))
         longest = min(limits, default=None)
-        encoded = encode_examples(examples, self.tokenizer, max_length=longest, loss_on=self.settings.loss_on)
+        own = self._own_contexts if composed else []
+        encoded = encode_examples(examples, self.tokenizer, max_length=longest, loss_on=self.settings.loss_on, own=own)
         if encoded.truncated:
             self.stages.report(f"{encoded.truncated} of {len(encoded.rows)} examples were cut at {longest} tokens.")
+        for name, count in encoded.outgrown.items():
+            self.stages.report(
+                f"{count} of {len(encoded.rows)} examples were cut where {name}'s context ends, after {own[0].length} "
+                f"of its own tokens."
+            )
         if longest is not None and not self.settings.shares_tokenizer:
             self._check_theirs(examples)
         return encoded.rows
@@ -225,7 +259,7 @@ class OwnModels(TextDomain):
     @cached_property
     def _split(self) -> tuple[list[Row], list[Row]]:
         """What is held out of D_C, and the rest."""
-        rows = self._encoded(self.settings.composition)
+        rows = self._encoded(self.settings.composition, composed=True)
         random.Random(f"own-validation-{self.seed}").shuffle(rows)
         # A fifth of a small D_C; the same text on both sides would make the choice on what was learned.
         held = rows[: min(self.settings.validation, len(rows) // 5)]
@@ -262,9 +296,10 @@ class OwnModels(TextDomain):
                 ids = [encode_prompt(prompt, tokenizer) for prompt in prompts[start : start + size]]
                 batch = tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt").to(model.device)
                 with torch.no_grad():
-                    written = model.generate(
-                        input_ids=batch["input_ids"],
-                        attention_mask=batch["attention_mask"],
+                    written = generate_rows(
+                        model,
+                        batch["input_ids"],
+                        batch["attention_mask"],
                         max_new_tokens=tokens or self.max_new_tokens,
                         do_sample=False,
                         pad_token_id=tokenizer.pad_token_id,

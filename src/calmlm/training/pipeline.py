@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from transformers import set_seed
 
+from calmlm.bases.families import first_line
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples
-from calmlm.errors import ConfigError
-from calmlm.files.storage import WEIGHTS_NAME, read_tensors
+from calmlm.errors import CalmError, ConfigError
+from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.training.backends import Rows, make_arguments, make_trainer, set_packing_length
 from calmlm.training.run_folder import RunFolder, best_of, replacing_folder, steps_of
@@ -71,6 +75,7 @@ def train(
     for given in (rows, eval_rows or []):
         check_ids(model, given)
     check_views(model, rows)
+    check_saving(model, tokenizer, checkpoints=arguments.save_strategy != "no")
     set_packing_length(arguments, max_length)
 
     checkpoint = folder.last_checkpoint() if resume else None
@@ -100,9 +105,7 @@ def train(
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         steps, loss = outcome.global_step, outcome.training_loss
     if trainer.is_world_process_zero():
-        with replacing_folder(folder.composition) as fresh:
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+        _save(model, tokenizer, folder.composition, report)
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(folder.composition, steps, loss)
 
@@ -168,6 +171,37 @@ def check_inputs(model: Any) -> None:
             )
 
 
+def check_saving(model: Any, tokenizer: Any, *, checkpoints: bool) -> None:
+    """Raise where what the run ends with could not be written, for its form.
+
+    Args:
+        model: the composition.
+        tokenizer: is saved beside it.
+        checkpoints: whether the trainer will save both on the way, and stop where that fails.
+
+    Raises:
+        ConfigError: naming what cannot be written.
+    """
+    try:
+        portable_config(model.config, Path()).to_json_string()
+        model.generation_config.to_json_string()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model: expected models whose configuration can be saved, but it cannot ({first_line(error)}); mend their "
+            f"config.json and generation_config.json."
+        ) from error
+    if not checkpoints:
+        return
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            tokenizer.save_pretrained(place)
+        except Exception as error:  # some kinds have files and code of their own
+            raise ConfigError(
+                f"tokenizer: expected one that can be saved with each checkpoint, but it cannot ({first_line(error)}); "
+                f"name another, or set trainer.save_strategy to no."
+            ) from error
+
+
 def check_views(model: Any, rows: Rows) -> None:
     """Raise where an augmenting model reads the content of messages alone, and the data hold none.
 
@@ -180,6 +214,42 @@ def check_views(model: Any, rows: Rows) -> None:
                 f"model.augmenting_view: expected conversations in the anchor's chat template, but the augmenting "
                 f"model {name!r} would see nothing of the data; give 'messages', or leave the view out."
             )
+
+
+def _save(model: Any, tokenizer: Any, target: Path, report: Report) -> None:
+    """Save the result of a run; where that cannot be, in a folder for temporary files.
+
+    Raises:
+        CalmError: it does not lie where it was to be; the message says where it does.
+    """
+
+    def save(place: Path) -> None:
+        with replacing_folder(place) as fresh:
+            model.save_pretrained(fresh)
+            with tempfile.TemporaryDirectory() as private:
+                aside = Path(private) / "tokenizer"  # half of its files would be taken for all
+                aside.mkdir()
+                try:
+                    tokenizer.save_pretrained(aside)
+                    shutil.copytree(aside, fresh, dirs_exist_ok=True)
+                except Exception as error:  # the weights took longer
+                    report(
+                        f"The tokenizer could not be saved beside the composition ({first_line(error)}): name one with "
+                        f"--tokenizer."
+                    )
+
+    try:
+        save(target)
+    except (OSError, SafetensorError) as error:
+        second = Path(tempfile.mkdtemp(prefix="calmlm-")) / target.name
+        try:
+            save(second)
+        except (OSError, SafetensorError):
+            raise error from None
+        raise CalmError(
+            f"Expected to save the composition in {target}, but that failed ({first_line(error)}), so it lies in "
+            f"{second}: move it."
+        ) from error
 
 
 def _part(entry: dict[str, Any] | None, key: str) -> Any:

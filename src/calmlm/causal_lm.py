@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import warnings
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calmlm.bases.fingerprint import check_fingerprint, has_changed
+from calmlm.bases.fingerprint import check_fingerprint
+from calmlm.bases.origins import expanded, warn_of_changes
+from calmlm.bases.sharding import shape_of
 from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig, check_names
 from calmlm.decoding.loops import CalmGenerationMixin
 from calmlm.errors import ConfigError
-from calmlm.files import publishing, storage
+from calmlm.files import saving, storage
 from calmlm.files.loading import load_composition
+from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
+from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.readers import Inputs, prompt_of
 from calmlm.tokens.alignment import Alignment
@@ -34,7 +37,7 @@ from calmlm.tokens.retokenization import Rewriting
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
+class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
     """A composition of frozen language models that trains, generates, saves and loads as one.
 
     Only the connectors have ``requires_grad``. Make one with ``calmlm.compose`` or ``from_pretrained``.
@@ -54,6 +57,8 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
             self.generation_config = copy.deepcopy(anchor.generation_config)
         self._note_tensors()
         self.post_init()
+        self._place: str | None = None  # where this composition can be loaded once more
+        self._rename()
 
     # What belongs to whom
 
@@ -112,25 +117,29 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         """The composition's own tensors, by name.
 
         Raises:
-            ConfigError: when ``state_dict`` lacks some.
+            ConfigError: when ``state_dict`` lacks some, or processes hold parts of them.
         """
-        if state_dict is None:
-            return {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
-        own = self._shapes
-        # As wrappers name them: DDP, torch.compile.
-        given = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in state_dict.items()}
-        missing = sorted(name for name, shape in own.items() if name not in given or given[name].shape != shape)
-        if missing:
-            raise ConfigError(
-                f"state_dict must hold the composition's tensors as state_dict() names them, but {len(missing)} of "
-                f"{len(own)} are missing or have other shapes, for example {missing[0]!r}: pass the composition's own."
-            )
-        return {name: given[name] for name in own}
+        if state_dict is not None:
+            return saving.own_tensors(state_dict, self._shapes)
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
+        saving.check_whole(tensors, self._shapes)
+        return tensors
+
+    def _rename(self) -> None:
+        """Set the name by which trainers load a reference and a tokenizer: where this composition lies, or nowhere."""
+        rename(self, self._place if self.model.active == set(self.model.augmenting) else None)
+
+    def train(self, mode: bool = True) -> CalmForCausalLM:
+        """As in torch; a composition that trains is no longer what lies where it was loaded."""
+        if mode and any(parameter.requires_grad for parameter in self.model.connectors.parameters()):
+            self._place = None
+            self._rename()
+        return super().train(mode)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        """Trainable and all parameters, those of a model that is spread over processes counted as a whole."""
+        sizes = [(math.prod(shape_of(p)), p.requires_grad) for p in self.parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many, and what share that is."""
@@ -174,8 +183,8 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
                 self.anchor,
                 theirs.get("fingerprint"),
                 "anchor",
-                theirs.get("id") or "the other composition's anchor",
-                ours.get("id") or "this one's anchor",
+                f"{theirs.get('id') or '(in memory)'} of the other composition",
+                f"{ours.get('id') or '(in memory)'} of this one",
             )
         else:
             other = type(self).from_pretrained(source, anchor=self.anchor, **options)
@@ -193,7 +202,7 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
                 f"source_name must be one of the augmenting models of that composition ({', '.join(names)}), but got "
                 f"{source_name!r}: name one of them."
             )
-        self._note_tensors()
+        self._settle()
 
     def remove_augmenting(self, name: str) -> None:
         """Take one augmenting model out; the last one cannot be.
@@ -208,17 +217,25 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
                 f"the anchor itself."
             )
         self.model.remove(name)
+        self._settle()
+
+    def _settle(self) -> None:
+        """After the composition has become another one."""
         self._note_tensors()
+        self._place = None
+        self._rename()
 
     def enable_augmenting(self, name: str) -> None:
         """Let one augmenting model speak again after ``disable_augmenting``; caches begin anew."""
         self._check_name(name)
         self.model.active.add(name)
+        self._rename()
 
     def disable_augmenting(self, name: str) -> None:
         """Silence one augmenting model until ``enable_augmenting``; caches begin anew."""
         self._check_name(name)
         self.model.active.discard(name)
+        self._rename()
 
     def _check_name(self, name: str) -> None:
         if name not in self.model.augmenting:
@@ -296,19 +313,6 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
 
     # Files
 
-    def _warn_of_changes(self) -> None:
-        """Warn where a base is not the one that was composed: it is named, not saved."""
-        entries = (self.config.anchor, *self.config.augmenting.values())
-        names = ("anchor", *self.config.augmenting)
-        bases = (self.anchor, *(self.augmenting[name] for name in self.config.augmenting))
-        for name, model, entry in zip(names, bases, entries, strict=True):
-            if has_changed(model, entry.get("fingerprint")):
-                warnings.warn(
-                    f"The model {name!r} has changed since it was composed, and the composition is saved without it: "
-                    f"save that model, and compose anew from what was saved.",
-                    stacklevel=3,
-                )
-
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -327,67 +331,18 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
         """
         if not is_main_process:
             return
-        folder = Path(save_directory)
+        folder = Path(expanded(save_directory))
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
         storage.check_free(folder)
+        tensors = self.composition_tensors(state_dict)
         if state_dict is None:
-            self._warn_of_changes()
-        config = storage.portable_config(self.config, folder)
-        files = {
-            storage.WEIGHTS_NAME: storage.tensor_writer(self.composition_tensors(state_dict)),
-            "config.json": storage.text_writer(config.to_json_string()),
-            storage.GENERATION_NAME: storage.text_writer(self.generation_config.to_json_string()),
-        } | {
-            storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
-            for name, alignment in self.model.alignments.items()
-        }
-        if not (folder / publishing.CARD_NAME).exists():
-            files[publishing.CARD_NAME] = storage.text_writer(publishing.model_card(config))
-        storage.write_together(folder, files)
+            entries = self.config.augmenting.items()
+            told = [(name, self.augmenting[name], entry) for name, entry in entries]
+            warn_of_changes([("anchor", self.anchor, self.config.anchor), *told])
+        saving.save_composition(folder, self.config, tensors, self.generation_config, self.model.alignments)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload the composition's tensors, configuration and model card to a repository, made if needed.
-
-        Args:
-            repo_id: name of the repository, with its owner.
-            commit_message: of the upload.
-            commit_description: what the commit or pull request says besides.
-            private: whether a new repository is private; the hub's default where None.
-            token: the hub's access token; the stored one by default.
-            revision: branch to upload to.
-            create_pr: whether to open a pull request instead.
-
-        Returns:
-            the address of the commit.
-
-        Raises:
-            ConfigError: when a base model has no hub id, so that nobody else could load the composition, or the hub
-                refuses or cannot be reached.
-        """
-        return publishing.upload(
-            self.save_pretrained,
-            self.config,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:
@@ -404,10 +359,19 @@ class CalmForCausalLM(CalmPreTrainedModel, CalmGenerationMixin):
             CheckpointError: when the folder holds no composition, a damaged one, or one made on other bases.
             ModelError: when a base model cannot be loaded.
         """
-        return load_composition(cls, pretrained_model_name_or_path, **kwargs)
+        source, report = expanded(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        check_saved(source)
+        model = load_composition(cls, source, **kwargs)
+        model._place = name_of(source, kwargs)
+        model._rename()
+        # It is loaded as a whole, or not at all.
+        amiss: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return (model, amiss | {"error_msgs": []}) if report else model  # type: ignore[return-value]
 
 
 AutoConfig.register(CalmConfig.model_type, CalmConfig)
 AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM)
+AutoTokenizer.register(CalmConfig, tokenizer_class=CompositionTokenizer)
+AutoProcessor.register(CalmConfig, CompositionProcessor)
 # Trainer smooths the labels of classes that stand here as those of causal models, shifted by one, and of others as not.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CalmConfig.model_type] = CalmForCausalLM.__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.opening import load_anchor, load_any
+from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
 from calmlm.errors import ConfigError, ModelError
@@ -22,6 +23,13 @@ from calmlm.tokens.retokenization import METHODS, Rewriting
 from calmlm.tokens.views import VIEWS
 
 DEFAULT_NAME = "augmenting"
+NOT_RECORDED = frozenset(
+    ("subfolder", "variant", "gguf_file", "config", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs")
+)
+"""Options of ``from_pretrained`` that make another model of what lies at an id, as all settings of its configuration
+do, except the following."""
+FREE = frozenset(("dtype", "quantization_config"))
+
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
@@ -112,29 +120,27 @@ def compose(
                 f"{argument} must name augmenting models ({', '.join(sources)}), but got {', '.join(unknown)}: use "
                 f"their names."
             )
-    if "subfolder" in load_options:
-        raise ConfigError(
-            "A model must lie at the top of its id or folder, but subfolder was given: name the subfolder's own path."
-        )
+    _check_options(sorted(set(load_options) & NOT_RECORDED))
     if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
         raise ConfigError(
             f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
             f"got {', '.join(sorted(load_options))}: check the spelling or leave them out."
         )
-    anchor_model = load_anchor(str(anchor), "anchor", revision=revision, **shared) if _is_name(anchor) else anchor
+    hub: dict[str, Any] = {key: shared[key] for key in ("token", "cache_dir", "local_files_only") if key in shared}
+    remote = {**hub, "trust_remote_code": trust_remote_code}
+    anchor_model, origin = _opened(anchor, "anchor", load_anchor, revision, hub, shared)
     anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
-    anchor_entry = _entry(anchor_model, revision, layers_path)  # before it runs: RWKV scales its weights then
+    anchor_entry = _entry(anchor_model, origin, layers_path)  # before it runs: RWKV scales its weights then
     anchor_backbone.probe("anchor")
-    hub = {key: shared[key] for key in ("token", "cache_dir", "local_files_only", "trust_remote_code") if key in shared}
     if tokenizer is None:
-        tokenizer = _tokenizer_of(anchor_model, revision, **hub)
+        tokenizer = _tokenizer_of(anchor_model, origin, **remote)
 
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
     alignments: dict[str, Alignment | Rewriting] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
-        model = load_any(str(source), role, revision=augmenting_revision, **shared) if _is_name(source) else source
+        model, origin = _opened(source, role, load_any, augmenting_revision, hub, shared)
         named = isinstance(augmenting, Mapping)
         if not isinstance(model, PreTrainedModel) or (not named and not is_decoder(model)):
             # Says what is wrong with it; an encoder's inputs come by name, so the encoder itself has to.
@@ -144,7 +150,7 @@ def compose(
                 f"The {role} must be a model of its own, but got one model twice: "
                 f"load it a second time to compose it with itself."
             )
-        entry = _entry(model, augmenting_revision, augmenting_layers_path)
+        entry = _entry(model, origin, augmenting_layers_path)
         if is_decoder(model):
             backbone = Backbone.of(model, role, augmenting_layers_path)
             backbone.probe(role)
@@ -152,7 +158,7 @@ def compose(
                 augmenting_tokenizer.get(name) if isinstance(augmenting_tokenizer, Mapping) else augmenting_tokenizer
             )
             if theirs is None:
-                theirs = _tokenizer_of(model, augmenting_revision, **hub)
+                theirs = _tokenizer_of(model, origin, **remote)
             method = alignment.get(name, "transcode") if isinstance(alignment, Mapping) else alignment
             view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
@@ -195,7 +201,6 @@ def compose(
         anchor=anchor_entry,
         augmenting=entries,
     )
-    config.name_or_path = anchor_entry["id"]  # where trainers look for a tokenizer
     composed = CalmForCausalLM(config, anchor_model, models, alignments)
     composed.model.connectors.to(composition_dtype)
     return composed.eval()
@@ -211,17 +216,52 @@ def is_decoder(model: PreTrainedModel) -> bool:
     return speaks and not model.config.is_encoder_decoder
 
 
-def _entry(model: PreTrainedModel, revision: str | None, layers_path: str | None) -> dict[str, Any]:
-    source = model.name_or_path or ""
-    # A folder is to be found again from whatever folder is the working directory by then.
-    source = str(Path(source).resolve()) if source and Path(source).is_dir() else source
-    entry = {"id": source, "revision": revision, "fingerprint": fingerprint(model)}
+def _check_options(given: list[str]) -> None:
+    """Raise for options that change what lies at an id, which nobody would know of when the composition is loaded.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if given:
+        raise ConfigError(
+            f"A model must be all that lies at its id or folder, but {', '.join(given)} would change that: save the "
+            f"model that you want with save_pretrained, and compose from its own folder."
+        )
+
+
+def _opened(
+    source: Any, role: str, load: Callable[..., PreTrainedModel], revision: str | None, hub: Any, shared: Any
+) -> tuple[Any, Origin]:
+    """A base model, loaded where it is named, and its origin."""
+    if not _is_name(source):
+        check_whole(source, role)
+        if not isinstance(source, PreTrainedModel):
+            return source, ("", None)  # Backbone says what is wrong with it
+        origin, certain = origin_in_memory(source, revision)
+        if not certain:
+            warnings.warn(
+                f"The {role} in memory is called {origin[0]!r}, which is neither a folder here nor in the hub's cache: "
+                f"pass its id or full path itself, or loading the composition may not find it.",
+                stacklevel=3,
+            )
+        return source, origin
+    name = expanded(source)
+    origin = named_origin(name, revision, **hub)
+    model = load(name, role, revision=origin[1], **shared)
+    given = {key for key, value in shared.items() if value is not None and key not in FREE}
+    _check_options(sorted(given & set(model.config.to_dict())))
+    return model, origin
+
+
+def _entry(model: PreTrainedModel, origin: Origin, layers_path: str | None) -> dict[str, Any]:
+    entry = {"id": origin[0], "revision": origin[1], "fingerprint": fingerprint(model)}
     return entry | ({"layers_path": layers_path} if layers_path else {})
 
 
-def _tokenizer_of(model: PreTrainedModel, revision: str | None, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a loaded model's id or folder, or None."""
-    return find_tokenizer(model.name_or_path, revision=revision, **options) if model.name_or_path else None
+def _tokenizer_of(model: PreTrainedModel, origin: Origin, **options: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies where a model lies, or where a model in memory came from; None where there is none."""
+    source, revision = origin if origin[0] else (model.name_or_path, None)
+    return find_tokenizer(source, revision=revision, **options) if source else None
 
 
 def align(

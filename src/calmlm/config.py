@@ -214,6 +214,9 @@ class CalmConfig(PreTrainedConfig):
 
     model_type = "calm"
     sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
+    auto_map: ClassVar[
+        dict[str, str]
+    ] = {}  # no code comes with a composition; TRL asks every class that it does not know
 
     text_config: Any = None
     anchor: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -6,11 +6,18 @@ import hashlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from calmlm.bases.sharding import is_absent, shape_of
 from calmlm.errors import CheckpointError
 
 SAMPLE = 256  # values per tensor that go into a fingerprint
+DIFFERENCES = {
+    "architecture": "of another architecture",
+    "shapes": "with tensors of other names or shapes",
+    "values": "with other weights",
+}
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -20,23 +27,40 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         ``{"architecture", "shapes", "values", "dtype"}``: a class name, two sha256 digests, and the dtype of the
-        weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser.
+        weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser, and for weights that
+        lie on a disk or with other processes.
     """
-    shapes, values, quantised = hashlib.sha256(), hashlib.sha256(), getattr(model, "hf_quantizer", None) is not None
-    for name, tensor in sorted(model.named_parameters()):
-        shapes.update(f"{name}:{tuple(tensor.shape)};".encode())
-        if quantised or tensor.is_meta:
-            quantised = True
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16)
-        values.update(sample.view(torch.int16).numpy().tobytes())
+    parameters = sorted(model.named_parameters())
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    unknown = quantised or any(is_absent(tensor) for _, tensor in parameters)
+    values = hashlib.sha256()
+    for _, tensor in () if unknown else parameters:
+        values.update(sampled(tensor).view(torch.int16).numpy().tobytes())
     return {
         "architecture": type(model).__name__,
-        "shapes": None if quantised else shapes.hexdigest(),
-        "values": None if quantised else values.hexdigest(),
+        "shapes": None if quantised else shapes_of(model),
+        "values": None if unknown else values.hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def shapes_of(model: PreTrainedModel) -> str:
+    """A sha256 digest of the names and shapes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name}:{shape_of(tensor)};".encode())
+    return digest.hexdigest()
+
+
+def sampled(tensor: Tensor, loaded_as: torch.dtype | None = None) -> Tensor:
+    """Up to ``SAMPLE`` values from all over a tensor, or from what it is loaded as, rounded to bfloat16, on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(loaded_as or tensor.dtype).to("cpu", torch.bfloat16)
+
+
+def comparable(first: str, second: str | None) -> bool:
+    """Whether the same weights in these two dtypes have equal samples; float16 rounds otherwise than bfloat16."""
+    return first == second or {first, second} <= {"float32", "bfloat16"}
 
 
 def has_changed(model: PreTrainedModel, expected: dict[str, Any] | None) -> bool:
@@ -55,8 +79,8 @@ def check_fingerprint(
 ) -> None:
     """Raise unless ``model`` is the base that a composition was made on.
 
-    Values are compared where both sides are float32 or bfloat16; other dtypes round differently, so that only
-    architecture and shapes can be held against each other.
+    Values are compared where both sides are of one dtype, or of float32 and bfloat16; others round differently, so that
+    only architecture and shapes can be held against each other.
 
     Raises:
         CheckpointError: naming both models.
@@ -65,11 +89,18 @@ def check_fingerprint(
         return
     found = fingerprint(model)
     keys = ["architecture", "shapes"]
-    if {found["dtype"], expected.get("dtype")} <= {"float32", "bfloat16"}:
+    if comparable(found["dtype"], expected.get("dtype")):
         keys.append("values")
     for key in keys:
         if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
+            made, now = f"{wanted!r} ({expected.get('architecture')})", f"{got!r} ({found['architecture']})"
+            if wanted == got:
+                raise CheckpointError(
+                    f"The {role} must be {made} as it was when this composition was made, but it has changed since and "
+                    f"is now a model {DIFFERENCES[key]}: bring that model back, or pass it as "
+                    f"{'anchor' if role == 'anchor' else 'augmenting'}=."
+                )
             raise CheckpointError(
-                f"The {role} must be {wanted!r} ({expected.get('architecture')}), on which this composition was made, "
-                f"but got {got!r} ({found['architecture']}) with other {key}: load it on the model that it was made on."
+                f"The {role} must be {made}, on which this composition was made, but got {now}, a model "
+                f"{DIFFERENCES[key]}: load it on the model that it was made on."
             )

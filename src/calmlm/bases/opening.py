@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from calmlm.bases.origins import check_folder, check_whole
 from calmlm.errors import ConfigError, ModelError, first_line
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -110,6 +111,7 @@ def check_dtype(dtype: Any) -> None:
 
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
     check_dtype(options.get("dtype"))
+    check_folder(source, role)
     options = {"trust_remote_code": False, "use_safetensors": True} | {
         k: v for k, v in options.items() if v is not None
     }
@@ -133,4 +135,5 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
             f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
             f"example {missing[0]!r}: choose a complete {kind}."
         )
+    check_whole(model, role)
     return model

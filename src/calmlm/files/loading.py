@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from transformers.utils import cached_file
 from calmlm.bases.families import Backbone
 from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.opening import load_again
+from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
@@ -28,8 +30,8 @@ def load_composition(
     cls: type[Model],
     source: str | Path,
     *,
-    anchor: PreTrainedModel | str | None = None,
-    augmenting: PreTrainedModel | str | dict[str, PreTrainedModel | str] | None = None,
+    anchor: PreTrainedModel | str | Path | None = None,
+    augmenting: PreTrainedModel | str | Path | dict[str, PreTrainedModel | str | Path] | None = None,
     config: CalmConfig | None = None,
     revision: str | None = None,
     subfolder: str = "",
@@ -44,6 +46,7 @@ def load_composition(
     """
     hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
     hub |= {"revision": revision, "subfolder": subfolder}
+    reached = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
     config = config if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
     folder = weights.parent
@@ -57,24 +60,32 @@ def load_composition(
             f"but got {', '.join(unknown)}: use its names."
         )
 
-    def base(given: PreTrainedModel | str | None, entry: dict[str, Any], role: str) -> PreTrainedModel:
+    def base(given: PreTrainedModel | str | Path | None, entry: dict[str, Any], role: str) -> PreTrainedModel:
         recorded = entry.get("id") or ""
         if given is None and not recorded:
             raise CheckpointError(
                 f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was a model in memory "
                 f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
             )
-        if isinstance(given, PreTrainedModel):
-            model, name = given, given.name_or_path or type(given).__name__
-        else:
-            name = str(given) if given is not None else storage.resolve_source(recorded, folder)
+        # Relative to this folder, the name would lead nowhere once the composition is saved in another.
+        wanted = entry["id"] = storage.resolve_source(recorded, folder)
+        if given is None or isinstance(given, (str, Path)):
+            name = expanded(given) if given is not None else wanted
             base_revision = entry.get("revision") if given is None else None
             made = None if given is not None else (entry.get("fingerprint") or {}).get("architecture")
             settings = {"trust_remote_code": trust_remote_code, "revision": base_revision, **options}
-            model = load_again(name, role, made, **settings)
-        check_fingerprint(model, entry.get("fingerprint"), role, recorded or "(in memory)", name)
-        # A name relative to this folder would be wrong once the composition is saved in another folder.
-        entry["id"] = storage.resolve_source(recorded, folder)
+            model: Any = load_again(name, role, made, **settings)
+        else:
+            model = given
+            name = f"{getattr(given, 'name_or_path', '') or type(given).__name__} (in memory)"
+            check_whole(model, role)
+        if not isinstance(model, PreTrainedModel):
+            Backbone.of(model, role)  # says what is wrong with it
+        check_fingerprint(model, entry.get("fingerprint"), role, wanted or "(in memory)", name)
+        if given is not None and (not wanted or (os.path.isabs(wanted) and not Path(wanted).is_dir())):
+            # What was recorded leads nowhere; what was given may.
+            found = origin_in_memory(model, None)[0] if model is given else named_origin(name, None, **reached)
+            entry["id"], entry["revision"] = found
         return model
 
     anchor_model = base(anchor, config.anchor, "anchor")
@@ -111,8 +122,6 @@ def load_composition(
     generation = read_generation(source, hub)
     if generation is not None:
         model.generation_config = generation
-    model.name_or_path = str(source)
-    config.name_or_path = anchor_model.name_or_path  # where trainers look for a tokenizer
     return model.eval()
 
 
@@ -230,12 +239,11 @@ def _check_tokenizers(
     config: CalmConfig,
 ) -> None:
     """Warn where the tokenizers that lie beside both models are not those that the alignment was made from."""
-    found = [
-        find_tokenizer(model.name_or_path, revision=entry.get("revision"), local_files_only=True)
-        if model.name_or_path
-        else None
-        for model, entry in ((anchor, config.anchor), (augmenting, config.augmenting[name]))
-    ]
+    found = []
+    for model, entry in ((anchor, config.anchor), (augmenting, config.augmenting[name])):
+        revision = entry.get("revision") if model.name_or_path == entry.get("id") else None
+        place = model.name_or_path
+        found.append(find_tokenizer(place, revision=revision, local_files_only=True) if place else None)
     if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
         return  # the saved table needs neither
     if digest(*found, templates=getattr(alignment, "view", None) is not None) != alignment.digest:

@@ -49,39 +49,57 @@ def model_card(config: CalmConfig) -> str:
     )
 
 
-def upload(
-    save: Callable[[str], object],
-    config: CalmConfig,
-    repo_id: str,
-    *,
-    commit_message: str | None,
-    commit_description: str | None,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
-) -> str:
-    """Upload what ``save`` writes into a folder; see ``CalmForCausalLM.push_to_hub``.
+class Published:
+    """A composition that can be uploaded."""
 
-    Raises:
-        ConfigError: when a base model has no hub id, or the hub refuses or cannot be reached.
-    """
-    check_published(config)
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        api = HfApi(token=token)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(
-                folder_path=folder,
-                repo_id=repo_id,
-                commit_message=commit_message or "Upload a composition",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
-            raise ConfigError(
-                f"The hub must be reached and take the repository {repo_id!r}, but it did not "
-                f"({first_line(error)}): check the name, the token and the network."
-            ) from error
+    config: CalmConfig
+    save_pretrained: Callable[..., None]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the composition's tensors, configuration and model card to a repository, made if needed.
+
+        Args:
+            repo_id: name of the repository, with its owner.
+            commit_message: of the upload.
+            commit_description: what the commit or pull request says besides.
+            private: whether a new repository is private; the hub's default where None.
+            token: the hub's access token; the stored one by default.
+            revision: branch to upload to.
+            create_pr: whether to open a pull request instead.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ConfigError: when a base model has no hub id, so that nobody else could load the composition, or the hub
+                refuses or cannot be reached.
+        """
+        check_published(self.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            try:
+                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                return api.upload_folder(
+                    folder_path=folder,
+                    repo_id=repo_id,
+                    commit_message=commit_message or "Upload a composition",
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                )
+            except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+                raise ConfigError(
+                    f"The hub must be reached and take the repository {repo_id!r}, but it did not "
+                    f"({first_line(error)}): check the name, the token and the network."
+                ) from error

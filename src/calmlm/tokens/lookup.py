@@ -22,8 +22,12 @@ def find_tokenizer(source: str | Path, **options: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception:  # transformers raises different errors, depending on which file is missing
         return None
-    # Where there is no tokenizer, transformers makes an empty one for some types of model (GPT-2, Gemma).
-    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+    return None if is_made_up(tokenizer) else tokenizer
+
+
+def is_made_up(tokenizer: Any) -> bool:
+    """Whether transformers made an empty tokenizer up where there is none, as for GPT-2 and Gemma."""
+    return not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
 
 
 def load_tokenizer(

@@ -14,12 +14,12 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from calmlm.bases.families import first_line
+from calmlm.bases.sharding import gathered
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples
-from calmlm.errors import CalmError, ConfigError
+from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.training.backends import Rows, make_arguments, make_trainer, set_packing_length
@@ -104,10 +104,24 @@ def train(
     else:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         steps, loss = outcome.global_step, outcome.training_loss
-    if trainer.is_world_process_zero():
-        _save(model, tokenizer, folder.composition, report)
-    trainer.accelerator.wait_for_everyone()
+    save_result(trainer, model, tokenizer, folder.composition, report)
     return TrainingResult(folder.composition, steps, loss)
+
+
+def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: Report = print) -> None:
+    """Write a trained composition and its tokenizer; every process has to call this, and the first one writes.
+
+    Args:
+        trainer: which may have spread the model over processes.
+        model: the composition.
+        tokenizer: its own.
+        target: a folder, replaced as a whole.
+        report: takes a line about what could not be saved.
+    """
+    state = gathered(trainer.model_wrapped, model.is_composition)
+    if trainer.is_world_process_zero():
+        _save(model, tokenizer, target, report, state)
+    trainer.accelerator.wait_for_everyone()
 
 
 def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
@@ -216,7 +230,7 @@ def check_views(model: Any, rows: Rows) -> None:
             )
 
 
-def _save(model: Any, tokenizer: Any, target: Path, report: Report) -> None:
+def _save(model: Any, tokenizer: Any, target: Path, report: Report, state: dict[str, Any] | None) -> None:
     """Save the result of a run; where that cannot be, in a folder for temporary files.
 
     Raises:
@@ -225,7 +239,7 @@ def _save(model: Any, tokenizer: Any, target: Path, report: Report) -> None:
 
     def save(place: Path) -> None:
         with replacing_folder(place) as fresh:
-            model.save_pretrained(fresh)
+            model.save_pretrained(fresh, state_dict=state)
             with tempfile.TemporaryDirectory() as private:
                 aside = Path(private) / "tokenizer"  # half of its files would be taken for all
                 aside.mkdir()

@@ -1,0 +1,246 @@
+"""Where a base model lies: an id or a folder is recorded only where loading it gives the model that was composed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, is_offline_mode, resolve_revision
+from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from calmlm.bases.fingerprint import has_changed, sampled, shapes_of
+from calmlm.bases.sharding import is_absent
+from calmlm.config import CalmConfig
+from calmlm.errors import ModelError
+
+ADAPTER_FILE = "adapter_config.json"
+SETTINGS = ("rope_parameters", "sliding_window", "layer_types")  # that people change, and no weight shows
+Origin = tuple[str, str | None]
+"""An id and its revision, or an absolute folder and None; ``("", None)`` for a model that lies nowhere."""
+
+
+def expanded(source: str | Path) -> str:
+    """An id, or the path of a folder without ``~``."""
+    return os.path.expanduser(source)
+
+
+def check_whole(model: Any, role: str) -> None:
+    """Raise where a model is more than one set of weights with one name: adapters, or a composition.
+
+    Raises:
+        ModelError: for such a model.
+    """
+    layers = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", ())
+    adapted = isinstance(model, torch.nn.Module) and any(isinstance(module, layers) for module in model.modules())
+    if adapted or isinstance(model, wrapper):
+        raise _adapted(role, getattr(model, "name_or_path", "") or type(model).__name__)
+    if isinstance(model, PreTrainedModel) and model.config.model_type == CalmConfig.model_type:
+        raise _composed(role, model.name_or_path or type(model).__name__)
+
+
+def check_folder(source: str, role: str) -> None:
+    """Raise where a folder holds an adapter or a composition, before it is loaded.
+
+    Raises:
+        ModelError: for such a folder.
+    """
+    folder = Path(source)
+    if not os.path.isdir(source):
+        return
+    if (folder / ADAPTER_FILE).is_file():
+        raise _adapted(role, source)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # loading says what is wrong with it
+    if isinstance(found, dict) and found.get("model_type") == CalmConfig.model_type:
+        raise _composed(role, source)
+
+
+def _adapted(role: str, name: str) -> ModelError:
+    return ModelError(
+        f"The {role} must be a model without adapters, but {name!r} has some (PEFT): merge them with "
+        f"merge_and_unload(), save the merged model with save_pretrained, and compose from its folder."
+    )
+
+
+def _composed(role: str, name: str) -> ModelError:
+    return ModelError(
+        f"The {role} must be a single model, but {name!r} is a composition: pass all augmenting models to compose by "
+        f"name, or join them with add_augmenting."
+    )
+
+
+def named_origin(source: str, revision: str | None, **hub: Any) -> Origin:
+    """The origin of a model that is to be loaded by name, and stays the same if its repository moves on.
+
+    Args:
+        source: id or folder.
+        revision: the revision that was asked for.
+        hub: ``token``, ``cache_dir`` and ``local_files_only``, where given.
+    """
+    if Path(source).is_dir():
+        return str(Path(source).resolve()), revision
+    return source, commit_of(source, revision, **hub) or revision
+
+
+def commit_of(source: str, revision: str | None = None, **hub: Any) -> str | None:
+    """The commit that a revision of a repository stands at now; None where that cannot be found out."""
+    hub["local_files_only"] = hub.get("local_files_only") or is_offline_mode()
+    try:
+        return resolve_revision(source, revision=revision, **hub).resolved
+    except Exception:  # no such repository, no right to it, no network, ...: loading says what is wrong
+        return None
+
+
+def origin_in_memory(model: PreTrainedModel, revision: str | None) -> tuple[Origin, bool]:
+    """The origin of a model that was given in memory, which may have changed since it was loaded.
+
+    Args:
+        model: as given.
+        revision: of which it is said to be, or None.
+
+    Returns:
+        the origin, and whether it is certain: False for a name that is neither a folder nor in the hub's cache.
+    """
+    name = expanded(model.name_or_path or "")
+    if not name:
+        return ("", None), True
+    if Path(name).is_dir() and difference(model, Path(name)) is None:
+        return (str(Path(name).resolve()), None), True
+    snapshots = _snapshots(name, revision)
+    for snapshot in snapshots:
+        if difference(model, snapshot) is None:
+            return (name, snapshot.name), True
+    return (("", None), True) if snapshots or Path(name).is_dir() else ((name, revision), False)
+
+
+def _snapshots(name: str, revision: str | None) -> list[Path]:
+    """What the hub's cache holds of a repository: the folders of its commits, the likeliest first."""
+    try:
+        root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+        found = sorted(path for path in root.iterdir() if path.is_dir())
+    except (OSError, ValueError):
+        return []
+    likely = commit_of(name, revision, local_files_only=True)
+    return sorted(found, key=lambda path: path.name != likely)
+
+
+def warn_of_changes(bases: Iterable[tuple[str, PreTrainedModel, dict[str, Any]]]) -> None:
+    """Warn of each base that the names in a composition's configuration would not lead to: it is named, not saved.
+
+    Args:
+        bases: name and model of each, and what the configuration says of it.
+    """
+    for name, model, entry in bases:
+        source = entry.get("id") or ""
+        if has_changed(model, entry.get("fingerprint")):
+            message = (
+                f"The model {name!r} has changed since it was composed, and the composition is saved without it: "
+                f"save that model, and compose anew from what was saved."
+            )
+        elif not source and model.name_or_path:
+            message = (
+                f"The model {name!r} was given in memory and is not what lies at {model.name_or_path!r}, so that the "
+                f"composition is saved without a name for it: pass it to from_pretrained each time, or save that model "
+                f"in a folder of its own and compose from there."
+            )
+        elif os.path.isabs(source) and (reason := difference(model, Path(source))):
+            message = (
+                f"What lies at {source!r} is no longer the model {name!r} that was composed ({reason}), and the "
+                f"composition is saved without it: put that model back, or save it elsewhere and compose from there."
+            )
+        else:
+            continue
+        warnings.warn(message, stacklevel=3)
+
+
+def difference(model: PreTrainedModel, folder: Path) -> str | None:
+    """How a model differs from the one that lies in a folder, as far as a fingerprint would tell; None for equals.
+
+    Nothing is loaded: the shapes are those of an empty model of the folder's configuration, and of the weights only
+    the samples are read.
+    """
+    files = _weights(folder)
+    if not (folder / "config.json").is_file() or not files:
+        return "no weights in safetensors lie there"
+    if getattr(model, "hf_quantizer", None) is not None or any(is_absent(p) for p in model.parameters()):
+        return None
+    empty = _empty_like(model, folder)
+    if empty is not None:
+        if shapes_of(empty) != shapes_of(model):
+            return "its tensors have other names or shapes"
+        changed = [key for key in SETTINGS if getattr(empty.config, key, None) != getattr(model.config, key, None)]
+        if changed:
+            return f"its configuration has another {changed[0]}"
+    try:
+        return _difference_of_values(model, files)
+    except (OSError, SafetensorError):
+        return "its weights cannot be read"
+
+
+def _empty_like(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:
+    """A model without weights, as the folder's configuration describes it; None where it cannot be made."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        if type(config) is not type(model.config):
+            config = config.get_text_config()
+        if type(config) is not type(model.config):
+            return None
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return type(model)(config)
+    except Exception:  # what a model's own code raises on a device without values
+        return None
+
+
+def _weights(folder: Path) -> dict[str, Path]:
+    """The files of a folder's tensors, by the tensors' names."""
+    try:
+        if (folder / SAFE_WEIGHTS_NAME).is_file():
+            with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+                return dict.fromkeys(file.keys(), folder / SAFE_WEIGHTS_NAME)
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return {name: folder / file for name, file in index["weight_map"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
+        return {}
+
+
+def _difference_of_values(model: PreTrainedModel, files: dict[str, Path]) -> str | None:
+    parameters, stored = dict(model.named_parameters()), {}
+    for name in parameters:  # one that is renamed or joined with others on loading is passed over
+        found = next((stored_as for stored_as in _names(model, name) if stored_as in files), None)
+        if found is not None:
+            stored[name] = found
+    # RWKV scales its weights when it runs.
+    rescaled = any(hasattr(module, "layers_are_rescaled") for module in model.modules())
+    for path in () if rescaled else set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            for name, found in stored.items():
+                if files[found] != path:
+                    continue
+                ours, theirs = parameters[name], file.get_tensor(found)
+                if ours.shape == theirs.shape and not torch.equal(sampled(ours), sampled(theirs, ours.dtype)):
+                    return "its weights are others"
+    known = set(model.state_dict())
+    if not all(known.intersection(_names(model, name)) for name in files):
+        return None  # the names in the files are not those in the model, so that they cannot tell what is missing
+    tied: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), set()).update(_names(model, name))
+    return None if all(names & files.keys() for names in tied.values()) else "some of its tensors are missing there"
+
+
+def _names(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """How a tensor may be called: models are saved with and without their heads."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import calmlm
+from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.placement import execution_device, real_parameters
 from compositions import assert_close, assert_helpful, awaken, greedy_without_cache, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
@@ -126,6 +127,14 @@ def test_parameters_come_from_disk(folders: Path) -> None:
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
+
+
+def test_a_fingerprint_knows_offloaded_weights(folders: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folders / "llama")
+    assert fingerprint(load(folders / "llama", ("layers.1",))) == fingerprint(plain)
+    other = AutoModelForCausalLM.from_pretrained(folders / "llama")
+    other.model.layers[1].mlp.up_proj.weight.data.add_(1)
+    assert fingerprint(other)["values"] != fingerprint(plain)["values"]
 
 
 def replicas(network: nn.Module) -> nn.Module:

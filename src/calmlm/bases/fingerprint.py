@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calmlm.bases.sharding import is_absent, shape_of
+from calmlm.bases.placement import real_parameters
+from calmlm.bases.sharding import is_absent, is_sharded, shape_of
 from calmlm.errors import CheckpointError
 
 SAMPLE = 256  # values per tensor that go into a fingerprint
@@ -28,13 +29,15 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         ``{"architecture", "shapes", "values", "dtype"}``: a class name, two sha256 digests, and the dtype of the
         weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser, and for weights that
-        lie on a disk or with other processes.
+        other processes hold.
     """
-    parameters = sorted(model.named_parameters())
     quantised = getattr(model, "hf_quantizer", None) is not None
-    unknown = quantised or any(is_absent(tensor) for _, tensor in parameters)
+    unknown = quantised or any(is_sharded(tensor) for tensor in model.parameters())
     values = hashlib.sha256()
-    for _, tensor in () if unknown else parameters:
+    for _, tensor in () if unknown else real_parameters(model):
+        if is_absent(tensor):
+            unknown = True
+            break
         values.update(sampled(tensor).view(torch.int16).numpy().tobytes())
     return {
         "architecture": type(model).__name__,

@@ -242,6 +242,13 @@ class CalmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.text_config._experts_implementation_internal = experts  # the composition itself has no experts
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; the name of a composition that was not saved stays in this process."""
+        found = super().to_dict()
+        if type(found.get("_name_or_path")) is not str:  # calmlm.files.naming.InMemory
+            found["_name_or_path"] = ""
+        return found
+
     @property
     def vocab_size(self) -> int:
         return self.get_text_config(decoder=True).vocab_size

@@ -1,15 +1,17 @@
-"""A report that keeps what an earlier one had more cells of."""
+"""A report that keeps what an earlier one had more cells of, and cells that are not taken for those of other models."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.earlier import keep_fuller, read_report
+from calmlm.comparison.own_checks import _models_of
 from calmlm.comparison.page import markdown
 from calmlm.comparison.selection import CompareConfig, Part
 from calmlm.comparison.summary import summarise
@@ -93,3 +95,15 @@ def test_only_a_report_is_kept(tmp_path: Path) -> None:
         with pytest.raises(CalmError, match="Expected the report of a comparison in .*tiny.json"):
             run(config, keep=True, report=lambda line: None)
         assert (tmp_path / "out" / "tiny.json").read_text(encoding="utf-8") == text
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of an earlier state of the repository are not taken for those of this one."""
+    ref = tmp_path / "models--someone--model" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    own: Any = SimpleNamespace(configs={"someone/model": None})
+    for commit in ("1" * 40, "2" * 40):
+        ref.write_text(commit)
+        (ref.parents[1] / "snapshots" / commit).mkdir(parents=True)
+        assert dict(_models_of(own)) == {"someone/model": commit}

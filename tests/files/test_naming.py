@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 import calmlm
@@ -194,7 +195,10 @@ def test_the_name_is_a_string_that_can_be_written() -> None:
     name = InMemory(anchor={"id": "x"})
     assert name == str(name) == IN_MEMORY
     assert copy.copy(name).anchor == pickle.loads(pickle.dumps(name)).anchor == {"id": "x"}
-    assert tiny_composition().config.to_json_string()
+    config = tiny_composition().config
+    assert config.to_dict()["_name_or_path"] == ""  # what others write into cards and logs
+    assert yaml.safe_load(yaml.safe_dump({"base_model": config.to_dict()["_name_or_path"]})) == {"base_model": ""}
+    assert IN_MEMORY not in config.to_json_string()
 
 
 # Trainers

@@ -32,13 +32,14 @@ def find_layers(
             layers = getattr(decoder, name, None)
             if isinstance(layers, nn.ModuleList) and len(layers):
                 return decoder, layers
+    depth = getattr(config, "num_hidden_layers", None)
     for decoder in candidates:
-        found = find_list(decoder, config.num_hidden_layers)
+        found = find_list(decoder, depth)
         if found is not None:
             return decoder, found
     raise ModelError(
         f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none of length "
-        f"{config.num_hidden_layers}: name it with layers_path."
+        f"{depth}: name it with layers_path."
     )
 
 

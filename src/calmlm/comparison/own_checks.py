@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from calmlm.baselines.mixture import DENSE
 from calmlm.bases.opening import check_dtype
+from calmlm.bases.origins import commit_of
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.own_settings import Known, Own, OwnTask, Sources, listed
 from calmlm.config import ConnectorConfig, resolve_connections
@@ -218,11 +219,11 @@ def _load_task(sources: Sources, metric: str) -> list[Example]:
 
 def _models_of(own: Own) -> Iterator[tuple[str, str]]:
     """What tells one state of each model from another: its files, or its commit."""
-    for source, config in own.configs.items():
+    for source in own.configs:
         if Path(source).is_dir():
             yield source, _digest_of_files(sorted(path for path in Path(source).iterdir() if path.is_file()))
         else:
-            yield source, str(getattr(config, "_commit_hash", None))
+            yield source, str(commit_of(source))
 
 
 def _digest_of(examples: Sequence[Example]) -> str:

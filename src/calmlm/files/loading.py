@@ -22,7 +22,8 @@ from calmlm.tokens.alignment import Alignment, digest
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
-HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+REACH = ("token", "cache_dir", "local_files_only")
+HUB_ARGUMENTS = (*REACH, "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -46,7 +47,6 @@ def load_composition(
     """
     hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
     hub |= {"revision": revision, "subfolder": subfolder}
-    reached = {key: options[key] for key in ("token", "cache_dir", "local_files_only") if key in options}
     config = config if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
     folder = weights.parent
@@ -60,40 +60,17 @@ def load_composition(
             f"but got {', '.join(unknown)}: use its names."
         )
 
-    def base(given: PreTrainedModel | str | Path | None, entry: dict[str, Any], role: str) -> PreTrainedModel:
-        recorded = entry.get("id") or ""
-        if given is None and not recorded:
-            raise CheckpointError(
-                f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was a model in memory "
-                f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
-            )
-        # Relative to this folder, the name would lead nowhere once the composition is saved in another.
-        wanted = entry["id"] = storage.resolve_source(recorded, folder)
-        if given is None or isinstance(given, (str, Path)):
-            name = expanded(given) if given is not None else wanted
-            base_revision = entry.get("revision") if given is None else None
-            made = None if given is not None else (entry.get("fingerprint") or {}).get("architecture")
-            settings = {"trust_remote_code": trust_remote_code, "revision": base_revision, **options}
-            model: Any = load_again(name, role, made, **settings)
-        else:
-            model = given
-            name = f"{getattr(given, 'name_or_path', '') or type(given).__name__} (in memory)"
-            check_whole(model, role)
-        if not isinstance(model, PreTrainedModel):
-            Backbone.of(model, role)  # says what is wrong with it
-        check_fingerprint(model, entry.get("fingerprint"), role, wanted or "(in memory)", name)
-        if given is not None and (not wanted or (os.path.isabs(wanted) and not Path(wanted).is_dir())):
-            # What was recorded leads nowhere; what was given may.
-            found = origin_in_memory(model, None)[0] if model is given else named_origin(name, None, **reached)
-            entry["id"], entry["revision"] = found
-        return model
-
-    anchor_model = base(anchor, config.anchor, "anchor")
+    settings = {"trust_remote_code": trust_remote_code, **options}
+    anchor_model = _base(anchor, config.anchor, "anchor", source, folder, settings)
+    several = len(config.augmenting) > 1
     augmenting_models = {
-        name: base(
+        name: _base(
             augmenting.get(name),
             entry,
-            f"augmenting model {name!r}" if len(config.augmenting) > 1 else "augmenting model",
+            f"augmenting model {name!r}" if several else "augmenting model",
+            source,
+            folder,
+            settings,
         )
         for name, entry in config.augmenting.items()
     }
@@ -123,6 +100,50 @@ def load_composition(
     if generation is not None:
         model.generation_config = generation
     return model.eval()
+
+
+def _base(
+    given: Any, entry: dict[str, Any], role: str, source: str | Path, folder: Path, settings: dict[str, Any]
+) -> PreTrainedModel:
+    """One base model of the composition in ``folder``: the one that was recorded, or the same one given.
+
+    Args:
+        given: a model, an id or a folder instead of the recorded one; None for that.
+        entry: what the configuration says of it, with a name that leads nowhere replaced by one that does.
+        role: what to call it in messages.
+        source: what to call the composition.
+        folder: where its files lie; folders of bases are recorded relative to it.
+        settings: options of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: when none was recorded or given, or it is another one.
+        ModelError: when it cannot be loaded or has adapters.
+    """
+    recorded = entry.get("id") or ""
+    if given is None and not recorded:
+        raise CheckpointError(
+            f"The {role} of {str(source)!r} must be passed to from_pretrained, because it was a model in memory "
+            f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
+        )
+    wanted = entry["id"] = storage.resolve_source(recorded, folder)
+    if given is None:
+        name, found = wanted, (wanted, entry.get("revision"))
+        made = (entry.get("fingerprint") or {}).get("architecture")
+        model: Any = load_again(name, role, made, revision=found[1], **settings)
+    elif isinstance(given, (str, Path)):
+        name = expanded(given)
+        found = named_origin(name, None, **{key: settings[key] for key in REACH if key in settings})
+        model = load_again(name, role, None, revision=found[1], **settings)
+    else:
+        check_whole(given, role)
+        if not isinstance(given, PreTrainedModel):
+            Backbone.of(given, role)  # says what is wrong with it
+        model, name = given, f"{given.name_or_path or type(given).__name__} (in memory)"
+        found = None
+    check_fingerprint(model, entry.get("fingerprint"), role, wanted or "(in memory)", name)
+    if not wanted or (os.path.isabs(wanted) and not Path(wanted).is_dir()):
+        entry["id"], entry["revision"] = found or origin_in_memory(model, None)[0]
+    return model
 
 
 def read_config(source: str | Path, hub: dict[str, Any] | None = None) -> CalmConfig:

@@ -16,6 +16,7 @@ from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections
+from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment, without_embedding
 from calmlm.tokens.lookup import find_tokenizer
@@ -175,9 +176,9 @@ def compose(
         else:
             backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
             entry["reads"] = "inputs"
-            if connector == "legonn" and not backbone.vocab_size:
+            if connector in CONNECTORS and CONNECTORS[connector].reads_distribution and not backbone.vocab_size:
                 raise ConfigError(
-                    f"connector='legonn' needs an augmenting model with an output distribution, but the {role} is an "
+                    f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is an "
                     f"encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections

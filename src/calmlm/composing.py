@@ -178,8 +178,8 @@ def compose(
             entry["reads"] = "inputs"
             if connector in CONNECTORS and CONNECTORS[connector].reads_distribution and not backbone.vocab_size:
                 raise ConfigError(
-                    f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is an "
-                    f"encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
+                    f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is "
+                    f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
         pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
@@ -302,7 +302,7 @@ def align(
             else:
                 found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
             found = found.filled(augmenting.vocab_size)
-            if beyond:
+            if beyond and found.highest >= augmenting.vocab_size:
                 found = found.without(beyond)
                 warnings.warn(
                     f"{_some(list(beyond.values()))} of the augmenting tokenizer has no embedding in its model "

@@ -61,7 +61,7 @@ def test_where_it_stands_the_stream_is_that_of_the_rest() -> None:
 
 
 def test_the_token_of_a_role_may_be_missing_too() -> None:
-    ours = tokenizer("bytes")
+    ours = with_added("bytes", "<|fin|>", role="eos_token")
     theirs = with_added("bytes-large", "<|pad-and-end|>", role="eos_token")
     with pytest.warns(UserWarning, match="no embedding"):
         model = composed(ours, theirs, len(theirs) - 1)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmlm.comparison.contract import Answerer, Domain, TextDomain
+from calmlm.bases.families import first_line
+from calmlm.comparison.contract import Answerer, Domain, Fitted, TextDomain
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.errors import CalmError
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
+from calmlm.files.results import to_json, write_result
 from calmlm.files.storage import write_text
 
 __all__ = ["Cell", "decode_time_x_anchor"]
@@ -57,7 +60,11 @@ class Cell:
     def fail(self, cache: Path, error: Exception) -> None:
         """Note why it could not be made; the note goes with the next attempt that can."""
         text = str(error).strip() or type(error).__name__
-        write_text(self._note(cache), text if isinstance(error, CalmError) else f"{type(error).__name__}: {text}")
+        text = text if isinstance(error, CalmError) else f"{type(error).__name__}: {text}"
+        try:
+            write_text(self._note(cache), text)
+        except OSError:  # the folder is full or gone: whoever looks on is to read it at least
+            print(f"{self.method} of {self.domain}, seed {self.seed}: {text}", file=sys.stderr, flush=True)
 
     def failure(self, cache: Path) -> str:
         """Why it could not be made, in one line."""
@@ -87,19 +94,32 @@ class Cell:
             "domain": self.domain,
             "method": self.method,
             "seed": self.seed,
-            "scores": {task: [round(value, 4) for value in values] for task, values in scores.items()},
+            "scores": {task: [_rounded(value) for value in values] for task, values in scores.items()},
             "trainable_parameters": meter.trainable,
             "train_flops": meter.flops,
             "train_cpu_seconds": round(trained, 1),
-            "decode_time_x_anchor": decode_time_x_anchor(fitted.complete, domain),
+            "decode_time_x_anchor": self._decode_time(fitted, domain, report),
             "cpu_seconds": round(time.process_time() - start, 1),
             "bases": domain.stages.digests(),
             **origin(None),
         }
-        write_text(self.path(cache), json.dumps(result))
+        write_result(self.path(cache), to_json(result))
         self._note(cache).unlink(missing_ok=True)
         report(f"{self.domain}, seed {self.seed}: {self.method} took {result['cpu_seconds']:.0f} s of processor time")
         return result
+
+    def _decode_time(self, fitted: Fitted, domain: Domain, report: Callable[[str], None]) -> float | None:
+        """See ``decode_time_x_anchor``; None where that fails, which is no reason to lose a trained system's scores."""
+        try:
+            return decode_time_x_anchor(fitted.complete, domain)
+        except Exception as error:
+            report(f"{self.domain}, seed {self.seed}: {self.method} could not be timed ({first_line(error)})")
+            return None
+
+
+def _rounded(value: Any) -> Any:
+    """A score with four digits; what is no number of Python's is left as it is, and written all the same."""
+    return round(value, 4) if isinstance(value, (int, float)) else value
 
 
 def decode_time_x_anchor(complete: Answerer, domain: Domain) -> float:

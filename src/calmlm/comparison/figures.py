@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Scores", "by_method", "columns_of", "difference", "interval", "kept", "share"]
+__all__ = ["Scores", "by_method", "columns_of", "difference", "interval", "kept", "known", "share"]
 
 DRAWS = 2000
 Scores = dict[int, list[float]]
@@ -88,10 +89,16 @@ def _resampled(arrays: Sequence[Sequence[np.ndarray]], rng: np.random.Generator,
     return float(np.mean(means))
 
 
+def known(figure: float | None) -> bool:
+    """Whether there is a figure: a loss that is not a number has none."""
+    return figure is not None and not math.isnan(figure)
+
+
 def by_method(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Scores]]:
-    """``[method][task][seed]`` from the cells of one experiment."""
+    """``[method][task][seed]`` from the cells of one experiment; a null stands for what is not a number."""
     found: dict[str, dict[str, Scores]] = {}
     for cell in cells:
         for task, values in cell["scores"].items():
-            found.setdefault(cell["method"], {}).setdefault(task, {})[cell["seed"]] = values
+            numbers = np.asarray(values, dtype=float).tolist()
+            found.setdefault(cell["method"], {}).setdefault(task, {})[cell["seed"]] = numbers
     return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from calmlm.comparison.figures import known
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
 from calmlm.comparison.plots import shows_data
 from calmlm.experiments.record import made_by
@@ -19,12 +21,13 @@ DOMAIN_TITLES = {
 }
 
 
-def markdown(result: dict[str, Any], plots: str = "") -> str:
+def markdown(result: dict[str, Any], plots: str = "", missing: Collection[str] = ()) -> str:
     """The report as a page.
 
     Args:
         result: what the JSON file holds.
         plots: where the pictures lie, seen from the page; with a slash at its end.
+        missing: names of plots that could not be drawn.
     """
     cells = result["cells"]
     lines = [f"# Every system on the same data, preset `{result['preset']}`", ""]
@@ -64,6 +67,7 @@ def markdown(result: dict[str, Any], plots: str = "") -> str:
     lines += _qualitative(result["rows"])
     lines += ["## Plots", ""]
     drawn = {name: title for name, title in PLOTS.items() if name != "data" or shows_data(result["rows"])}
+    drawn = {name: title for name, title in drawn.items() if name not in missing}
     lines += [f"![{title}]({plots}{result['preset']}-{name}.png)\n" for name, title in drawn.items()]
     lines += [made_by(result), ""]
     return "\n".join(lines)
@@ -142,15 +146,14 @@ def _tables(domain: str, rows: list[dict[str, Any]]) -> list[str]:
     ]
     for method in methods:
         row = next(cells[method, task] for task in tasks if (method, task) in cells)
-        delta, seconds = _signed(row), row["train_cpu_seconds"]
         lines.append(
-            f"| {TITLES[method]} | {delta} | {row['trainable_parameters']:,} | {row['train_flops']:.2g} | "
-            f"{'-' if seconds is None else f'{seconds:.0f}'} | {row['decode_time_x_anchor']:.2f} |"
+            f"| {TITLES[method]} | {_signed(row)} | {row['trainable_parameters']:,} | {row['train_flops']:.2g} | "
+            f"{_figure(row['train_cpu_seconds'], '.0f')} | {_figure(row['decode_time_x_anchor'], '.2f')} |"
         )
     if ablations:
         lines += ["", "Ablations, one seed; each changes of CALM what it names:", ""]
-        known = {REFERENCE: Method("CALM, the same seed", METHODS["composed"].fit), **ABLATIONS}
-        lines += _scores(cells, [REFERENCE, *ablations], narrow, known)
+        titles = {REFERENCE: Method("CALM, the same seed", METHODS["composed"].fit), **ABLATIONS}
+        lines += _scores(cells, [REFERENCE, *ablations], narrow, titles)
     return lines
 
 
@@ -164,8 +167,9 @@ def _is_language(task: str) -> bool:
 
 
 def _scores(
-    cells: dict[tuple[str, str], dict[str, Any]], methods: list[str], tasks: list[str], known: dict[str, Any]
+    cells: dict[tuple[str, str], dict[str, Any]], methods: list[str], tasks: list[str], titles: dict[str, Any]
 ) -> list[str]:
+    """The table of methods by columns; ``titles`` names the methods."""
     metrics = {task: next(row["metric"] for (_, at), row in cells.items() if at == task) for task in tasks}
     heads = [f"{task.rpartition('/')[2].replace('_', ' ')} ({metrics[task].replace('_', ' ')})" for task in tasks]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(tasks) + 1) + "|"]
@@ -173,11 +177,10 @@ def _scores(
         texts = []
         for task in tasks:
             row = cells.get((method, task))
-            digits = 2 if metrics[task] == "bits_per_byte" else 1
-            figures = None if row is None else [f"{row[key]:.{digits}f}" for key in ("mean", "low", "high")]
-            texts.append("-" if figures is None else "{} ({} to {})".format(*figures))
+            form = ".2f" if metrics[task] == "bits_per_byte" else ".1f"
+            texts.append("-" if row is None else _range([row[key] for key in ("mean", "low", "high")], form))
         seeds = {cells[method, task]["seeds"] for task in tasks if (method, task) in cells}
-        lines.append(f"| {known[method].title} ({max(seeds, default=0)}) | " + " | ".join(texts) + " |")
+        lines.append(f"| {titles[method].title} ({max(seeds, default=0)}) | " + " | ".join(texts) + " |")
     return [*lines, "", "In brackets behind a name: how many seeds."]
 
 
@@ -193,16 +196,13 @@ def _questions(answers: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for answer in answers:
-        deltas = [
-            "-" if key not in answer else "{:+.1f} ({:+.1f} to {:+.1f})".format(*answer[key])
-            for key in ("forgets", "composed_forgets")
-        ]
+        deltas = ["-" if key not in answer else _range(answer[key], "+.1f") for key in ("forgets", "composed_forgets")]
         verdict = {"above": "CALM is above", "below": "**CALM is below**"}.get(answer["verdict"], answer["verdict"])
         verdict += " on this seed" if answer["seeds"] == 1 else ""
         lines.append(
             f"| {answer['question']} | {TITLES[answer['method']]} | {answer['metric'].replace('_', ' ')} | "
-            f"{answer['seeds']} | {answer['difference']:+.1f} "
-            f"({answer['low']:+.1f} to {answer['high']:+.1f}) | {verdict} | {deltas[0]} | {deltas[1]} |"
+            f"{answer['seeds']} | {_range([answer[key] for key in ('difference', 'low', 'high')], '+.1f')} | "
+            f"{verdict} | {deltas[0]} | {deltas[1]} |"
         )
     return [*lines, ""]
 
@@ -265,7 +265,18 @@ def _qualitative(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _signed(row: dict[str, Any]) -> str:
-    return "-" if row["retained_delta"] is None else f"{row['retained_delta']:+.1f}"
+    return _figure(row["retained_delta"], "+.1f")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return format(value, form) if known(value) else "-"
+
+
+def _range(values: Sequence[float | None], form: str) -> str:
+    """A figure with its interval in brackets."""
+    if not known(values[0]):
+        return "-"
+    return "{} ({} to {})".format(*(_figure(value, form) for value in values))
 
 
 def _over(cells: dict[tuple[str, str], dict[str, Any]], method: str, domains: list[str], show: Any) -> str:
@@ -287,6 +298,7 @@ def _combined(cells: dict[tuple[str, str], dict[str, Any]], method: str, domains
             and row["skill"] == "combined"
             and row["metric"] not in ("chrf", "bits_per_byte")
             and not _is_language(task)
+            and known(row["mean"])
         ]
         texts.append(f"{statistics.mean(means):.1f}" if means else "-")
     return " / ".join(texts)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from calmlm.bases.families import first_line
+from calmlm.comparison.figures import known
 from calmlm.comparison.methods import METHODS, REFERENCE, TITLES
 from calmlm.data.extras import require
+from calmlm.errors import MissingExtraError
+from calmlm.files.storage import write_atomically
 
 __all__ = ["draw", "shows_data"]
 
@@ -31,34 +36,50 @@ _STYLES = {
 _SHARES = {"share=0.05": 5.0, "share=0.1": 10.0, REFERENCE: 20.0}
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the plots; return their paths.
+def draw(result: dict[str, Any], folder: Path, report: Callable[[str], None]) -> dict[str, Path | None]:
+    """Write the plots; what keeps one from being drawn is reported, and loses nothing else.
 
-    Raises:
-        MissingExtraError: without matplotlib.
+    Returns:
+        their paths by name, None for those that could not be drawn.
     """
-    require("matplotlib", "compare", "The plots of a comparison")
+    names = ["accuracy", "forgetting", "flops", *(["data"] if shows_data(result["rows"]) else [])]
+    found: dict[str, Path | None] = {}
+    for name in names:
+        path = folder / f"{result['preset']}-{name}.png"
+        try:
+            require("matplotlib", "compare", "The plots of a comparison")
+            _draw(result, name, path)
+            found[name] = path
+        except MissingExtraError as error:
+            report(str(error))
+            return dict.fromkeys(names)
+        except Exception as error:  # of matplotlib, its fonts and its backends, or for figures that it cannot scale
+            report(f"The plot '{name}' could not be drawn ({type(error).__name__}: {first_line(error)}).")
+            found[name] = None
+    return found
+
+
+def _draw(result: dict[str, Any], name: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    domains = list(dict.fromkeys(row["task"].split("/")[0] for row in result["rows"]))
-    points = {domain: _points([r for r in result["rows"] if r["task"].startswith(f"{domain}/")]) for domain in domains}
-    paths = []
-    for name, plot in (("accuracy", _accuracy), ("forgetting", _forgetting), ("flops", _flops)):
-        figure, axes = pyplot.subplots(1, len(domains), figsize=(5.5 * len(domains), 5.0), squeeze=False)
-        for axis, domain in zip(axes[0], domains, strict=True):
-            plot(axis, points[domain])
-            axis.set_title(domain.replace("_", " "))
-        if plot is not _accuracy:
-            _legend(figure, axes[0])
-        paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-{name}.png"))
-    if shows_data(result["rows"]):
+    if name == "data":
         figure, axis = pyplot.subplots(figsize=(5.5, 4.0))
         _data(axis, result["rows"])
-        paths.append(_saved(figure, pyplot, folder / f"{result['preset']}-data.png"))
-    return paths
+        _save(figure, pyplot, path)
+        return
+    domains = list(dict.fromkeys(row["task"].split("/")[0] for row in result["rows"]))
+    points = {domain: _points([r for r in result["rows"] if r["task"].startswith(f"{domain}/")]) for domain in domains}
+    plot = {"accuracy": _accuracy, "forgetting": _forgetting, "flops": _flops}[name]
+    figure, axes = pyplot.subplots(1, len(domains), figsize=(5.5 * len(domains), 5.0), squeeze=False)
+    for axis, domain in zip(axes[0], domains, strict=True):
+        plot(axis, points[domain])
+        axis.set_title(domain.replace("_", " "))
+    if name != "accuracy":
+        _legend(figure, axes[0])
+    _save(figure, pyplot, path)
 
 
 def shows_data(rows: list[dict[str, Any]]) -> bool:
@@ -67,17 +88,20 @@ def shows_data(rows: list[dict[str, Any]]) -> bool:
     return len(found & _SHARES.keys()) > 1
 
 
-def _saved(figure: Any, pyplot: Any, path: Path) -> Path:
+def _save(figure: Any, pyplot: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(
+        path,
+        lambda place: figure.savefig(place, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None}),
+    )
     pyplot.close(figure)
-    return path
 
 
 def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """What the plots show of each method: the mean over the columns that ask for both models, and the costs."""
     points = {}
     shares = [row for row in rows if row["skill"] == "combined" and row["metric"] != "bits_per_byte"]
+    shares = [row for row in shares if known(row["mean"])]
     exact = [row for row in shares if row["metric"] != "chrf"]
     for method in METHODS:
         own = [row for row in exact or shares if row["method"] == method]
@@ -85,7 +109,7 @@ def _points(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             points[method] = {
                 key: statistics.mean(row[key] for row in own) for key in ("mean", "low", "high", "train_flops")
             }
-            if own[0]["retained_delta"] is not None:
+            if known(own[0]["retained_delta"]):
                 points[method]["delta"] = own[0]["retained_delta"]
     return points
 
@@ -153,7 +177,7 @@ def _data(axis: Any, rows: list[dict[str, Any]]) -> None:
         found = [
             (_SHARES[row["method"]], row["mean"])
             for row in rows
-            if row["task"] == f"kv_arithmetic/{task}" and row["method"] in _SHARES
+            if row["task"] == f"kv_arithmetic/{task}" and row["method"] in _SHARES and known(row["mean"])
         ]
         if found:
             xs, ys = zip(*sorted(found), strict=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.contract import Task
 from calmlm.comparison.domains import kind_of
-from calmlm.comparison.figures import Scores, by_method, columns_of, difference, interval, kept, share
+from calmlm.comparison.figures import Scores, by_method, columns_of, difference, interval, kept, known, share
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE
 from calmlm.comparison.page import markdown, title_of
 from calmlm.comparison.plots import draw
 from calmlm.comparison.selection import CompareConfig
 from calmlm.experiments.record import origin
-from calmlm.files.storage import write_text
+from calmlm.files.results import to_json, write_result
 
 __all__ = ["QUESTIONS", "summarise", "write_report"]
 
@@ -138,11 +137,12 @@ def _mixed(cells: list[dict[str, Any]]) -> list[str]:
 def _costs(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """What a method takes on an experiment, over its seeds."""
     seconds = [cell["train_cpu_seconds"] for cell in cells if "train_cpu_seconds" in cell]
+    times = [cell["decode_time_x_anchor"] for cell in cells if known(cell["decode_time_x_anchor"])]
     return {
         "trainable_parameters": round(statistics.mean(cell["trainable_parameters"] for cell in cells)),
         "train_flops": statistics.mean(cell["train_flops"] for cell in cells),
         "train_cpu_seconds": round(statistics.median(seconds), 1) if seconds else None,
-        "decode_time_x_anchor": round(statistics.median(cell["decode_time_x_anchor"] for cell in cells), 3),
+        "decode_time_x_anchor": round(statistics.median(times), 3) if times else None,
     }
 
 
@@ -181,6 +181,7 @@ def _answers(
                     continue
                 mean, low, high = (100 * value for value in difference(ours, theirs, same_items))
                 verdict = "above" if low > 0 else "below" if high < 0 else "no difference shown"
+                verdict = verdict if known(mean) else "no figure"
                 answer: dict[str, Any] = {
                     "question": question,
                     "method": method,
@@ -199,10 +200,19 @@ def _answers(
     return answers
 
 
-def write_report(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``<preset>.json``, ``<preset>.md`` and the plots; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_report(result: dict[str, Any], folder: Path, report: Callable[[str], None]) -> list[Path]:
+    """Write ``<preset>.json``, ``<preset>.md`` and the plots; return their paths.
+
+    Args:
+        result: what the JSON file holds.
+        folder: where they go.
+        report: takes a line about each plot that could not be drawn.
+
+    Raises:
+        CalmError: the folder cannot be written to; the message says where the figures are.
+    """
     data, page = folder / f"{result['preset']}.json", folder / f"{result['preset']}.md"
-    write_text(data, json.dumps(result, indent=1) + "\n")
-    write_text(page, markdown(result))
-    return [data, page, *draw(result, folder)]
+    write_result(data, to_json(result, indent=1) + "\n")
+    drawn = draw(result, folder, report)
+    write_result(page, markdown(result, missing=[name for name, path in drawn.items() if path is None]))
+    return [data, page, *(path for path in drawn.values() if path is not None)]

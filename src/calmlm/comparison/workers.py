@@ -83,7 +83,7 @@ def run(
     failed = [] if stored_only else [cell for cell in missing if cell.stored(cache) is None]
     result = summarise(config, stored, len(cells), command)
     result = result if earlier is None else keep_fuller(result, earlier)
-    for path in write_report(result, Path(config.output)):
+    for path in write_report(result, Path(config.output), report):
         report(f"wrote {path}")
     if failed:
         raise _failure(failed, cache)
@@ -178,7 +178,7 @@ def _make_group(cells: list[Cell], config: CompareConfig, report: Callable[[str]
     path = log / f"{cells[0].domain}-{cells[0].seed}.txt"
 
     def say(line: str) -> None:
-        with path.open("a", encoding="utf-8") as file:
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk ends no cell
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
         if report is not None:
             report(line)

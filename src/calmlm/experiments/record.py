@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import calmlm
+from calmlm.files.results import to_json
 from calmlm.files.storage import write_text
 
 __all__ = ["Stages", "commit", "device", "machine", "made_by", "origin"]
@@ -84,7 +85,7 @@ class Stages:
                 model.save_pretrained(made)
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
-            write_text(made / _DONE, json.dumps(record, indent=2))
+            write_text(made / _DONE, to_json(record, indent=2))
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             made.rename(folder)
         self.report(f"{self.name}: {stage} took {record['seconds']:.0f} s")

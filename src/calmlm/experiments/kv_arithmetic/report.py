@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from calmlm.bases.families import first_line
 from calmlm.errors import MissingExtraError
 from calmlm.experiments.kv_arithmetic.measures import COLUMNS
 from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, rows_of, table_of
-from calmlm.files.storage import write_atomically, write_text
+from calmlm.files.results import to_json, write_result
+from calmlm.files.storage import write_atomically
 
 __all__ = ["METHODS", "PUBLISHED", "markdown", "plot", "summarise", "summarise_halves", "write_report"]
 
@@ -152,14 +154,15 @@ def markdown(result: dict[str, Any]) -> str:
             *_half_goals(halves, result["restored"]),
         ]
     stages = " · ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["seconds"].items())
+    titles = {"m_A": "m_A", "m_B": "m_B", "added": "added by the composition"}
+    sizes = ", ".join(f"{titles[name]} {count:,}" for name, count in result["parameters"].items())
     lines += [
         "",
         result["footer"],
         "",
         f"Wall-clock, mean over seeds: {stages}.",
         "",
-        f"Parameters: m_A {result['parameters']['m_A']:,}, m_B {result['parameters']['m_B']:,}, added by the "
-        f"composition {result['parameters']['added']:,}.",
+        f"Parameters: {sizes}.",
         "",
         made_by(result),
         "",
@@ -197,14 +200,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def write_report(result: dict[str, Any], output: Path) -> list[Path]:
-    """Write ``<preset>.json``, ``.md`` and, where matplotlib is installed, ``.png`` into ``output``."""
+def write_report(result: dict[str, Any], output: Path, report: Callable[[str], None]) -> list[Path]:
+    """Write ``<preset>.json``, ``.md`` and, where matplotlib is installed, ``.png`` into ``output``.
+
+    ``report`` takes a line where the plot could not be drawn.
+    """
     base = output / result["preset"]
     paths = [base.with_suffix(".json"), base.with_suffix(".md")]
-    write_text(paths[0], json.dumps(result, indent=2) + "\n")
-    write_text(paths[1], markdown(result))
+    write_result(paths[0], to_json(result, indent=2) + "\n")
+    write_result(paths[1], markdown(result))
     try:
         plot(result, base.with_suffix(".png"))
     except MissingExtraError:
+        return paths
+    except Exception as error:  # of matplotlib, its fonts and its backends
+        report(f"The plot could not be drawn ({type(error).__name__}: {first_line(error)}).")
         return paths
     return [*paths, base.with_suffix(".png")]

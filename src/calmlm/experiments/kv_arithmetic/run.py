@@ -32,6 +32,7 @@ from calmlm.experiments.kv_arithmetic.world import (
 )
 from calmlm.experiments.record import Stages, device, origin
 from calmlm.experiments.statistics import INTERVAL
+from calmlm.files.storage import check_writable
 
 __all__ = ["SeedRun", "run", "run_seed"]
 
@@ -205,7 +206,7 @@ def run(
         what the JSON file holds.
 
     Raises:
-        ConfigError: for an unknown preset or group, or no seeds.
+        ConfigError: for an unknown preset or group, no seeds, or an output that cannot be written to.
     """
     unknown = sorted(set(also) - set(GROUPS))
     if unknown:
@@ -215,6 +216,7 @@ def run(
     variants = [*CORE, *(name for group in GROUPS if group in also for name in GROUPS[group])]
     chosen = preset_of(PRESETS, preset, max_steps, items)
     check_seeds(seeds)
+    check_writable(Path(output) / f"{chosen.name}.json")
     outcomes = {seed: run_seed(chosen, seed, Path(cache), report, variants, stored_only) for seed in seeds}
     first = outcomes[seeds[0]]
     result = {
@@ -237,7 +239,7 @@ def run(
         "footer": footer(chosen),
         **origin(command),
     }
-    for path in write_report(result, Path(output)):
+    for path in write_report(result, Path(output), report):
         report(f"wrote {path}")
     return result
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, table_of
 from calmlm.experiments.visual_arithmetic.measures import COLUMNS
-from calmlm.files.storage import write_text
+from calmlm.files.results import to_json, write_result
 
 __all__ = ["METHODS", "markdown", "write_report"]
 
@@ -55,6 +54,6 @@ def write_report(result: dict[str, Any], output: Path) -> list[Path]:
     """Write ``<preset>.json`` and ``.md`` into ``output``."""
     base = output / result["preset"]
     paths = [base.with_suffix(".json"), base.with_suffix(".md")]
-    write_text(paths[0], json.dumps(result, indent=2) + "\n")
-    write_text(paths[1], markdown(result))
+    write_result(paths[0], to_json(result, indent=2) + "\n")
+    write_result(paths[1], markdown(result))
     return paths

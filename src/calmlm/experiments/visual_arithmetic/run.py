@@ -33,6 +33,7 @@ from calmlm.experiments.visual_arithmetic.pretraining import (
 )
 from calmlm.experiments.visual_arithmetic.report import METHODS, write_report
 from calmlm.experiments.visual_arithmetic.world import DC_PHRASINGS, HARD_PHRASINGS, OOD_PHRASINGS, World
+from calmlm.files.storage import check_writable
 
 __all__ = ["run", "run_seed"]
 
@@ -116,11 +117,12 @@ def run(
         what the JSON file holds.
 
     Raises:
-        ConfigError: for an unknown preset or no seeds.
+        ConfigError: for an unknown preset, no seeds, or an output that cannot be written to.
         MissingExtraError: without scikit-learn.
     """
     chosen = preset_of(PRESETS, preset, max_steps, items)
     check_seeds(seeds)
+    check_writable(Path(output) / f"{chosen.name}.json")
     outcomes = {seed: run_seed(chosen, seed, Path(cache), report) for seed in seeds}
     scores = {seed: outcome["scores"] for seed, outcome in outcomes.items()}
     result = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,14 @@ def test_the_command_says_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert last == "The text stops where the context of the augmenting model 'augmenting' ends, 30 of its own tokens."
 
 
+def test_a_text_model_goes_to_other_processes() -> None:
+    text = text_model(30, "retokenize")
+    again = pickle.loads(pickle.dumps(text))
+    assert written(again) == written(text)
+    assert pickle.loads(pickle.dumps(own_contexts(text.model)[0])).length == 30
+
+
+@pytest.mark.filterwarnings("ignore:The augmenting tokenizer has tokens that reach across")
 def test_counting_in_steps_is_counting_at_once() -> None:
     for alignment in ("transcode", "retokenize"):
         (context,) = own_contexts(text_model(30, alignment).model)

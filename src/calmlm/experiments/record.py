@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import calmlm
+from calmlm.bases.families import first_line
 from calmlm.files.results import to_json
 from calmlm.files.storage import write_text
 
@@ -84,12 +85,19 @@ class Stages:
             if model is not None:
                 model.save_pretrained(made)
             if tokenizer is not None:
-                tokenizer.save_pretrained(made)
+                self._add(tokenizer, made, stage)
             write_text(made / _DONE, to_json(record, indent=2))
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
             made.rename(folder)
         self.report(f"{self.name}: {stage} took {record['seconds']:.0f} s")
         return record
+
+    def _add(self, tokenizer: PreTrainedTokenizerBase, folder: Path, stage: str) -> None:
+        """Save a tokenizer beside a model, which is not lost where that fails."""
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # some kinds have files and code of their own
+            self.report(f"{self.name}: {stage} is stored without its tokenizer ({first_line(error)})")
 
 
 def origin(command: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,10 +124,15 @@ def with_pictures(
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]], digits: Digits, image_token: int
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """A collator that adds the rows' pictures to what ``collate`` makes of their ids."""
+    return partial(_collated, collate, digits, image_token)  # which can be sent to workers
 
-    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate(rows)
-        inputs = pictures_of(digits, [row["pictures"] for row in rows], batch["input_ids"], image_token)
-        return {**batch, "augmenting_inputs": inputs}
 
-    return collated
+def _collated(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    digits: Digits,
+    image_token: int,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    batch = collate(rows)
+    inputs = pictures_of(digits, [row["pictures"] for row in rows], batch["input_ids"], image_token)
+    return {**batch, "augmenting_inputs": inputs}

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmlm.bases.families import first_line
 from calmlm.comparison.contract import Answerer, Domain, Fitted, TextDomain
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
-from calmlm.errors import CalmError
+from calmlm.errors import CalmError, first_line
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
 from calmlm.files.results import to_json, write_result

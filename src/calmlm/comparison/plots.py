@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmlm.bases.families import first_line
 from calmlm.comparison.figures import known
 from calmlm.comparison.methods import METHODS, REFERENCE, TITLES
 from calmlm.data.extras import require
-from calmlm.errors import MissingExtraError
+from calmlm.errors import MissingExtraError, first_line
 from calmlm.files.storage import write_atomically
 
 __all__ = ["draw", "shows_data"]

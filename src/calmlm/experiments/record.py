@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 import calmlm
-from calmlm.bases.families import first_line
+from calmlm.errors import first_line
 from calmlm.files.results import to_json
 from calmlm.files.storage import write_text
 

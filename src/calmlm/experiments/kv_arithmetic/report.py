@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmlm.bases.families import first_line
-from calmlm.errors import MissingExtraError
+from calmlm.errors import MissingExtraError, first_line
 from calmlm.experiments.kv_arithmetic.measures import COLUMNS
 from calmlm.experiments.record import made_by
 from calmlm.experiments.statistics import cells_of, rows_of, table_of

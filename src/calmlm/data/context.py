@@ -104,6 +104,8 @@ class EndOfContext(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which rows of (B, T) ids end, (B,) bool."""
+        if not self.contexts:  # and nothing to wait for the device for
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         rows = input_ids.tolist()
         ends = [self._ends(row, self.length if len(rows) == 1 else 0) for row in rows]
         self.length = input_ids.shape[1]

@@ -156,9 +156,10 @@ def _others(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     said = message.get("content") or ""
     words = {"content": next(c for c in "xyz" if not said.startswith(c) and not said.endswith(c))}
     yield {**message, **words}
-    if "tool_calls" in message:
-        yield {**message, "tool_calls": [_otherwise(call) for call in message["tool_calls"]]}
-    if "tool_calls" in message or any(key in message for key in REASONING):
+    calls = message.get("tool_calls")
+    if calls:
+        yield {**message, "tool_calls": [_otherwise(call) for call in calls]}
+    if calls or any(message.get(key) for key in REASONING):
         yield {key: value for key, value in message.items() if key not in ("tool_calls", *REASONING)} | words
 
 

@@ -59,7 +59,7 @@ class Flamingo(nn.Module):
         seeing: Tensor | None = None,
     ) -> Tensor:
         """See ``CrossAttention.forward``; a position that sees nothing is left as it is."""
-        state = self.attention(anchor, keys, values, mask, rotation, attention, seeing)
+        state = self.attention(anchor, keys, values, mask=mask, rotation=rotation, attention=attention, seeing=seeing)
         change = self.feed_forward(state.to(self.feed_forward_gate.dtype)) * self.feed_forward_gate.tanh()
         if seeing is not None:
             change = change.masked_fill(~seeing[..., None], 0.0)

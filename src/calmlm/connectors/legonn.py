@@ -57,4 +57,4 @@ class LegoNN(nn.Module):
         seeing: Tensor | None = None,
     ) -> Tensor:
         """See ``CrossAttention.forward``."""
-        return self.attention(anchor, keys, values, mask, rotation, attention, seeing)
+        return self.attention(anchor, keys, values, mask=mask, rotation=rotation, attention=attention, seeing=seeing)

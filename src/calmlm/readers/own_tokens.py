@@ -87,6 +87,5 @@ class AlignedReader(Common):
         """The anchor's new tokens in the model's own."""
         assert self.transcoder is not None
         lookback = self.transcoder.lookback
-        return self.transcoder(
-            ids, real, past.frontier.previous(past.frontier.length if lookback is None else lookback, ids)
-        )
+        previous = past.frontier.previous(past.frontier.length if lookback is None else lookback, ids)
+        return self.transcoder(ids=ids, real=real, previous=previous)  # by name, as the connectors' masks are

@@ -113,7 +113,9 @@ class InjectHook:
         else:
             return self._unread(state)
         mask, seeing = _on(device, stream.mask), _on(device, stream.seeing)
-        new = self.connector(state, keys, values, mask, _on(device, stream.rotation), stream.attention, seeing)
+        # By name: transformers' DebugUnderflowOverflow takes every tensor among positional arguments for numbers.
+        rotation, attention = _on(device, stream.rotation), stream.attention
+        new = self.connector(state, keys, values, mask=mask, rotation=rotation, attention=attention, seeing=seeing)
         return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
 
     def _unread(self, state: Tensor) -> Tensor | None:

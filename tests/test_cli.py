@@ -387,3 +387,74 @@ def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_seeds_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     message = fault(capsys, "repro", "kv-arithmetic", "--preset", "tiny", "--seeds", "one")
     assert message == "Expected seeds as whole numbers from 0 with commas, but got 'one'; write 0,1,2."
+
+
+class TestHome:
+    """A shell leaves ``~`` as it is within quotes and behind ``=``; the program reads it as the home folder."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        return tmp_path
+
+    def caught(self, monkeypatch: pytest.MonkeyPatch, name: str, *command: str) -> dict[str, Any]:
+        """What a command passes to the library."""
+        found: dict[str, Any] = {}
+
+        def library(*args: Any, **kwargs: Any) -> Any:
+            found.update(kwargs, args=args)
+            return {}
+
+        monkeypatch.setattr(name, library)
+        assert main(list(command)) == 0
+        return found
+
+    def test_train(self, config: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["train", "~/config.yaml", "output=~/x", "data.train=~/train.jsonl"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(home / "x" / "composition")
+        assert main(["train", "~/config.yaml", "--output=~/y"]) == 0
+        assert (home / "y" / "composition").is_dir()
+        assert not list((home / "elsewhere").iterdir())
+
+    def test_generate_and_inspect(
+        self, composition: Path, anchor_folder: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (home / "composed").symlink_to(composition)
+        (home / "words").symlink_to(anchor_folder)
+        arguments = ["--prompt", "~/1", "--max-new-tokens", "2"]
+        assert main(["generate", "~/composed", *arguments, "--tokenizer=~/words"]) == 0
+        assert main(["inspect", "~/composed"]) == 0
+        assert str(home / "composed") in capsys.readouterr().out
+
+    def test_evaluate(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.caught(
+            monkeypatch, "calmlm.evaluation.harness.evaluate",
+            "evaluate", "~/c", "--tasks=~/task.yaml, hellaswag", "--output=~/out/r.json", "--include=~/tasks",
+            "--data=~/data", "--tokenizer=~/t",
+        )  # fmt: skip
+        assert found["args"] == (str(home / "c"), [str(home / "task.yaml"), "hellaswag"])
+        assert (found["include"], found["data"], found["tokenizer"]) == (home / "tasks", home / "data", f"{home}/t")
+        assert (home / "out" / "r.json").is_file()
+        assert not list((home / "elsewhere").iterdir())
+
+    def test_compare(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (home / "c.yaml").write_text("domains: {code: {seeds: [0]}}\noutput: ~/o\ncache: ~/c\nbases: ~/b\n")
+        settings = self.caught(monkeypatch, "calmlm.comparison.workers.run", "compare", "~/c.yaml")["args"][0]
+        assert (settings.output, settings.cache, settings.bases) == (f"{home}/o", f"{home}/c", f"{home}/b")
+        options = ["--output=~/1", "--cache=~/2", "--bases=~/3"]
+        settings = self.caught(monkeypatch, "calmlm.comparison.workers.run", "compare", "~/c.yaml", *options)["args"][0]
+        assert (settings.output, settings.cache, settings.bases) == (f"{home}/1", f"{home}/2", f"{home}/3")
+
+    @pytest.mark.parametrize("experiment", ["kv_arithmetic", "visual_arithmetic"])
+    def test_repro(self, experiment: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        options = ["--preset=tiny", "--output=~/o", "--cache=~/c"]
+        packed: list[Any] = []
+        monkeypatch.setattr("calmlm.demo.bundle.pack", lambda *args, **kwargs: packed.extend(args))
+        options += ["--export=~/e"] if experiment == "kv_arithmetic" else []
+        name = f"calmlm.experiments.{experiment}.run.run"
+        found = self.caught(monkeypatch, name, "repro", experiment.replace("_", "-"), *options)
+        assert found["args"][2:] == (home / "o", home / "c")
+        assert packed[2:] == ([home / "c", home / "e"] if packed else [])
+        assert bool(packed) == (experiment == "kv_arithmetic")

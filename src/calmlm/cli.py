@@ -14,6 +14,7 @@ import typer
 
 import calmlm
 from calmlm.errors import CalmError, ConfigError, DataError
+from calmlm.files.paths import expanded
 
 FAULT = 2  # exit status of a wrong setting, model or file, as of a wrong option
 INTERRUPTED = 130
@@ -27,8 +28,12 @@ app = typer.Typer(
 repro = typer.Typer(help="Reproduce an experiment of the paper.", no_args_is_help=True)
 app.add_typer(repro, name="repro")
 
-Folder = Annotated[str, typer.Argument(help="A saved composition: a folder or an id.", show_default=False)]
-TokenizerId = Annotated[str | None, typer.Option(help="Its id or folder, where the composition has none.")]
+Folder = Annotated[
+    str, typer.Argument(help="A saved composition: a folder or an id.", show_default=False, callback=expanded)
+]
+TokenizerId = Annotated[
+    str | None, typer.Option(help="Its id or folder, where the composition has none.", callback=expanded)
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")]
 
@@ -98,11 +103,13 @@ def _options(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False, callback=expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that win over the file, as key=value.", show_default=False)
     ] = None,
-    output: Annotated[str | None, typer.Option(help="The run's folder instead of the file's.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The run's folder instead of the file's.", callback=expanded)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
@@ -179,13 +186,19 @@ def inspect(folder: Folder) -> None:
 def evaluate(
     folder: Folder,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness and calmlm's own, with commas.")],
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the results.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the results.", show_default=False, callback=expanded)
+    ] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; the task's own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    include: Annotated[Path | None, typer.Option(help="A folder of further tasks.", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False)] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="A folder of further tasks.", show_default=False, callback=expanded)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False, callback=expanded)
+    ] = None,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -201,7 +214,7 @@ def evaluate(
     from calmlm.experiments.record import origin
     from calmlm.files.storage import check_writable, write_text
 
-    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
     if output is not None:
         check_writable(output)
     found = evaluate(
@@ -228,14 +241,22 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/compare/.", show_default=False)],
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file; see configs/compare/.", show_default=False, callback=expanded)
+    ],
     preset: Annotated[
         str | None,
         typer.Option(help="Sizes of calmlm's own experiments: tiny (minutes) or small."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the report goes, instead of the file's.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where finished cells are kept, instead of the file's.")] = None,
-    bases: Annotated[Path | None, typer.Option(help="Where base models are kept, instead of the file's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report goes, instead of the file's.", callback=expanded)
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where finished cells are kept, instead of the file's.", callback=expanded)
+    ] = None,
+    bases: Annotated[
+        Path | None, typer.Option(help="Where base models are kept, instead of the file's.", callback=expanded)
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the file's.")] = None,
     stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
     keep: Annotated[
@@ -271,8 +292,12 @@ def demo() -> None:
 def kv_arithmetic(
     preset: Annotated[str, typer.Option(help="tiny (minutes), small (under an hour for each seed), paper (a GPU).")],
     seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("experiments/kv_arithmetic/results"),
-    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("runs/kv_arithmetic"),
+    output: Annotated[Path, typer.Option(help="Where the results go.", callback=expanded)] = Path(
+        "experiments/kv_arithmetic/results"
+    ),
+    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.", callback=expanded)] = Path(
+        "runs/kv_arithmetic"
+    ),
     also: Annotated[
         str, typer.Option(help="Further compositions, with commas: connectors, tokenizers, halves.", show_default=False)
     ] = "",
@@ -282,7 +307,10 @@ def kv_arithmetic(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Also put the first seed's models there, for `calmlm demo`.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Also put the first seed's models there, for `calmlm demo`.", show_default=False, callback=expanded
+        ),
     ] = None,
 ) -> None:
     """Key-value arithmetic: one model knows the keys, the other calculates."""
@@ -311,8 +339,12 @@ def kv_arithmetic(
 def visual_arithmetic(
     preset: Annotated[str, typer.Option(help="tiny (a minute or two) or small (some minutes for each seed).")],
     seeds: Annotated[str, typer.Option(help="One run for each, separated by commas.")] = "0",
-    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("experiments/visual_arithmetic/results"),
-    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path("runs/visual_arithmetic"),
+    output: Annotated[Path, typer.Option(help="Where the results go.", callback=expanded)] = Path(
+        "experiments/visual_arithmetic/results"
+    ),
+    cache: Annotated[Path, typer.Option(help="Where finished stages are kept.", callback=expanded)] = Path(
+        "runs/visual_arithmetic"
+    ),
     max_steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
     items: Annotated[int | None, typer.Option(min=1, help="Items for each column, for a trial.")] = None,
 ) -> None:

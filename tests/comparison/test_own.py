@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from calmlm.baselines.given import losses_of
 from calmlm.comparison.domains.own import OwnModels, _size
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.selection import CompareConfig, load_config
-from calmlm.comparison.workers import run
+from calmlm.comparison.workers import _make_group, run
 from calmlm.data.labels import encode_prompt
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Stage, fit
@@ -87,6 +88,38 @@ def config_of(folder: Path, values: dict[str, Any]) -> CompareConfig:
     path = folder / "own.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return load_config(path)
+
+
+def test_paths_at_home(tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path of the file, and the file's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def at_home(found: Any) -> Any:
+        if isinstance(found, dict):
+            return {key: at_home(value) for key, value in found.items()}
+        if isinstance(found, list):
+            return [at_home(value) for value in found]
+        return found.replace(str(tmp_path), "~") if isinstance(found, str) else found
+
+    here = values["domains"]["law"]["own"]
+    here |= {"vanilla": here["model"]["augmenting"], "twin": here["model"]["anchor"]}
+    here["corpus"] = [here["corpus"]]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(at_home(values)))
+    assert str(tmp_path) not in (tmp_path / "b.yaml").read_text()
+    plain, homely = load_config(tmp_path / "a.yaml"), load_config(Path("~/b.yaml"))
+    assert homely.parts == plain.parts
+    assert (homely.output, homely.cache, homely.bases) == (plain.output, plain.cache, plain.bases)
+
+
+def test_what_workers_are_sent(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Models of one's own, also once their tokenizers and configurations have been read, and calmlm's experiments."""
+    config = config_of(tmp_path, values)
+    assert config.parts["law"].own is not None
+    assert config.parts["law"].own.tokenizers and config.parts["law"].own.configs
+    for each in (config, load_config(Path(__file__).parents[2] / "configs" / "compare" / "small.yaml")):
+        work, cells, sent = ForkingPickler.loads(ForkingPickler.dumps((_make_group, each.cells(), each)))
+        assert (work, cells, sent) == (_make_group, each.cells(), each)
 
 
 def own(values: dict[str, Any]) -> dict[str, Any]:

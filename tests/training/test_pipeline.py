@@ -21,7 +21,7 @@ from calmlm.errors import CalmError, ConfigError, DataError
 from calmlm.training import pipeline as run_module
 from calmlm.training.pipeline import train
 from calmlm.training.run_folder import RunFolder, replacing_folder
-from calmlm.training.schema import parse_config
+from calmlm.training.schema import TrainingConfig, parse_config
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
 
@@ -451,3 +451,26 @@ def test_a_view_that_shows_nothing_is_refused(settings: Settings, tmp_path: Path
 def test_an_empty_output_is_refused(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="output: expected a folder"):
         parse_config(settings() | {"output": ""})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_at_home_goes_on_there(
+    backend: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer writes ``~`` out too: the checkpoints lie where the run looks for them."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = settings(backend, max_steps=5) | {"output": "~/runs/x"}
+    run = RunFolder(tmp_path / "runs" / "x")
+    assert go(values) == run.composition
+    assert not list((tmp_path / "cwd").iterdir())
+    values["trainer"]["max_steps"] = 8
+    lines: list[str] = []
+    train(parse_config(values), resume=True, report=lines.append)
+    assert lines[0] == f"Going on from {run.checkpoints / 'checkpoint-5'}."
+    config = TrainingConfig(
+        "~/runs/y", parse_config(values).model, parse_config(values).data, trainer=values["trainer"]
+    )
+    assert train(config, report=lines.append).composition == tmp_path / "runs" / "y" / "composition"
+    assert not list((tmp_path / "cwd").iterdir())

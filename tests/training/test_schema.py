@@ -194,3 +194,53 @@ class TestFile:
     def test_numbers(self, tmp_path: Path, text: str, value: Any) -> None:
         config = self.load(tmp_path, self.GOOD, f"trainer.lr_scheduler_kwargs={{x: {text}}}")
         assert config.trainer["lr_scheduler_kwargs"] == {"x": value}
+
+
+class TestHome:
+    """``~`` is the home folder in every path of a configuration, and in nothing else."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/ada")
+
+    def test_every_path(self) -> None:
+        config = parse_config(
+            {
+                "output": "~/runs/x",
+                "model": {"anchor": "~/big", "augmenting": {"law": "~/law", "code": "some/id"}},
+                "data": {
+                    "train": ["~/a.jsonl", {"dataset": "~/set", "name": "~", "split": "~/train"}],
+                    "eval": "~/e.jsonl",
+                },
+                "tokenizer": "~/tokenizer",
+                "trainer": {"accelerator_config": "~/a.json", "fsdp_config": "~/f.json", "run_name": "~/no path"},
+            }
+        )
+        assert config.output == "/home/ada/runs/x"
+        assert config.model.anchor == "/home/ada/big"
+        assert config.model.augmenting == {"law": "/home/ada/law", "code": "some/id"}
+        assert config.data.train == ["/home/ada/a.jsonl", HubDataset("/home/ada/set", "~/train", "~")]
+        assert config.data.eval == "/home/ada/e.jsonl"
+        assert config.tokenizer == "/home/ada/tokenizer"
+        assert config.trainer == {
+            "accelerator_config": "/home/ada/a.json",
+            "fsdp_config": "/home/ada/f.json",
+            "run_name": "~/no path",
+        }
+
+    def test_other_forms(self) -> None:
+        config = parse_config(minimal(model={"composition": "~/c"}, data={"train": {"dataset": "~/set"}}))
+        assert config.model.composition == "/home/ada/c"
+        assert config.data.train == HubDataset("/home/ada/set")
+        assert parse_config(minimal(model={"anchor": "b", "augmenting": "~/a"})).model.augmenting == "/home/ada/a"
+        assert parse_config(minimal(trainer={"deepspeed": "~/d.json"})).trainer["deepspeed"] == "/home/ada/d.json"
+
+    def test_read_from_a_file_and_a_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "c.yaml").write_text(TestFile.GOOD)
+        overrides = ["output=~/x", "data.train=[~/a, ~/b]", "model.anchor=~/big"]
+        config = load_config("~/c.yaml", overrides)
+        assert config.output == f"{tmp_path}/x"
+        assert config.data.train == [f"{tmp_path}/a", f"{tmp_path}/b"]
+        assert config.model.anchor == f"{tmp_path}/big"
+        assert load_config("~/c.yaml", overrides, "~/y").output == f"{tmp_path}/y"

@@ -13,12 +13,13 @@ from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
 from calmlm.errors import ModelError, first_line
 from calmlm.experiments.fitting import Stage
+from calmlm.files.paths import Place
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.training.schema import ModelConfig
 
 __all__ = ["Known", "Own", "OwnTask", "Sources", "listed"]
 
-Sources = str | HubDataset | list[str | HubDataset]
+Sources = Place | HubDataset | list[Place | HubDataset]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class OwnTask:
         stop: an answer ends before it, a line break for example; models that were not trained to end go on.
     """
 
-    data: str | HubDataset | list[str | HubDataset]
+    data: Place | HubDataset | list[Place | HubDataset]
     metric: Literal["exact_match", "chrf", "bits_per_byte"] = "exact_match"
     skill: Literal["combined", "augmenting", "retained"] = "combined"
     stop: str | None = None
@@ -79,11 +80,11 @@ class Own:
     """
 
     model: ModelConfig
-    composition: str | HubDataset | list[str | HubDataset]
-    corpus: str | HubDataset | list[str | HubDataset]
+    composition: Place | HubDataset | list[Place | HubDataset]
+    corpus: Place | HubDataset | list[Place | HubDataset]
     tasks: dict[str, Any]
-    vanilla: str | None = None
-    twin: str | None = None
+    vanilla: Place | None = None
+    twin: Place | None = None
     steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 3e-4

@@ -13,6 +13,7 @@ from calmlm.comparison.own_checks import checked, reasons
 from calmlm.comparison.own_settings import Own
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import check_seeds
+from calmlm.files.paths import Place, expanded
 from calmlm.training.fields import read_fields
 from calmlm.training.yaml import parse_yaml
 
@@ -51,9 +52,9 @@ class CompareConfig:
 
     domains: dict[str, Any]
     preset: str = "small"
-    output: str = "experiments/compare/results"
-    cache: str = "runs/compare"
-    bases: str = "runs"
+    output: Place = "experiments/compare/results"
+    cache: Place = "runs/compare"
+    bases: Place = "runs"
     workers: int = 2
     parts: dict[str, Part] = field(default_factory=dict, metadata={"made": True})
 
@@ -83,6 +84,7 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
     Raises:
         ConfigError: for a file that cannot be read, and for each fault in it, all in one message.
     """
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from calmlm.data.formats import Example, read_examples
 from calmlm.data.jsonl import Record, read_jsonl
 from calmlm.data.messages import without_nulls
 from calmlm.errors import DataError
+from calmlm.files.paths import Place
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class HubDataset:
         revision: a commit, branch or tag.
     """
 
-    dataset: str
+    dataset: Place
     split: str = "train"
     name: str | None = None
     revision: str | None = None

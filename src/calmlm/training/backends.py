@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
+import copy
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer, get_scheduler
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
 
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
+from calmlm.files.storage import check_published
+from calmlm.readers import prompt_of
+from calmlm.training.arguments import argument_class, argument_types, faults_of
+from calmlm.training.first_step import ComposedTrainer, FirstStep
 from calmlm.training.run_folder import RunFolder
 
+__all__ = [
+    "Rows",
+    "argument_types",
+    "make_arguments",
+    "make_trainer",
+    "refusal",
+    "set_end",
+    "set_packing_length",
+    "upload",
+]
+
 Rows = list[dict[str, list[int]]]
-
-
-def argument_types(backend: str) -> dict[str, Any]:
-    """All arguments that a backend's configuration takes, with their annotations."""
-    cls = _arguments_class(backend)
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+SAMPLED = 1000  # steps of a schedule that are looked at, of however many
 
 
 def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder, *, evaluates: bool) -> Any:
     """SFTConfig or TrainingArguments, with calmlm's defaults below what the user set.
 
     Raises:
-        ConfigError: an argument has a value that the class refuses.
+        ConfigError: an argument has a value that the class refuses, or that could not do its work.
         MissingExtraError: the backend, or TensorBoard, is not installed.
     """
-    import torch
-
     # New layers with a zero output, not a whole network: they learn at rates that would break a pretrained model.
     defaults: dict[str, Any] = {
         "learning_rate": 3e-4,
@@ -45,8 +59,13 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         **({} if "gradient_checkpointing" in arguments else {"activation_checkpointing": False}),
         "eval_strategy": "epoch" if evaluates else "no",
     }
-    cls = _arguments_class(backend)
-    merged = {**defaults, **arguments, "output_dir": str(folder.checkpoints)}
+    cls = argument_class(backend)
+    # A copy, since the trainers change what they are given: it is written down as it was.
+    merged = copy.deepcopy({**defaults, **arguments, "output_dir": str(folder.checkpoints)})
+    if merged.get("push_to_hub") and not merged.get("hub_model_id"):
+        merged["hub_model_id"] = folder.path.resolve().name  # or it would be "checkpoints"
+    if merged["report_to"] is None:
+        merged["report_to"] = "none"
     if backend == "sft":
         merged.setdefault("router_aux_loss_coef", 0.0)  # of a mixture of experts, whose router is frozen
         merged["max_length"] = None  # rows are cut before they get there; see set_packing_length
@@ -54,35 +73,14 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         require("tensorboard", "train", "Logging (trainer.report_to: tensorboard)")
     try:
         made = cls(**merged)
-    except (TypeError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # whatever its checks, its files and its packages give rise to
         raise ConfigError(
-            f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason}"
+            f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {_reason(error)}"
         ) from error
-    _check(made)
+    faults = faults_of(backend, made, evaluates=evaluates)
+    if faults:
+        raise ConfigError(" ".join(faults))
     return made
-
-
-def _check(arguments: Any) -> None:
-    """What the trainers would find out in the middle, or never."""
-    from transformers.utils import is_liger_kernel_available
-
-    for name in ("seed", "data_seed"):
-        seed = getattr(arguments, name)
-        if seed is not None and not 0 <= seed < 2**32:
-            raise ConfigError(f"trainer.{name}: expected 0 to {2**32 - 1}, but got {seed}; choose another.")
-    if arguments.gradient_accumulation_steps < 1:
-        raise ConfigError(
-            f"trainer.gradient_accumulation_steps: expected 1 or more, but got "
-            f"{arguments.gradient_accumulation_steps}; raise it."
-        )
-    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
-        raise ConfigError(
-            f"trainer: expected at least one step, but max_steps is {arguments.max_steps} and num_train_epochs "
-            f"{arguments.num_train_epochs}; raise one of them."
-        )
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ConfigError("trainer.use_liger_kernel: expected the package liger-kernel, but it is not installed.")
 
 
 def set_packing_length(arguments: Any, max_length: int | None) -> None:
@@ -97,6 +95,20 @@ def set_packing_length(arguments: Any, max_length: int | None) -> None:
         arguments.max_length = max_length
 
 
+def set_end(tokenizer: Any, token: str | None) -> None:
+    """Let another token end each text, if one is named.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    if token is not None and token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"trainer.eos_token: expected a token of the tokenizer, but it has no {token!r}; name one of its own."
+        )
+    if token is not None:
+        tokenizer.eos_token = token
+
+
 def make_trainer(
     backend: str,
     model: Any,
@@ -106,48 +118,155 @@ def make_trainer(
     evaluation: Rows | None,
     folder: RunFolder,
 ) -> Any:
-    """A trainer over rows of `input_ids` and `labels`, ready for `train()`.
+    """A trainer over rows of `input_ids` and `labels`, ready for `train()`; nothing is written yet.
 
     Raises:
-        ConfigError: it refuses its arguments.
+        ConfigError: it refuses its arguments, or the composition does.
     """
-    from transformers.integrations import TensorBoardCallback
-
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _check_padding(model, arguments, tokenizer)
+    _check_packing(model, arguments)
+    if arguments.push_to_hub:
+        try:
+            check_published(model.config)
+        except ConfigError as error:
+            raise ConfigError(f"trainer.push_to_hub: {error}") from None
     build = _sft_trainer if backend == "sft" else _plain_trainer
-    try:
-        trainer = build(model, arguments, tokenizer, train, evaluation)
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # these make them once the model is spread
-            # What it would find out in the middle: an unknown optimizer or schedule, batches of no rows.
-            trainer.create_optimizer_and_scheduler(num_training_steps=max(arguments.max_steps, 1))
-            batches = len(trainer.get_train_dataloader())
-            if not batches:
-                raise ConfigError(
-                    f"trainer: expected batches, but dataloader_drop_last leaves none of {len(train)} examples; lower "
-                    f"per_device_train_batch_size."
-                )
-            trainer.optimizer = trainer.lr_scheduler = None
-    except CalmError:
-        raise
-    except (  # OSError: no network for push_to_hub
-        ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError, OSError
-    ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"trainer: expected arguments that the trainer can begin with, but it refused them: {reason}"
-        ) from error
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.logging_dir = str(folder.logs)
+    place = arguments.output_dir
+    with tempfile.TemporaryDirectory() as elsewhere:
+        arguments.output_dir = elsewhere  # which the trainers make when they are made themselves
+        try:
+            trainer = build(model, arguments, tokenizer, train, evaluation)
+            _try_out(trainer, arguments, train, evaluation)
+        except CalmError:
+            raise
+        except Exception as error:
+            raise refusal(error) from error
+        finally:
+            arguments.output_dir = place
+    reporters = [trainer.pop_callback(kind) for kind in get_reporting_integration_callbacks(arguments.report_to)]
+    for reporter in reporters:
+        if isinstance(reporter, TensorBoardCallback):
+            reporter.logging_dir = str(folder.logs)
+    trainer.add_callback(FirstStep(trainer, reporters))
     return trainer
+
+
+def refusal(error: Exception) -> ConfigError:
+    """What to raise in place of an error that a trainer came to before its first step was done."""
+    return ConfigError(
+        f"trainer: expected arguments that the trainer can begin with, but it refused them: {_reason(error)}"
+    )
+
+
+def upload(trainer: Any, composition: Path) -> None:
+    """Upload what was trained, with the tokenizer and the composition's card.
+
+    Raises:
+        ConfigError: the hub refuses or cannot be reached.
+    """
+    try:
+        trainer.push_to_hub(commit_message="End of training", revision=trainer.args.hub_revision)
+    except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+        raise ConfigError(
+            f"trainer.push_to_hub: expected the hub to take the repository {trainer.args.hub_model_id!r}, but it did "
+            f"not ({_reason(error)}); the composition lies in {composition}, from where push_to_hub can upload it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    spoken = isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and text
+    return text if spoken else f"{type(error).__name__} {text}".strip()
+
+
+def _check_padding(model: Any, arguments: Any, tokenizer: Any) -> None:
+    """Settle what rows are padded with.
+
+    Raises:
+        ConfigError: there is no such token, or the models have no embedding for it.
+    """
+    named = getattr(arguments, "pad_token", None)
+    if named is not None and named not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"trainer.pad_token: expected a token of the tokenizer, but it has no {named!r}; name one of its own."
+        )
+    if named is not None:
+        tokenizer.pad_token = named
+    elif tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    found, size = tokenizer.pad_token_id, model.model.shared_ids
+    if found is None:
+        raise ConfigError(
+            "tokenizer: expected one with a pad token or an end-of-text token, which rows of a batch are filled up "
+            "with, but it has neither; give it one and save it, then name its folder."
+        )
+    if found >= size:
+        raise ConfigError(
+            f"{'tokenizer' if named is None else 'trainer.pad_token'}: expected a pad token with an id below {size}, "
+            f"the models' vocabulary, but {tokenizer.pad_token!r} has {found}; use another token for padding, the "
+            f"end-of-text token for example."
+        )
+
+
+def _check_packing(model: Any, arguments: Any) -> None:
+    """Raise where several texts are to share a row, and an augmenting model reads the prompt of one.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    for key in ("packing", "eval_packing", "padding_free"):
+        if getattr(arguments, key, None) and model.model.reads_prompts:
+            raise ConfigError(
+                f"trainer.{key}: expected one text in a row, since with refresh: false an augmenting model reads one "
+                f"prompt, but several are to share it; leave it out."
+            )
+
+
+def _try_out(trainer: Any, arguments: Any, train: Rows, evaluation: Rows | None) -> None:
+    """Make what the trainer would make later: batches, and a learning rate for every step.
+
+    Raises:
+        ConfigError: there are no batches.
+    """
+    batches = trainer.get_train_dataloader()
+    if not len(batches):
+        raise ConfigError(
+            f"trainer: expected batches, but dataloader_drop_last leaves none of {len(train)} examples; lower "
+            f"per_device_train_batch_size."
+        )
+    if evaluation:
+        trainer.get_eval_dataloader()
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
+        raise ConfigError(
+            "Expected processes that each hold the whole composition, or FSDP, but accelerate is set up to split texts "
+            "or layers; take the sizes of its parallelism_config back."
+        )
+    if trainer.is_deepspeed_enabled:
+        return  # which may bring a schedule of its own
+    steps = trainer.set_initial_training_values(arguments, batches)[-1]
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        schedule.step(1.0)
+        return
+    for step in range(0, steps + 1, max(1, steps // SAMPLED)):
+        schedule.lr_lambdas[0](step)
 
 
 def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    trainer = SFTTrainer(
+    class Composed(ComposedTrainer, SFTTrainer):
+        pass
+
+    trainer = Composed(
         model=model,
         args=arguments,
         processing_class=tokenizer,
@@ -156,46 +275,40 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     )
     if model.model.reads_prompts:
         # TRL keeps the labels from the model, which would take whole rows for their prompts.
-        trainer.data_collator = _with_prompts(trainer.data_collator)
+        trainer.data_collator = WithPrompts(trainer.data_collator)
     return trainer
 
 
-def _with_prompts(collate: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A collator that also says which tokens belong to the prompt."""
-    from calmlm.readers import prompt_of
-
-    def collated(rows: Any) -> dict[str, Any]:
-        batch = collate(rows)
-        batch["prompt_mask"] = prompt_of(batch["labels"])
-        return batch
-
-    return collated
-
-
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
-    from transformers import DataCollatorForSeq2Seq, Trainer
+    class Composed(ComposedTrainer, Trainer):
+        pass
 
     # Despite its name the collator for any rows with labels: it pads those with -100.
     collate = DataCollatorForSeq2Seq(tokenizer)
-    return Trainer(
+    return Composed(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=_with_prompts(collate) if model.model.reads_prompts else collate,
+        data_collator=WithPrompts(collate) if model.model.reads_prompts else collate,
     )
 
 
-def _arguments_class(backend: str) -> type:
-    if backend == "sft":
-        require("trl", "train", "The training backend 'sft'")
-        from trl import SFTConfig
+@dataclass
+class WithPrompts:
+    """A collator that also says which tokens belong to the prompt; an object, so that workers can be sent it.
 
-        return SFTConfig
-    from transformers import TrainingArguments
+    Attributes:
+        collate: makes the batch.
+    """
 
-    return TrainingArguments
+    collate: Callable[[Any], dict[str, Any]]
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = self.collate(rows)
+        batch["prompt_mask"] = prompt_of(batch["labels"])
+        return batch
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -26,7 +27,8 @@ def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -
 
     A field whose metadata say ``made`` is no key: it is filled in later.
 
-    Annotations may be str, int, float, bool, None, Literal, lists, dicts, other dataclasses and unions of these.
+    Annotations may be str, int, float, bool, None, Literal, lists, dicts, other dataclasses and unions of these;
+    ``Annotated[hint, function]`` is read as ``hint`` and passed through the function.
 
     Args:
         cls: a dataclass.
@@ -38,7 +40,7 @@ def read_fields(cls: type[T], values: Any, faults: list[str], where: str = "") -
         faults.append(f"{where or 'the file'}: expected a mapping, but got {show(values)}.")
         return None
     before = len(faults)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("made")}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -57,7 +59,7 @@ def read_what_fits(cls: type[T], values: Any) -> T | None:
     """As `read_fields`, with keys left out that have faults of their own; None where a required one is among them."""
     if not isinstance(values, Mapping):
         return None
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fitting: dict[str, Any] = {}
     for name in hints.keys() & values.keys():
         faults: list[str] = []
@@ -80,6 +82,8 @@ def unknown_key(key: Any, known: Collection[str], where: str) -> str:
 def describe(hint: Any) -> str:
     """An annotation in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return describe(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(part) for part in arguments if part is not type(None)))
     if origin is typing.Literal:
@@ -102,10 +106,22 @@ def read_value(hint: Any, value: Any, faults: list[str], path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return read_fields(hint, value, faults, path)
+    if origin is typing.Annotated:
+        before = len(faults)
+        inner = read_value(arguments[0], value, faults, path)
+        return (
+            functools.reduce(lambda found, then: then(found), arguments[1:], inner) if len(faults) == before else value
+        )
     if origin in (typing.Union, types.UnionType):
         return _read_union(hint, value, faults, path)
     if origin is list and isinstance(value, list):
         return [read_value(arguments[0], item, faults, f"{path}[{number}]") for number, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        keys, values = arguments
+        return {
+            read_value(keys, key, faults, path): read_value(values, item, faults, f"{path}.{key}")
+            for key, item in value.items()
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(hint, value):
@@ -122,7 +138,9 @@ def _read_union(hint: Any, value: Any, faults: list[str], path: str) -> Any:
         if not found:
             return result
         same_kind = isinstance(value, Mapping) and dataclasses.is_dataclass(member)
-        same_kind = same_kind or (isinstance(value, list) and typing.get_origin(member) is list)
+        same_kind = same_kind or any(
+            isinstance(value, kind) and typing.get_origin(member) is kind for kind in (list, dict)
+        )
         if same_kind:
             attempts.append(found)
     faults += attempts[0] if len(attempts) == 1 else [f"{path}: expected {describe(hint)}, but got {show(value)}."]

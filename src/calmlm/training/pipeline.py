@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -22,9 +21,18 @@ from calmlm.data.sources import HubDataset, load_examples
 from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
-from calmlm.training.backends import Rows, make_arguments, make_trainer, set_packing_length
+from calmlm.training.backends import (
+    Rows,
+    make_arguments,
+    make_trainer,
+    refusal,
+    set_end,
+    set_packing_length,
+    upload,
+)
 from calmlm.training.run_folder import RunFolder, best_of, replacing_folder, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
+from calmlm.training.yaml import dump_yaml
 
 Report = Callable[[str], None]
 LOOKED_AT = 32  # rows of which a view has to show something
@@ -66,6 +74,7 @@ def train(
     model = _model(config.model, tokenizer)
     check_inputs(model)
     tokenizer = tokenizer or _tokenizer(config)
+    set_end(tokenizer, getattr(arguments, "eos_token", None))
 
     max_length = _max_length(config.data.max_length, context_length(model))
     rows = _encode(train_examples, model, tokenizer, config, max_length, report)
@@ -89,22 +98,36 @@ def train(
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
-    with arguments.main_process_first(local=False, desc="making the output folder"):
-        if arguments.process_index == 0:
-            folder.start(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), resume=resume)
+
+    def start() -> None:
+        with arguments.main_process_first(local=False, desc="making the output folder"):
+            if arguments.process_index == 0:
+                folder.start(dump_yaml(config.to_dict()), resume=resume)
+
+    trainer.start = start
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
         report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
+        trainer.begin()
         # Trainer would look at the limit behind one more step.
         kept = best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint
         tensors = read_tensors(kept / WEIGHTS_NAME, model.composition_tensors().items(), str(kept))
         model.load_state_dict(tensors, strict=False)
         steps, loss = steps_of(checkpoint), math.nan
     else:
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except CalmError:
+            raise
+        except Exception as error:  # whatever a trainer finds out about its arguments in its first step
+            if trainer.begun:
+                raise
+            raise refusal(error) from error
         steps, loss = outcome.global_step, outcome.training_loss
     save_result(trainer, model, tokenizer, folder.composition, report)
+    if arguments.push_to_hub:
+        upload(trainer, folder.composition)
     return TrainingResult(folder.composition, steps, loss)
 
 
@@ -158,16 +181,16 @@ def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> No
 
 
 def check_ids(model: Any, rows: Rows) -> None:
-    """Raise where the anchor has no embedding for a token.
+    """Raise where a model that reads the anchor's tokens has no embedding for one.
 
     Raises:
         ConfigError: naming the token.
     """
-    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.backbone().vocab_size
+    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.shared_ids
     if most >= size:
         raise ConfigError(
-            f"tokenizer: expected ids below {size}, the anchor's vocabulary, but the data have {most}; name the "
-            f"anchor's own tokenizer."
+            f"tokenizer: expected ids below {size}, the vocabulary of the models that read them, but the data have "
+            f"{most}; name the anchor's own tokenizer."
         )
 
 

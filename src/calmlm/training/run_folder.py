@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from calmlm.errors import ConfigError
+from calmlm.files.paths import expanded
 from calmlm.files.storage import WEIGHTS_NAME, probe_place, write_text
 
 
@@ -28,7 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(Path(path))  # in Python too, for Trainer does it there
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"

@@ -11,23 +11,12 @@ from typing import Any, Literal
 from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
 from calmlm.errors import ConfigError
-from calmlm.training.fields import read_fields, read_value, read_what_fits, show, unknown_key
+from calmlm.files.paths import Place, expanded
+from calmlm.training.arguments import OWNED, read_arguments
+from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
-# Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
-OWNED = {
-    "output_dir": "set 'output' at the top of the file",
-    "logging_dir": "logs lie in the folder 'logs' of the output",
-    "max_length": "set 'data.max_length'",
-    "completion_only_loss": "set 'data.loss_on'",
-    "assistant_only_loss": "set 'data.loss_on'",
-    "dataset_text_field": "name the field 'text'",
-    "dataset_kwargs": "calmlm tokenizes the data itself",
-    "model_init_kwargs": "set these under 'model'",
-    "chat_template_path": "name a tokenizer that has the template",
-    "resume_from_checkpoint": "use --resume",
-    "remove_unused_columns": "calmlm tokenizes the data itself",
-}
+__all__ = ["OWNED", "DataConfig", "ModelConfig", "TrainingConfig", "connector_options", "load_config", "parse_config"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +42,9 @@ class ModelConfig:
         trust_remote_code: whether code that comes with a model may run.
     """
 
-    anchor: str | None = None
-    augmenting: str | dict[str, str] | None = None
-    composition: str | None = None
+    anchor: Place | None = None
+    augmenting: Place | dict[str, Place] | None = None
+    composition: Place | None = None
     revision: str | None = None
     augmenting_revision: str | None = None
     connections: str | int | list[list[int]] | dict[str, Any] = "every-4"
@@ -102,8 +91,8 @@ class DataConfig:
         loss_on: "completion" counts completions (or assistant messages) only, "all" every token.
     """
 
-    train: str | HubDataset | list[str | HubDataset]
-    eval: str | HubDataset | list[str | HubDataset] | None = None
+    train: Place | HubDataset | list[Place | HubDataset]
+    eval: Place | HubDataset | list[Place | HubDataset] | None = None
     max_length: int | None = None
     loss_on: LossOn = "completion"
 
@@ -131,10 +120,10 @@ class TrainingConfig:
         trainer: arguments of SFTConfig or TrainingArguments.
     """
 
-    output: str
+    output: Place
     model: ModelConfig
     data: DataConfig
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     backend: Literal["sft", "trainer"] = "sft"
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -153,14 +142,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | N
     """Read and check a configuration file.
 
     Args:
-        path: a YAML file; paths within it are relative to the working directory.
+        path: a YAML file; paths within it are relative to the working directory, and ``~`` is the home folder.
         overrides: "key.subkey=value", the value in YAML; applied before the check.
         output: wins over the file's own.
 
     Raises:
         ConfigError: the file cannot be read, or has faults; all of them are named.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -194,28 +183,13 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     backend = values.get("backend", "sft")
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):
-        faults += _argument_faults(backend, arguments)
+        arguments = read_arguments(backend, arguments, faults)
     if values.get("output") == "":
         faults.append("output: expected a folder, but it is empty; name one.")
     if faults or config is None:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{source} has {count}: " + " ".join(faults))
-    return config
-
-
-def _argument_faults(backend: str, arguments: Mapping[str, Any]) -> list[str]:
-    from calmlm.training.backends import argument_types
-
-    types = argument_types(backend)
-    faults: list[str] = []
-    for key, value in arguments.items():
-        if key in OWNED:
-            faults.append(f"trainer.{key}: calmlm sets this itself; {OWNED[key]}.")
-        elif key not in types:
-            faults.append(unknown_key(key, types.keys() - OWNED.keys(), "trainer"))
-        else:
-            read_value(types[key], value, faults, f"trainer.{key}")
-    return faults
+    return dataclasses.replace(config, trainer=arguments)
 
 
 def _apply(override: str, values: dict[str, Any]) -> None:

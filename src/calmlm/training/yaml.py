@@ -26,11 +26,21 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+class Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper; it puts text in quotes that ``Loader`` would read as a number."""
+
+
+for kind in (Loader, Dumper):
+    kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(value: Any) -> str:
+    """A text from which ``parse_yaml`` reads ``value``."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, source: str) -> Any:

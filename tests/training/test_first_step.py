@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from calmlm.errors import ConfigError
 from calmlm.training import pipeline
@@ -167,3 +167,14 @@ def test_overflows_are_looked_for_where_prompts_are_read(settings: Settings) -> 
     values = settings("sft", max_steps=2, debug="underflow_overflow")
     values["model"]["refresh"] = False
     assert go(values).is_dir()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_gpus_for_one_process_are_refused(
+    backend: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    values = settings() | {"backend": backend}
+    with pytest.raises(ConfigError, match=r"one process sees 2 of them; start it with torchrun"):
+        go(values)
+    assert not Path(values["output"]).exists()

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
-from calmlm.files.storage import check_published
+from calmlm.files.publishing import check_published
 from calmlm.readers import prompt_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.first_step import ComposedTrainer, FirstStep
@@ -194,7 +194,7 @@ def _check_padding(model: Any, arguments: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = named
     elif tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    found, size = tokenizer.pad_token_id, model.model.shared_ids
+    found, size = tokenizer.pad_token_id, model.model.abilities.shared_ids
     if found is None:
         raise ConfigError(
             "tokenizer: expected one with a pad token or an end-of-text token, which rows of a batch are filled up "
@@ -226,8 +226,13 @@ def _try_out(trainer: Any, arguments: Any, train: Rows, evaluation: Rows | None)
     """Make what the trainer would make later: batches, and a learning rate for every step.
 
     Raises:
-        ConfigError: there are no batches.
+        ConfigError: there are no batches, or several GPUs for one process.
     """
+    if trainer.args.n_gpu > 1:
+        raise ConfigError(
+            f"trainer: expected one process for each GPU, but one process sees {trainer.args.n_gpu} of them; start it "
+            f"with torchrun --nproc_per_node {trainer.args.n_gpu}, or let it see one (CUDA_VISIBLE_DEVICES)."
+        )
     batches = trainer.get_train_dataloader()
     if not len(batches):
         raise ConfigError(

@@ -16,7 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from calmlm.errors import ConfigError
-from calmlm.files.storage import CARD_NAME, alignment_name, model_card, portable_config, write_text
+from calmlm.files.publishing import CARD_NAME, model_card
+from calmlm.files.storage import alignment_name, portable_config, write_text
 
 if TYPE_CHECKING:
     from transformers import Trainer

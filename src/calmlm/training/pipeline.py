@@ -186,7 +186,7 @@ def check_ids(model: Any, rows: Rows) -> None:
     Raises:
         ConfigError: naming the token.
     """
-    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.shared_ids
+    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.abilities.shared_ids
     if most >= size:
         raise ConfigError(
             f"tokenizer: expected ids below {size}, the vocabulary of the models that read them, but the data have "

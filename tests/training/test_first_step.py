@@ -175,6 +175,6 @@ def test_several_gpus_for_one_process_are_refused(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     values = settings() | {"backend": backend}
-    with pytest.raises(ConfigError, match=r"one process sees 2 of them; start it with torchrun"):
+    with pytest.raises(ConfigError, match="torchrun"):
         go(values)
     assert not Path(values["output"]).exists()

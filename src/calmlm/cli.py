@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -212,7 +211,8 @@ def evaluate(
     """Measure a saved composition on benchmarks."""
     from calmlm.evaluation.harness import evaluate
     from calmlm.experiments.record import origin
-    from calmlm.files.storage import check_writable, write_text
+    from calmlm.files.results import to_json, write_result
+    from calmlm.files.storage import check_writable
 
     names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
     if output is not None:
@@ -236,7 +236,7 @@ def evaluate(
         for name, value in metrics.items():
             print(f"{task:32}{name:32}{value}")
     if output is not None:
-        write_text(output, json.dumps({"results": found, **origin(None)}, indent=1) + "\n")
+        write_result(output, to_json({"results": found, **origin(None)}, indent=1) + "\n")
 
 
 @app.command()

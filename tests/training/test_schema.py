@@ -130,6 +130,16 @@ def test_composition_stands_alone() -> None:
         ),
         (
             "model",
+            {"anchor": "b", "augmenting": {"law": 3}},
+            "model.augmenting.law: expected text, but got 3.",
+        ),
+        (
+            "model",
+            {"anchor": "b", "augmenting": "a", "alignment": {"augmenting": True}},
+            "model.alignment.augmenting: expected text, but got True.",
+        ),
+        (
+            "model",
             {"anchor": "b", "augmenting": "a", "connections": True},
             "model.connections: expected text or a whole",
         ),

@@ -117,11 +117,7 @@ def read_value(hint: Any, value: Any, faults: list[str], path: str) -> Any:
     if origin is list and isinstance(value, list):
         return [read_value(arguments[0], item, faults, f"{path}[{number}]") for number, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        keys, values = arguments
-        return {
-            read_value(keys, key, faults, path): read_value(values, item, faults, f"{path}.{key}")
-            for key, item in value.items()
-        }
+        return {key: read_value(arguments[1], item, faults, f"{path}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(hint, value):

@@ -178,3 +178,19 @@ def test_several_gpus_for_one_process_are_refused(
     with pytest.raises(ConfigError, match="torchrun"):
         go(values)
     assert not Path(values["output"]).exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_that_is_too_large_is_halved(backend: str, settings: Settings, at: Any) -> None:
+    """`auto_find_batch_size` begins anew by itself, also in the first step."""
+    steps: list[int] = []
+
+    def fail() -> None:
+        steps.append(0)
+        if len(steps) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    at("on_pre_optimizer_step", fail)
+    run = RunFolder(go(settings(backend, max_steps=2, auto_find_batch_size=True, report_to="tensorboard")).parent)
+    assert len(steps) == 3
+    assert len(list(run.logs.glob("events.out.tfevents.*"))) == 1

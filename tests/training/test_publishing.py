@@ -150,7 +150,7 @@ def test_a_hub_out_of_reach(backend: str, settings: Settings, hub: Hub) -> None:
     """At the beginning nothing is written for it; at the end the composition is there all the same."""
     values = settings(backend, max_steps=2, push_to_hub=True, hub_model_id="me/c", hub_strategy="end")
     hub.down = True
-    with pytest.raises(ConfigError, match="no network"):
+    with pytest.raises(ConfigError, match=r"^trainer.push_to_hub: .*'me/c', but it did not \(no network\); check"):
         go(values)
     run = RunFolder(values["output"])
     assert not run.path.exists()
@@ -166,6 +166,12 @@ def test_a_hub_out_of_reach(backend: str, settings: Settings, hub: Hub) -> None:
         with pytest.raises(ConfigError, match=r"^trainer.push_to_hub: .*no network.* the composition lies in"):
             go(values)
     assert (run.composition / "model.safetensors").is_file()
+    with pytest.raises(ConfigError, match=r"^trainer.push_to_hub: .*no network"):  # with nothing left to train
+        train(parse_config(values), resume=True, report=lambda line: None)
+    hub.down = False
+    calls = len(hub.calls)
+    train(parse_config(values), resume=True, report=lambda line: None)
+    assert hub.calls[calls:] == ["create_repo", "upload End of training"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

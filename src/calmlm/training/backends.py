@@ -19,7 +19,7 @@ from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
 from calmlm.readers import prompt_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
-from calmlm.training.first_step import ComposedTrainer, FirstStep
+from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.run_folder import RunFolder
 
 __all__ = [
@@ -75,7 +75,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         made = cls(**merged)
     except Exception as error:  # whatever its checks, its files and its packages give rise to
         raise ConfigError(
-            f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {_reason(error)}"
+            f"trainer: expected arguments that {cls.__name__} takes, but it refused them: {reason_of(error)}"
         ) from error
     faults = faults_of(backend, made, evaluates=evaluates)
     if faults:
@@ -154,7 +154,7 @@ def make_trainer(
 def refusal(error: Exception) -> ConfigError:
     """What to raise in place of an error that a trainer came to before its first step was done."""
     return ConfigError(
-        f"trainer: expected arguments that the trainer can begin with, but it refused them: {_reason(error)}"
+        f"trainer: expected arguments that the trainer can begin with, but it refused them: {reason_of(error)}"
     )
 
 
@@ -169,14 +169,8 @@ def upload(trainer: Any, composition: Path) -> None:
     except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
         raise ConfigError(
             f"trainer.push_to_hub: expected the hub to take the repository {trainer.args.hub_model_id!r}, but it did "
-            f"not ({_reason(error)}); the composition lies in {composition}, from where push_to_hub can upload it."
+            f"not ({reason_of(error)}); the composition lies in {composition}, from where push_to_hub can upload it."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    spoken = isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and text
-    return text if spoken else f"{type(error).__name__} {text}".strip()
 
 
 def _check_padding(model: Any, arguments: Any, tokenizer: Any) -> None:

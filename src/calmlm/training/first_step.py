@@ -25,6 +25,13 @@ else:
     Trainer = object
 
 
+def reason_of(error: Exception) -> str:
+    """An error in one line, with its kind where its text alone says little."""
+    text = " ".join(str(error).split())[:300]
+    spoken = isinstance(error, (ValueError, RuntimeError, OSError, ImportError)) and text
+    return text if spoken else f"{type(error).__name__} {text}".strip()
+
+
 class ComposedTrainer(Trainer):
     """Stands before ``Trainer``, or a subclass of it, in a class of both.
 
@@ -40,10 +47,19 @@ class ComposedTrainer(Trainer):
         """Make the places that the run writes to."""
         if not self.begun:
             if self.args.push_to_hub:
-                super().init_hf_repo()
+                self._make_repository()
             self.begun = True
             if self.start is not None:
                 self.start()
+
+    def _make_repository(self) -> None:
+        try:
+            super().init_hf_repo()
+        except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+            raise ConfigError(
+                f"trainer.push_to_hub: expected the hub to take the repository {self.args.hub_model_id!r}, but it did "
+                f"not ({reason_of(error)}); check the name, the token and the network."
+            ) from error
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Nothing before the first step is done, though Trainer asks for it when it is made."""

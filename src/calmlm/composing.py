@@ -70,7 +70,8 @@ def compose(
     The result starts out as the anchor, bit for bit; only the connections train.
 
     Args:
-        anchor: the large model m_B: a hub id, a folder or a loaded causal language model.
+        anchor: the large model m_B: a hub id, a folder or a loaded causal language model. One that was changed after it
+            was loaded has no name by which the composition could load it again: save it first, or pass it each time.
         augmenting: the small model m_A, likewise; or several, by name. A named model without a language-modelling head
             (a text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
         connections: ``"every-4"`` (the paper's), ``"top"``, a number, or pairs ``(augmenting_layer, anchor_layer)``,
@@ -95,14 +96,15 @@ def compose(
             by default.
         revision, augmenting_revision: which revision of the anchor and of the augmenting models to load.
         layers_path, augmenting_layers_path: where a model's layers are, if they are not found by themselves.
-        load_options: passed to all ``from_pretrained`` calls as well (``token``, ``quantization_config``, ...).
+        load_options: passed to all ``from_pretrained`` calls as well (``token``, ``quantization_config``, ...); those
+            that make another model of what lies at an id (``variant``, settings of its configuration) are refused.
 
     Returns:
         the composition, in evaluation mode.
 
     Raises:
-        ConfigError: for names, connections or connector options that do not fit.
-        ModelError: for a model that cannot be loaded or composed, or tokenizers that cannot be aligned.
+        ConfigError: for names, connections or options that do not fit.
+        ModelError: for a model that cannot be loaded or composed or has adapters, or tokenizers that cannot be aligned.
     """
     shared = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation, **load_options}
     shared["trust_remote_code"] = trust_remote_code

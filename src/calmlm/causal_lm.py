@@ -29,7 +29,7 @@ from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
-from calmlm.readers import Inputs, prompt_of
+from calmlm.readers import Inputs, given_of, prompt_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
@@ -277,8 +277,9 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             use_cache: whether to return a cache; by default in evaluation mode.
             logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
             augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
-            prompt_mask: (B, T) bool, which tokens an augmenting model with ``refresh=False`` may read; by default those
-                before the first label, or all where there are no labels.
+            prompt_mask: (B, T) bool, which tokens were given and not generated. An augmenting model with
+                ``refresh=False`` reads these alone; one with tokens of its own reads them as a whole, to their end. By
+                default they are those without a label; without labels, all for the first and none for the second.
             composition_mask: (B,) bool, the rows that the composition speaks in, all by default; the others are the
                 anchor's own.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
@@ -292,11 +293,12 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         if self._keeps_logits:
             tokens = input_ids if input_ids is not None else inputs_embeds
             kwargs["logits_to_keep"] = self.model.backbone().kept(logits_to_keep, tokens)
+        told = None
         if prompt_mask is None and labels is not None:
-            prompt_mask = prompt_of(labels)
+            prompt_mask, told = prompt_of(labels), given_of(labels, past_key_values)
         output, cache = self.model.run(
             self.anchor,
-            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask),
+            Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask, told),
             past_key_values, inputs_embeds, use_cache, kwargs,
         )  # fmt: skip
         logits = output.logits if self._keeps_logits else slice_logits_to_keep(output.logits, logits_to_keep)

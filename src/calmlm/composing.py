@@ -19,6 +19,7 @@ from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_conn
 from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment, without_embedding
+from calmlm.tokens.beginning import Prefix, beginning_of, prefix_ids
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import METHODS, Rewriting
 from calmlm.tokens.views import VIEWS
@@ -50,8 +51,9 @@ def compose(
     rank: int | None = None,
     connector: str = "cross_attention",
     refresh: bool = True,
-    alignment: Choice = "transcode",
+    alignment: Choice = "own",
     augmenting_view: Choice | None = None,
+    augmenting_prefix: Prefix | Mapping[str, Prefix] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -85,11 +87,14 @@ def compose(
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
             large. Where the tokenizers differ, the augmenting model reads the same bytes in its own tokens.
         alignment: how an augmenting model with another tokenizer reads: ``"transcode"`` writes each of the anchor's
-            tokens in its own, ``"retokenize"`` gives it the tokens that its tokenizer gives to the text, as soon as no
-            continuation can change them. Several augmenting models may have their own, by name.
+            tokens in its own, ``"own"`` gives it at every position the tokens that its tokenizer gives to the text so
+            far, ``"retokenize"`` these as soon as no continuation can change them. Several augmenting models may have
+            their own, by name.
         augmenting_view: what an augmenting model reads of a conversation in the anchor's chat template: None for all of
             it, ``"bare"`` for the messages' content alone, ``"template"`` for the messages in its own chat template.
             Several augmenting models may have their own, by name.
+        augmenting_prefix: what an augmenting model alone reads before each text: an instruction, or a few examples. A
+            text, or messages for its chat template. Several augmenting models may have their own, by name.
         dtype: dtype of the base models, ``"auto"`` by default for ids and folders.
         composition_dtype: dtype of the connections.
         device_map, attn_implementation, trust_remote_code: passed to all ``from_pretrained`` calls; remote code is off
@@ -114,6 +119,7 @@ def compose(
         "connections": connections,
         "alignment": alignment,
         "augmenting_view": augmenting_view,
+        "augmenting_prefix": augmenting_prefix,
         "augmenting_tokenizer": augmenting_tokenizer,
     }
     for argument, given in by_name.items():
@@ -162,9 +168,11 @@ def compose(
             )
             if theirs is None:
                 theirs = _tokenizer_of(model, origin, **remote)
-            method = alignment.get(name, "transcode") if isinstance(alignment, Mapping) else alignment
+            method = alignment.get(name, "own") if isinstance(alignment, Mapping) else alignment
             view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
+            prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
+            entry |= _opening(tokenizer, theirs, found, prefix, view, backbone)
             if found is not None:
                 alignments[name] = found
                 entry |= {"alignment": method} | ({"view": view} if view is not None else {})
@@ -267,12 +275,44 @@ def _tokenizer_of(model: PreTrainedModel, origin: Origin, **options: Any) -> Pre
     return find_tokenizer(source, revision=revision, **options) if source else None
 
 
+def _opening(
+    tokenizer: PreTrainedTokenizerBase | None,
+    augmenting_tokenizer: PreTrainedTokenizerBase | None,
+    alignment: Alignment | Rewriting | None,
+    prefix: Prefix | None,
+    view: str | None,
+    backbone: Backbone,
+) -> dict[str, Any]:
+    """What an augmenting model reads before each text, as a part of its entry."""
+    own = augmenting_tokenizer if augmenting_tokenizer is not None else (tokenizer if alignment is None else None)
+    if prefix is not None and own is None:
+        raise ConfigError(
+            "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass augmenting_tokenizer."
+        )
+    method = getattr(alignment, "method", "transcode")
+    beginning = beginning_of(augmenting_tokenizer) if augmenting_tokenizer is not None else []
+    if method != "own" and tokenizer is not None:
+        # The anchor's tokens may bring a beginning themselves; a view writes one.
+        theirs = beginning_of(tokenizer)
+        brought = theirs if alignment is None else [i for index in theirs for i in _table(alignment).body[index]]
+        beginning = [] if view is not None or (beginning and brought[: len(beginning)] == beginning) else beginning
+    ids = [] if prefix is None or own is None else prefix_ids(own, prefix)
+    if max([*beginning, *ids], default=-1) >= backbone.vocab_size:
+        beginning = [index for index in beginning if index < backbone.vocab_size]
+        ids = [index for index in ids if index < backbone.vocab_size]
+    return ({"beginning": beginning} if beginning else {}) | ({"prefix": ids} if ids else {})
+
+
+def _table(alignment: Alignment | Rewriting) -> Alignment:
+    return alignment if isinstance(alignment, Alignment) else alignment.alignment
+
+
 def align(
     anchor: Backbone,
     augmenting: Backbone,
     tokenizer: PreTrainedTokenizerBase | None,
     augmenting_tokenizer: PreTrainedTokenizerBase | None,
-    method: str = "transcode",
+    method: str = "own",
     view: str | None = None,
 ) -> Alignment | Rewriting | None:
     """The alignment between two models' tokenizers; None where they share token ids and see the same text.
@@ -303,6 +343,12 @@ def align(
                 found = Alignment.between(tokenizer, augmenting_tokenizer)
             else:
                 found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
+                if method == "own" and not augmenting.branches:
+                    warnings.warn(
+                        "The augmenting model cannot take back what it has read, so that it reads generated text in "
+                        "the anchor's pieces; text that is given it reads in its own tokens.",
+                        stacklevel=3,
+                    )
             found = found.filled(augmenting.vocab_size)
             if beyond and found.highest >= augmenting.vocab_size:
                 found = found.without(beyond)

@@ -100,6 +100,11 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
     return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
 
 
+def opening_of(entry: dict[str, Any]) -> list[int]:
+    """The tokens that an augmenting model reads before a text, from its entry in a ``CalmConfig``."""
+    return [*(entry.get("beginning") or ()), *(entry.get("prefix") or ())]
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raise unless the names can name modules.
 
@@ -209,6 +214,7 @@ class CalmConfig(PreTrainedConfig):
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
         augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
             "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
+            ``"beginning"`` and ``"prefix"`` are ids of the augmenting model's tokens that it reads before each text.
         order: the names in the order in which they were joined, in a saved file.
     """
 

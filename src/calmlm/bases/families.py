@@ -28,6 +28,7 @@ from calmlm.bases.structure import (
     layers_at,
     state_of,
 )
+from calmlm.bases.trees import takes_trees, tree_mask
 from calmlm.errors import DataError, ModelError, first_line
 
 # Relative. Experts' kernels round differently with other tokens (1e-6 in float32); an untrained encoder leaks 2e-3.
@@ -274,6 +275,35 @@ class Backbone:
         # The first layer tells, and is the one that rounding reaches least.
         return bool(differences[0].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
 
+    @cached_property
+    def branches(self) -> bool:
+        """Whether several continuations of a text can be read in one call, each as if alone; tried out once."""
+        config = self.decoder.config
+        if not (self.takes_positions and self.cache_argument is not None and takes_trees(config)):
+            return False
+        device = execution_device(self.decoder)
+        ids = torch.arange(6, device=device)[None] % self.vocab_size
+        place = torch.tensor([[0, 1, 2, 2, 3, 3]], device=device)
+        parents = [-1, 0, 1, 1, 2, 3]  # two words of two tokens behind one text of two
+        seen = torch.eye(6, dtype=torch.bool, device=device)
+        for token, parent in enumerate(parents):
+            if parent >= 0:
+                seen[token] |= seen[parent]
+        dtype = next(p.dtype for p in self.decoder.parameters() if p.is_floating_point())
+        mask = tree_mask(config, seen[None], place[:, :, None] - place[:, None], dtype)
+        try:
+            together = self._layer_outputs(ids, "model", mask, place)
+            for branch in ([0, 1, 2, 4], [0, 1, 3, 5]):
+                alone = self._layer_outputs(ids[:, branch], "model", torch.ones_like(ids[:, branch]))
+                half = alone[0].dtype not in (torch.float32, torch.float64)
+                for a, b in zip(alone, together, strict=True):
+                    far = (a.float() - b[:, branch].float()).abs().max() / a.float().abs().max().clamp(min=1e-6)
+                    if far > (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE):
+                        return False
+        except ModelError:
+            return False
+        return True
+
     def _differences(self, alone: Row, beside: Row) -> tuple[Tensor, bool] | None:
         """How far a text's states lie from those of the same text at the end of a longer row.
 
@@ -333,7 +363,7 @@ class Backbone:
                     f"use a decoder, or set is_decoder=True in its configuration if it has that setting."
                 )
 
-    def _layer_outputs(self, ids: Tensor, role: str, mask: Tensor | None, positions: Tensor | None = None) -> list[Any]:
+    def _layer_outputs(self, ids: Tensor, role: str, mask: Any, positions: Tensor | None = None) -> list[Any]:
         outputs: list[Any] = []
         own = threading.get_ident()
 

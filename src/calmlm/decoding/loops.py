@@ -75,11 +75,13 @@ class CalmGenerationMixin(GenerationMixin):
         ids = next((found for found in given if found is not None), None)
         if drafting:
             kwargs["assistant_model"] = self._drafter(drafting, ids, args, kwargs)
-        if self.model.reads_prompts:  # drafted and generated tokens are no part of the prompt
+        if self.model.wants_prompts:  # drafted and generated tokens are no part of the prompt
             if ids is None:  # generation begins with one token then
                 rows = kwargs.get("composition_mask")
                 ids = torch.ones((1 if rows is None else len(rows), 1), dtype=torch.long, device=self.device)
-            kwargs.setdefault("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
+            mask = kwargs.get("attention_mask")  # longer than the ids where a cache holds the beginning of the text
+            whole = mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > ids.shape[1] else ids
+            kwargs.setdefault("prompt_mask", torch.ones_like(whole, dtype=torch.bool))
         return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -312,12 +314,13 @@ class CalmGenerationMixin(GenerationMixin):
                 masks[prefix] = attention_mask[:, -inputs_embeds.shape[1] :] if given else None
                 return
             create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+            before = self.model.opening(prefix.removeprefix("augmenting.")) if prefix != "anchor" else None
             made = create(
                 config=model.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask if before is None else before.mask(attention_mask),
                 past_key_values=cache,
-                position_ids=position_ids,
+                position_ids=position_ids if before is None else before.positions(position_ids),
                 **kwargs,
             )
             if isinstance(made, dict):

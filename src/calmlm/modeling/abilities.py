@@ -17,31 +17,38 @@ class Abilities:
     Attributes:
         backbones: of these models, by name; the anchor's is ``""``.
         reads: what each augmenting model reads, one of ``calmlm.config.READS``.
+        openings: how many tokens each augmenting model reads before a text.
     """
 
     backbones: dict[str, Backbone]
     reads: dict[str, str]
+    openings: dict[str, int]
 
     @property
-    def _advancing(self) -> list[Backbone]:
+    def _advancing(self) -> list[tuple[str, Backbone]]:
         """The anchor, and the augmenting models that share its token ids and read every one of them."""
         shared = [name for name, reads in self.reads.items() if reads == "tokens"]
-        return [self.backbones[name] for name in ("", *shared)]
+        return [(name, self.backbones[name]) for name in ("", *shared)]
 
     @property
     def max_positions(self) -> int | None:
         """How many positions all models that share the anchor's ids have learned; None where positions do not end."""
-        return min((b.max_positions for b in self._advancing if b.max_positions is not None), default=None)
+        found = [
+            backbone.max_positions - self.openings.get(name, 0)
+            for name, backbone in self._advancing
+            if backbone.max_positions is not None
+        ]
+        return min(found, default=None)
 
     @property
     def shared_ids(self) -> int:
         """All models that share the anchor's token ids know those below."""
-        return min(backbone.vocab_size for backbone in self._advancing)
+        return min(backbone.vocab_size for _, backbone in self._advancing)
 
     @property
     def turns_at(self) -> list[int]:
         """The lengths beyond which a model that shares the anchor's ids turns all positions of a text otherwise."""
-        return sorted({backbone.turns_at for backbone in self._advancing if backbone.turns_at is not None})
+        return sorted({backbone.turns_at for _, backbone in self._advancing if backbone.turns_at is not None})
 
 
 def can_cache(backbone: Backbone, model: PreTrainedModel, reads: str) -> bool:

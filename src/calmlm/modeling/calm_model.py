@@ -18,13 +18,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.placement import device_map_of, execution_device
-from calmlm.config import CalmConfig, ConnectorConfig
+from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.readers import (
     Inputs,
+    Opening,
+    OwnReader,
     Reader,
     SharedReader,
     base_arguments,
@@ -42,6 +44,7 @@ from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.own_text import OwnWriter
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder
@@ -83,7 +86,9 @@ class CalmModel(CalmPreTrainedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Backbones and readers only point at modules of this model; they are made again when it is copied or unpickled.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_backbones", "_readers")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_backbones", "_readers", "_openings")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -105,6 +110,10 @@ class CalmModel(CalmPreTrainedModel):
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}
+        self._openings = {
+            name: Opening(opening_of(self.config.augmenting[name]), model, self._backbones[name])
+            for name, model in self.augmenting.items()
+        }
         for name in self.augmenting:
             first: Connector = self.connectors[name][0]  # type: ignore[index,assignment]
             layers = tuple(sorted({i for i, _ in self.config.augmenting[name]["connections"]}))
@@ -116,6 +125,7 @@ class CalmModel(CalmPreTrainedModel):
                 "first": first,
                 "config": self.config,
                 "slot": self.slot,
+                "opening": self._openings[name],
             }
             reads = self.config.augmenting[name]["reads"]
             transcoder, vocabulary = self.transcoders[name] if reads == "text" else None, self._backbones[""].vocab_size
@@ -221,6 +231,10 @@ class CalmModel(CalmPreTrainedModel):
         """What runs the augmenting model ``name``."""
         return self._readers[name]
 
+    def opening(self, name: str) -> Opening:
+        """What the augmenting model ``name`` reads before each text."""
+        return self._openings[name]
+
     def get_input_embeddings(self) -> nn.Module:
         return self.anchor.get_input_embeddings()
 
@@ -251,12 +265,18 @@ class CalmModel(CalmPreTrainedModel):
         return Abilities(
             {name: self._backbones[name] for name in ("", *names)},
             {name: self.config.augmenting[name]["reads"] for name in names},
+            {name: len(self._openings[name]) for name in names},
         )
 
     @property
     def reads_prompts(self) -> bool:
         """Whether an augmenting model that is switched on reads the prompt only (``refresh=False``)."""
         return any(self.config.augmenting[name]["reads"] == "prompt" for name in self.active)
+
+    @property
+    def wants_prompts(self) -> bool:
+        """Whether it matters to a model that is switched on which tokens were given and not generated."""
+        return self.reads_prompts or any(isinstance(self._readers[name], OwnReader) for name in self.active)
 
     @property
     def can_cache(self) -> bool:
@@ -284,6 +304,7 @@ class CalmModel(CalmPreTrainedModel):
             {name: len(entry["connections"]) for name, entry in entries.items()},
             length,
             apart,
+            {name: len(self._openings[name]) for name in reading},
         )
         cache.joined = self.bearers()
         return cache
@@ -309,17 +330,13 @@ class CalmModel(CalmPreTrainedModel):
             if not name or self.config.augmenting[name]["reads"] != "inputs":
                 _ = backbone.pads_left
 
-    def begin(self, inputs: Inputs, cache: CalmCache | None) -> Call:
+    def begin(self, inputs: Inputs, pasts: dict[str, Past]) -> Call:
         """Let every augmenting model read; returns what the anchor's hooks need.
 
         Raises:
             DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        streams = {
-            name: reader.read(inputs, cache.part(name) if cache is not None else Past())
-            for name, reader in self._readers.items()
-            if name in self.active
-        }
+        streams = {name: self._readers[name].read(inputs, past) for name, past in pasts.items()}
         return Call(streams, None if inputs.composed is None else inputs.composed.bool()[:, None, None])
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
@@ -406,7 +423,10 @@ class CalmModel(CalmPreTrainedModel):
             backbone.check_packing("anchor", inputs.positions, inputs.mask)
         positions = positions_for(backbone, inputs.positions, inputs.ids, inputs.mask)
         backbone.check_length("anchor", length_of(inputs.ids, inputs.mask, cache), positions)
-        call = self.begin(inputs, cache)
+        pasts = {
+            name: cache.part(name) if cache is not None else Past() for name in self._readers if name in self.active
+        }
+        call = self.begin(inputs, pasts)
         arguments = base_arguments(
             backbone,
             input_ids=inputs.ids,
@@ -419,6 +439,8 @@ class CalmModel(CalmPreTrainedModel):
             output = target(**arguments, **kwargs)
         finally:
             self.slot.call = None
+        for name, past in pasts.items():
+            self._readers[name].finish(past)
         if cache is not None:
             cache.advance(inputs.ids.shape[1])
         return output, cache
@@ -461,4 +483,6 @@ def check_apart(anchor: PreTrainedModel, augmenting: Iterable[Any]) -> None:
 
 
 def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:
-    return Rewriter(alignment) if isinstance(alignment, Rewriting) else Transcoder(alignment)
+    if not isinstance(alignment, Rewriting):
+        return Transcoder(alignment)
+    return (OwnWriter if alignment.method == "own" else Rewriter)(alignment)

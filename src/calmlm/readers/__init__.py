@@ -14,6 +14,7 @@ from calmlm.readers.inputs import (
     Inputs,
     base_arguments,
     check_inputs,
+    given_of,
     length_of,
     mask_of,
     needs_tokens,
@@ -21,19 +22,25 @@ from calmlm.readers.inputs import (
     positions_for,
     prompt_of,
 )
+from calmlm.readers.opening import Opening
+from calmlm.readers.own_text import OwnReader
 from calmlm.readers.own_tokens import AlignedReader
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
+from calmlm.tokens.own_text import OwnWriter
 
 __all__ = [
     "AlignedReader",
     "EncoderReader",
     "Inputs",
+    "Opening",
+    "OwnReader",
     "PromptReader",
     "Reader",
     "SharedReader",
     "base_arguments",
     "check_inputs",
+    "given_of",
     "length_of",
     "make_reader",
     "mask_of",
@@ -55,6 +62,8 @@ def make_reader(reads: str, common: dict[str, Any], transcoder: Any, anchor_voca
     """
     if reads == "tokens":
         return SharedReader(**common, anchor_vocabulary=anchor_vocabulary)
+    if reads == "text" and isinstance(transcoder, OwnWriter):
+        return OwnReader(**common, transcoder=transcoder)
     if reads == "text":
         return AlignedReader(**common, transcoder=transcoder)
     return (PromptReader if reads == "prompt" else EncoderReader)(**common)

@@ -16,6 +16,7 @@ from calmlm.bases.structure import accepts
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
 from calmlm.readers.inputs import Inputs
+from calmlm.readers.opening import Opening
 from calmlm.state.hooks import Call, Slot, Stream
 from calmlm.state.past import Past
 
@@ -25,6 +26,10 @@ class Reader(Protocol):
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         """Return the stream, its hidden states filled in."""
+        ...
+
+    def finish(self, past: Past) -> None:
+        """Tidy up the past when the anchor has run."""
         ...
 
 
@@ -39,6 +44,10 @@ class Common:
     first: Connector
     config: PreTrainedConfig
     slot: Slot
+    opening: Opening
+
+    def finish(self, past: Past) -> None:
+        """Nothing, for most."""
 
     @property
     def connector(self) -> CrossAttention:

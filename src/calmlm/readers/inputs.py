@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calmlm.bases.families import Backbone
@@ -29,6 +29,8 @@ class Inputs:
         prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
         augmenting: inputs of augmenting encoders, by name, or None.
         composed: (B,) bool, which rows the composition speaks in, or None for all.
+        told: (B, past + T or fewer) bool, which tokens of the text were given and not generated; None where only
+            ``prompt`` tells. Read by ``OwnReader`` alone.
     """
 
     ids: Any
@@ -37,6 +39,7 @@ class Inputs:
     prompt: Tensor | None
     augmenting: dict[str, dict[str, Any]] | None
     composed: Tensor | None = None
+    told: Tensor | None = None
 
 
 def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
@@ -100,6 +103,12 @@ def needs_tokens() -> DataError:
 def prompt_of(labels: Tensor) -> Tensor:
     """Which tokens belong to the prompt: those before the first label; (B, T) int64 to (B, T) bool."""
     return (labels != -100).cumsum(-1) == 0
+
+
+def given_of(labels: Tensor, past: Cache | None) -> Tensor:
+    """Which tokens of a text were given: those without a label; (B, T) int64 to (B, past + T) bool."""
+    before = length_in(past) if past is not None else 0
+    return nn.functional.pad(labels == -100, (before if isinstance(before, int) else 0, 0), value=True)
 
 
 def real_tokens(inputs: Inputs, name: str) -> Tensor:

@@ -25,6 +25,7 @@ class AlignedReader(Common):
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
+        past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
         real = real_tokens(inputs, self.name)
         check_one_text(inputs, real, self.name)
@@ -48,13 +49,14 @@ class AlignedReader(Common):
             filled = (frontier.owner >= 0).long()
             positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])
             self.backbone.check_padding(f"augmenting model {self.name!r}", filled)
-            self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width, positions)
+            positions = self.opening.positions(positions)
+            self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width + past.opening, positions)
             self.run(
                 stream,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),
-                    attention_mask=self.on_device(filled),
+                    attention_mask=self.on_device(self.opening.mask(filled)),
                     position_ids=positions,
                     cache=past.own,
                 ),
@@ -80,7 +82,9 @@ class AlignedReader(Common):
         if most is None:
             return ids.shape[1]
         block = self._written(ids, torch.ones_like(ids, dtype=torch.bool), past)
-        free = most - (0 if past.frontier.owner is None else int((past.frontier.owner[0] != NOBODY).sum()))
+        free = (
+            most - past.opening - (0 if past.frontier.owner is None else int((past.frontier.owner[0] != NOBODY).sum()))
+        )
         return ids.shape[1] if block.ids.shape[1] <= free else int(block.owner[0, max(0, free)])
 
     def _written(self, ids: Tensor, real: Tensor, past: Past) -> Block:

@@ -28,14 +28,16 @@ class PromptReader(Common):
         if frontier.width == 0:
             prompt = real if inputs.prompt is None else real & self._prompt(inputs)
             self.backbone.check_padding(f"augmenting model {self.name!r}", prompt)
+            opened = self.opening.begin(Past(), inputs.ids.shape[0])
+            positions = (prompt.long().cumsum(1) - 1).clamp(min=0)
             self.run(
                 stream,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(inputs.ids),
-                    attention_mask=self.on_device(prompt.long()),
-                    position_ids=self.on_device((prompt.long().cumsum(1) - 1).clamp(min=0)),
-                    cache=None,
+                    attention_mask=self.on_device(self.opening.mask(prompt.long())),
+                    position_ids=self.on_device(self.opening.positions(positions)),
+                    cache=opened.own,
                 ),
             )
             owner = torch.zeros_like(inputs.ids).masked_fill(~prompt, -1)

@@ -14,7 +14,7 @@ from calmlm.bases.families import counted
 from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, length_of, mask_of, positions_for
+from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, length_of, mask_of, positions_for
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
@@ -27,6 +27,7 @@ class SharedReader(Common):
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         self._check(inputs.ids)
+        past = self.opening.begin(past, inputs.ids.shape[0])
         if isinstance(inputs.mask, dict):
             mask = inputs.mask[f"cross.{self.name}"]
         else:
@@ -54,6 +55,7 @@ class SharedReader(Common):
         The states that the connections take are kept in ``past``, for the anchor's next call.
         """
         self._check(inputs.ids)
+        past = self.opening.begin(past, inputs.ids.shape[0])
         stream = Stream(None, None, None, None, eager_attention)
         logits = self.run(stream, head=True, **self._arguments(inputs, past, 0))
         past.ahead.extend(inputs.ids, stream.hidden)
@@ -66,14 +68,18 @@ class SharedReader(Common):
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
         positions = positions if positions is None else positions[..., read:]
         self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
-        if past.own is None:
+        if self.opening.ids:
+            check_one_text(inputs, torch.ones_like(inputs.ids, dtype=torch.bool), self.name)
+        elif past.own is None:
             self.backbone.check_packing(f"augmenting model {self.name!r}", inputs.positions, inputs.mask)
-        length = length_of(ids, inputs.mask, past.own)
+        positions = self.opening.positions(positions)
+        mask = self.opening.mask(inputs.mask)
+        length = length_of(ids, mask, past.own)
         self.backbone.check_length(f"augmenting model {self.name!r}", length, positions)
         return base_arguments(
             self.backbone,
             input_ids=self.on_device(ids),
-            attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}"),
+            attention_mask=mask_of(mask, f"augmenting.{self.name}"),
             position_ids=positions,
             cache=past.own,
         )

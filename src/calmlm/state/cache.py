@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from calmlm.errors import ModelError
 from calmlm.state.frontier import Frontier
-from calmlm.state.past import Ahead, Past
+from calmlm.state.past import Ahead, Past, crop_cache
 
 
 def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
@@ -76,6 +76,7 @@ class CalmCache(Cache):
         augmenting: the augmenting models' caches, by name.
         cross: the cross-attention caches, by name; layer ``c`` belongs to connection ``c``.
         frontiers: the records of both streams, for the models that do not advance token by token with the anchor.
+        openings: how many tokens each augmenting model reads before the text; they stand in its own cache alone.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class CalmCache(Cache):
         augmenting: dict[str, Cache],
         cross: dict[str, Cache],
         frontiers: dict[str, Frontier] | None = None,
+        openings: dict[str, int] | None = None,
     ) -> None:
         self.anchor = anchor
         self.augmenting = augmenting
         self.cross = cross
         self.frontiers = frontiers or {}
+        self.openings = openings or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
         self.joined: dict[str, int] = {}  # which model of each name the cache was begun with
@@ -104,6 +107,7 @@ class CalmCache(Cache):
         connections: dict[str, int],
         length: int | None = None,
         unaligned: Iterable[str] = (),
+        openings: dict[str, int] | None = None,
     ) -> CalmCache:
         """A cache for a composition around the anchor's own empty one.
 
@@ -114,6 +118,7 @@ class CalmCache(Cache):
             length: for how many tokens a static ``anchor`` was made; by default what its layers tell. Where all of them
                 are sliding windows they do not tell, and the other caches are dynamic.
             unaligned: those that do not advance token by token with the anchor.
+            openings: how many tokens each model reads before the text.
 
         Raises:
             ModelError: when ``anchor`` already holds tokens, which the augmenting model has not seen.
@@ -128,17 +133,20 @@ class CalmCache(Cache):
         return cls(
             anchor,
             {
-                name: text_cache(anchor, config) if name in apart else like(anchor, config, length)
+                name: text_cache(anchor, config)
+                if name in apart
+                else like(anchor, config, None if length is None else length + (openings or {}).get(name, 0))
                 for name, config in configs.items()
             },
             {name: cross_cache(count, length) for name, count in connections.items()},
             {name: Frontier() for name in apart},
+            openings,
         )
 
     def part(self, name: str) -> Past:
         """What belongs to one augmenting model."""
         frontier, ahead = self.frontiers.get(name) or Frontier(), self.ahead.get(name) or Ahead()
-        return Past(self.augmenting.get(name), self.cross[name], frontier, ahead)
+        return Past(self.augmenting.get(name), self.cross[name], frontier, ahead, self.openings.get(name, 0))
 
     def forget_ahead(self) -> None:
         """Take back what augmenting models have read before the anchor."""
@@ -173,7 +181,8 @@ class CalmCache(Cache):
             return  # static layers with windows count on the host: a compiled step would be compiled for each length
         parts = [(self.anchor, 0)]
         for name in self.ahead:
-            parts += [(self.augmenting[name], self.ahead[name].count), (self.cross[name], 0)]
+            before = self.openings.get(name, 0) if length_in(self.augmenting[name]) else 0
+            parts += [(self.augmenting[name], self.ahead[name].count + before), (self.cross[name], 0)]
         found = [(length_in(part), ahead) for part, ahead in parts]
         lengths = {length - ahead for length, ahead in found if type(length) is int}
         lengths |= {frontier.length for frontier in self.frontiers.values()} if lengths else set()
@@ -288,16 +297,16 @@ class CalmCache(Cache):
             self.held += tokens_to_remove
             return
         self.alone = max(0, self.alone + tokens_to_remove)
-        _crop(self.anchor, tokens_to_remove)
+        crop_cache(self.anchor, tokens_to_remove)
         for name, cross in self.cross.items():
             gone, shift = tokens_to_remove, None
             if name in self.frontiers:
                 columns, shift = self.frontiers[name].crop(-tokens_to_remove)
                 gone = -columns
-            _crop(cross, gone)
+            crop_cache(cross, gone)
             if name in self.augmenting:
                 ahead = self.ahead.get(name, Ahead())
-                _crop(self.augmenting[name], gone - ahead.count)
+                crop_cache(self.augmenting[name], gone - ahead.count)
                 ahead.clear()
             if shift is not None:
                 self.part(name).move(shift)
@@ -325,13 +334,6 @@ class CalmCache(Cache):
     def recording(self) -> list[Any]:
         """The layers that keep what leaves their window until they are cropped."""
         return [layer for part in self.parts() for layer in part.layers if getattr(layer, "record_past", False)]
-
-
-def _crop(cache: Cache, tokens_to_remove: int) -> None:
-    """As in transformers, but a layer with a window that has not been called yet has nothing to crop."""
-    for layer in cache.layers:
-        if getattr(layer, "is_initialized", True):
-            layer.crop(tokens_to_remove)
 
 
 def without_attention(cache: Cache) -> bool:

@@ -28,6 +28,9 @@ class Frontier:
         owner: (B, S) int64, the anchor position that owns each augmenting position; ``NOBODY`` where a row is filled.
         tokens: (B, S) int64, the augmenting tokens of a model that reads the text in tokens of its own, else None. Rows
             are filled on the left, so that distances between columns are distances between tokens in every row.
+        left: (B, S) float32, which part of its owner's bytes follows each augmenting token; None where nobody knows.
+        told: (B, L) bool, which of the anchor's tokens were given and not generated; None where that does not matter.
+        chosen: (B, S) int64, during a call that reads branches the columns that stay when it ends; else None.
         given: the inputs of an encoder that has run.
     """
 
@@ -35,6 +38,9 @@ class Frontier:
         self.ids: Tensor | None = None
         self.owner: Tensor | None = None
         self.tokens: Tensor | None = None
+        self.left: Tensor | None = None
+        self.told: Tensor | None = None
+        self.chosen: Tensor | None = None
         self.given: Any = None
 
     @property
@@ -59,11 +65,13 @@ class Frontier:
         order = real.long().argsort(dim=1, stable=True)
         return torch.cat((missing, self.ids.gather(1, order)), dim=1)[:, -count:]
 
-    def extend(self, ids: Tensor, real: Tensor, owner: Tensor | None = None) -> None:
+    def extend(self, ids: Tensor, real: Tensor, owner: Tensor | None = None, told: Tensor | None = None) -> None:
         """Append new anchor tokens (B, T) and, unless ``append`` did, the owners (B, S) of theirs.
 
         Owners are counted from the first new token.
         """
+        if told is not None:
+            self.told = told if self.told is None else torch.cat((self.told, told), dim=1)
         if owner is not None:
             owner = owner.where(owner == NOBODY, owner + self.length)
             self.owner = owner if self.owner is None else torch.cat((self.owner, owner), dim=1)
@@ -73,23 +81,74 @@ class Frontier:
     def append(self, tokens: Tensor, owner: Tensor) -> Shift:
         """Append new augmenting tokens (B, n), rows filled on the right, with their owners counted as in ``extend``.
 
+        Returns:
+            by how many columns each row has moved; the caches have to follow.
+        """
+        return self.go_on(tokens, owner.where(owner == NOBODY, owner + self.length))
+
+    def go_on(self, tokens: Tensor, owner: Tensor, left: Tensor | None = None) -> Shift:
+        """Append new augmenting tokens (B, n), rows filled on the right, with the columns that own them.
+
         Where rows have different numbers of new tokens, each row moves right until it ends in the last column, and the
         n columns that have to be run begin with tokens that were run before.
 
         Returns:
             by how many columns each row has moved; the caches have to follow.
         """
-        owner = owner.where(owner == NOBODY, owner + self.length)
         missing = (owner == NOBODY).sum(1)
         if self.tokens is not None and self.owner is not None:
             tokens, owner = torch.cat((self.tokens, tokens), dim=1), torch.cat((self.owner, owner), dim=1)
+        if left is not None and self.left is not None:
+            left = torch.cat((self.left, left), dim=1)
         shift = Shift.of(missing, tokens.shape[1])
         tokens, owner = shift.move(tokens, 0), shift.move(owner, NOBODY)
+        left = None if left is None else shift.move(left, 0.0)
         if shift.source is not None:  # rows that have moved may all begin with empty columns
             lead = int((owner == NOBODY).long().cumprod(1).sum(1).min())
             tokens, owner, shift = tokens[:, lead:], owner[:, lead:], Shift(shift.source, lead)
-        self.tokens, self.owner = tokens, owner
+            left = None if left is None else left[:, lead:]
+        self.tokens, self.owner, self.left = tokens, owner, left
         return shift
+
+    def drop(self, gone: Tensor) -> tuple[int, Shift]:
+        """Take back the last ``gone`` (B,) augmenting tokens of each row.
+
+        Returns:
+            how many columns go at the end of all rows, and how rows of which more go have moved then.
+        """
+        assert self.owner is not None
+        assert self.tokens is not None
+        count = int(gone.min())
+        keep = self.width - count
+        self._columns(lambda part: part[:, :keep])
+        more = gone - count
+        place = torch.arange(keep, device=more.device)
+        self.owner = self.owner.masked_fill(place >= keep - more[:, None], NOBODY)
+        shift = Shift.of(more, keep)
+        self._shift(shift)
+        return count, shift
+
+    def hang(self, tokens: Tensor, owner: Tensor, left: Tensor) -> None:
+        """Append augmenting tokens (B, n) that branch, rows filled on the right; ``choose`` ends that."""
+        if self.tokens is not None and self.owner is not None and self.left is not None:
+            tokens = torch.cat((self.tokens, tokens), dim=1)
+            owner, left = torch.cat((self.owner, owner), dim=1), torch.cat((self.left, left), dim=1)
+        self.tokens, self.owner, self.left = tokens, owner, left
+
+    def choose(self, source: Tensor) -> None:
+        """Keep of each row the columns ``source`` (B, S), negative where a row is filled."""
+        self._shift(Shift(source))
+
+    def _columns(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.tokens, self.owner, self.left = (
+            None if part is None else change(part) for part in (self.tokens, self.owner, self.left)
+        )
+
+    def _shift(self, shift: Shift) -> None:
+        assert self.owner is not None
+        self.owner = shift.move(self.owner, NOBODY)
+        self.tokens = None if self.tokens is None else shift.move(self.tokens, 0)
+        self.left = None if self.left is None else shift.move(self.left, 0.0)
 
     def mask(self, queries: int) -> Tensor:
         """What the last ``queries`` anchor positions may see: (B, 1, queries, S) bool."""
@@ -110,7 +169,9 @@ class Frontier:
         owner = self.owner.clamp(min=0)
         last = self.length - 1  # an encoded item may belong to a token that is still to come
         of_keys = (counted.gather(1, owner.clamp(max=last)) + (owner - last).clamp(min=0)).float()
-        if self.tokens is not None:
+        if self.left is not None:
+            of_keys = of_keys - self.left
+        elif self.tokens is not None:
             of_keys = of_keys - self._unfinished()
         of_queries = counted[:, self.length - queries :]
         return rotary_angles(of_queries, head_dim), rotary_angles(of_keys[:, self.width - keys :], head_dim)
@@ -149,7 +210,7 @@ class Frontier:
         self.ids = self.ids.masked_fill(columns, NOBODY)
         self.owner = self.owner.masked_fill(gone, NOBODY)
         shift = Shift.of(last, self.width)
-        self.tokens, self.owner = shift.move(self.tokens, 0), shift.move(self.owner, NOBODY)
+        self._shift(shift)
         return shift, True
 
     def crop(self, tokens: int) -> tuple[int, Shift | None]:
@@ -161,6 +222,7 @@ class Frontier:
         if self.ids is None or self.owner is None:
             return 0, None
         self.ids = self.ids[:, : self.length - tokens]
+        self.told = None if self.told is None else self.told[:, : self.length]
         if self.tokens is None and self.length:
             return 0, None  # an encoded item belongs to tokens that may come again
         self.owner = self.owner.where(self.owner < self.length, torch.full_like(self.owner, NOBODY))
@@ -171,10 +233,11 @@ class Frontier:
         if self.tokens is None:
             return gone, None
         self.tokens = self.tokens[:, :keep]
+        self.left = None if self.left is None else self.left[:, :keep]
         # How many columns at the end of each row are empty now.
         missing = (self.owner != NOBODY).flip(1).long().cumsum(1).eq(0).sum(1)
         shift = Shift.of(missing, keep)
-        self.tokens, self.owner = shift.move(self.tokens, 0), shift.move(self.owner, NOBODY)
+        self._shift(shift)
         return gone, shift
 
     def select(self, rows: Tensor) -> None:
@@ -187,12 +250,11 @@ class Frontier:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.ids = self.owner = self.tokens = self.given = None
+        self.ids = self.owner = self.tokens = self.left = self.told = self.chosen = self.given = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.ids, self.owner, self.tokens = (
-            None if part is None else change(part) for part in (self.ids, self.owner, self.tokens)
-        )
+        self.ids, self.told = (None if part is None else change(part) for part in (self.ids, self.told))
+        self._columns(change)
 
 
 @dataclass(frozen=True)
@@ -222,8 +284,14 @@ class Shift:
         moved = part.gather(1, self.source.clamp(min=0))
         return moved.masked_fill(self.source < 0, fill)
 
-    def move_states(self, states: Tensor) -> Tensor:
-        """Move the columns of keys or values (B, heads, S' <= S, width); what moves in is never looked at."""
+    def move_states(self, states: Tensor, opening: int = 0) -> Tensor:
+        """Move the columns of keys or values (B, heads, S' <= S, width); what moves in is never looked at.
+
+        Args:
+            states: in the order of the columns, behind ``opening`` others that stay.
+        """
+        if opening:
+            return torch.cat((states[:, :, :opening], self.move_states(states[:, :, opening:])), dim=2)
         if self.source is None or states.shape[-2] == 0:
             return states
         source = self.source[:, : states.shape[-2]].clamp(min=0).to(states.device)

@@ -44,13 +44,15 @@ class Past:
     """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams.
 
     A call without a cache has ``Past()``: nothing but a record that ends with the call. A model that advances token by
-    token with the anchor never looks at the record; only such a model can be ahead.
+    token with the anchor never looks at the record; only such a model can be ahead. ``opening`` is how many tokens the
+    model has read before the text: they stand at the beginning of its own cache, and nowhere else.
     """
 
     own: Cache | None = None
     cross: Cache | None = None
     frontier: Frontier = field(default_factory=Frontier)
     ahead: Ahead = field(default_factory=Ahead)
+    opening: int = 0
 
     def take_ahead(self, ids: torch.Tensor) -> dict[int, torch.Tensor]:
         """The states over those of ``ids`` (B, T) that the model has read already, by layer; none is ahead after it.
@@ -77,7 +79,25 @@ class Past:
         """Let the caches follow the rows of the record."""
         if shift.source is None:
             return
-        for cache in (self.own, self.cross):
+        for cache, opening in ((self.own, self.opening), (self.cross, 0)):
             for layer in cache.layers if cache is not None else ():
                 if layer.is_initialized:
-                    layer.keys, layer.values = shift.move_states(layer.keys), shift.move_states(layer.values)
+                    layer.keys = shift.move_states(layer.keys, opening)
+                    layer.values = shift.move_states(layer.values, opening)
+
+    def take_back(self, gone: torch.Tensor) -> None:
+        """Forget the last ``gone`` (B,) augmenting tokens of each row."""
+        if not bool(gone.any()):
+            return
+        count, shift = self.frontier.drop(gone)
+        for cache in (self.own, self.cross):
+            if cache is not None and count:
+                crop_cache(cache, -count)
+        self.move(shift)
+
+
+def crop_cache(cache: Cache, tokens_to_remove: int) -> None:
+    """As in transformers, but a layer with a window that has not been called yet has nothing to crop."""
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", True):
+            layer.crop(tokens_to_remove)

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.tokens.alignment import Alignment, checked_ids, digest, shared_tokens
+from calmlm.tokens.beginning import beginning_of
 from calmlm.tokens.boundaries import stable_pairs
 from calmlm.tokens.spelling import Spelling, token_bytes
 from calmlm.tokens.views import Template, speaker_of
 
-METHODS = ("transcode", "retokenize")
+METHODS = ("own", "transcode", "retokenize")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Rewriting:
 
     Attributes:
         alignment: the table from token to token, and the roles of special tokens in it.
-        method: ``"transcode"`` or ``"retokenize"``.
+        method: ``"own"``, ``"transcode"`` or ``"retokenize"``.
         view: None, ``"bare"`` or ``"template"``.
         pieces: the bytes of the anchor's tokens, None for special ones.
         tokenizer: the augmenting tokenizer, as the tokenizers library saves it.
@@ -41,6 +42,8 @@ class Rewriting:
         begin: its token for the beginning of a text, or None.
         dummy: whether the anchor's first token of a text carries a space that is not in the text, and whether its first
             token after any special one does so as well.
+        beginning: the special tokens that its tokenizer puts before a text and its model reads before this stream; where
+            a text brings them itself, they are not written again.
     """
 
     alignment: Alignment
@@ -54,6 +57,7 @@ class Rewriting:
     own_template: Template | None
     begin: int | None
     dummy: tuple[bool, bool]
+    beginning: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
     def between(
@@ -83,7 +87,7 @@ class Rewriting:
         if view == "template":
             own = token_bytes(augmenting, "augmenting model")
             theirs = Template.in_ids(augmenting, own, "augmenting model")
-        stable = sorted(stable_pairs(augmenting)) if method == "retokenize" else []
+        stable = sorted(stable_pairs(augmenting)) if method != "transcode" else []
         spelling = Spelling.of(anchor, "anchor")
         begins = augmenting.bos_token_id is not None and augmenting("a").input_ids[:1] == [augmenting.bos_token_id]
         return cls(
@@ -96,8 +100,9 @@ class Rewriting:
             stable=stable,
             anchor_template=ours,
             own_template=theirs,
-            begin=augmenting.bos_token_id if begins else None,
+            begin=augmenting.bos_token_id if begins and method != "own" else None,
             dummy=(spelling.dummy_space, spelling.every_segment),
+            beginning=beginning_of(augmenting) if method == "own" else [],
         )
 
     @property
@@ -160,6 +165,7 @@ class Rewriting:
             "own_template": None if self.own_template is None else vars(self.own_template),
             "begin": self.begin,
             "dummy": list(self.dummy),
+            "beginning": self.beginning,
         }
 
     @classmethod
@@ -181,6 +187,7 @@ class Rewriting:
             own_template=_template(data["own_template"]),
             begin=None if data["begin"] is None else checked_ids([data["begin"]])[0],
             dummy=(bool(data["dummy"][0]), bool(data["dummy"][1])),
+            beginning=checked_ids(data.get("beginning", [])),
         )
 
 

@@ -55,7 +55,7 @@ class Rewriter(nn.Module):
         self.pieces = token_bytes(tokenizer, "augmenting model") if given.own_template is not None else []
         self.raw = self.writer.write(b"\xf0") is not None  # whether it can write parts of characters
         self.write_piece = lru_cache(PARTS)(self.writer.write)
-        self._places: dict[bytes, _Stream] = {}
+        self._places: dict[bytes, TextStream] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Rewriter(nn.Module):
             key = hashlib.blake2b(past.tobytes(), digest_size=16)
             stream = self._at(key.digest())
             if stream is None:
-                stream = _Stream(self)
+                stream = TextStream(self)
                 for token in past.tolist():
                     stream.take(token)
             columns = [column for column, is_real in enumerate(keep) if is_real]
@@ -95,13 +95,13 @@ class Rewriter(nn.Module):
             rows.append(written)
         return block_of(rows, self.alignment.alignment.fill, ids)
 
-    def _at(self, key: bytes) -> _Stream | None:
+    def _at(self, key: bytes) -> TextStream | None:
         """The stream after a text that ended a call, or nearly ended it: generation continues there."""
         with self._lock:
             found = self._places.get(key)
         return None if found is None else copy.copy(found)
 
-    def _keep(self, key: bytes, stream: _Stream, most: int) -> None:
+    def _keep(self, key: bytes, stream: TextStream, most: int) -> None:
         with self._lock:
             self._places.pop(key, None)
             self._places[key] = stream
@@ -110,7 +110,7 @@ class Rewriter(nn.Module):
 
     def write(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """The augmenting tokens of one text, each with the position of the anchor token that brings it."""
-        stream = _Stream(self)
+        stream = TextStream(self)
         return [(token, owner) for owner, index in enumerate(ids) for token in stream.take(index)]
 
     def opening(self, own: Template, role: str, previous: str | None) -> Sequence[int]:
@@ -133,20 +133,20 @@ class Rewriter(nn.Module):
         return opening[special[0] :] if special else opening
 
 
-class _Stream:
+class TextStream:
     """One text as far as it has come: where it is in the anchor's template, and what is being written."""
 
     def __init__(self, rewriter: Rewriter) -> None:
         self.rewriter = rewriter
         template = rewriter.alignment.anchor_template
         self.reading = None if template is None else Reading(template)
-        self.run = _Run(rewriter)
+        self.run = Run(rewriter)
         self.taken = 0  # tokens so far
         self.opened = False  # whether there was a message with content
         self.speaker: str | None = None  # of the latest message, in the augmenting model's template
 
-    def __copy__(self) -> _Stream:
-        new = object.__new__(_Stream)
+    def __copy__(self) -> TextStream:
+        new = object.__new__(TextStream)
         vars(new).update(vars(self), reading=copy.copy(self.reading), run=copy.copy(self.run))
         return new
 
@@ -206,7 +206,7 @@ class _Stream:
             yield Event("text", self.taken, piece)
 
 
-class _Run:
+class Run:
     """One run of text between special tokens or messages, written as it comes."""
 
     def __init__(self, rewriter: Rewriter) -> None:
@@ -231,7 +231,7 @@ class _Run:
             self.write(text)
             return
         self.raw += text
-        whole, self.raw = _split(self.raw)
+        whole, self.raw = split_bytes(self.raw)
         for part, is_text in whole:
             if not is_text:
                 self._cut()
@@ -274,7 +274,7 @@ class _Run:
         return text.removeprefix(b" ") if own else text
 
     def _whole(self, piece: bytes) -> bool:
-        return not self.raw and _split(piece) == ([(piece, True)], b"")
+        return not self.raw and split_bytes(piece) == ([(piece, True)], b"")
 
     def _characters(self, text: str) -> None:
         for character in text:
@@ -310,7 +310,7 @@ class _Run:
         self.before = (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 
 
-def _split(raw: bytes) -> tuple[list[tuple[bytes, bool]], bytes]:
+def split_bytes(raw: bytes) -> tuple[list[tuple[bytes, bool]], bytes]:
     """Whole characters (True) and bytes that can be none (False), in order, and an unfinished character at the end."""
     parts: list[tuple[bytes, bool]] = []
     while raw:

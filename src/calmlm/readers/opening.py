@@ -1,0 +1,79 @@
+"""What an augmenting model reads before the text: its tokenizer's beginning, and a prefix that it alone is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from calmlm.bases.families import Backbone, text_config
+from calmlm.bases.placement import execution_device
+from calmlm.state.cache import length_in, text_cache
+from calmlm.state.past import Past
+
+
+class Opening:
+    """Tokens that a model reads once; every text goes on from there.
+
+    Their keys and values stand at the beginning of the model's own cache. The anchor does not look at them.
+
+    Args:
+        ids: of the tokens.
+        model: the augmenting model.
+        backbone: its decoder.
+    """
+
+    def __init__(self, ids: Sequence[int], model: nn.Module, backbone: Backbone) -> None:
+        self.ids, self.model, self.backbone = tuple(ids), model, backbone
+        self._read: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def begin(self, past: Past, rows: int) -> Past:
+        """``past`` with the opening in it, for a call on so many rows.
+
+        A call without a cache gets one of its own.
+        """
+        if not self.ids:
+            return past
+        config = text_config(self.model)  # type: ignore[arg-type]
+        own = past.own if past.own is not None else text_cache(DynamicCache(config=config), config)
+        # A compiled step only ever goes on; its cache has been begun by the step before.
+        if past.own is None or (not torch.compiler.is_compiling() and not int(length_in(own) or 0)):
+            for layer, (keys, values) in zip(own.layers, self._states(), strict=True):
+                layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        return dataclasses.replace(past, own=own, opening=len(self.ids))
+
+    def mask(self, mask: Any) -> Any:
+        """A padding mask (B, S) of the text with the opening before it; other masks as they are."""
+        if not self.ids or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return mask
+        return nn.functional.pad(mask, (len(self.ids), 0), value=1)
+
+    def positions(self, positions: Tensor | None) -> Tensor | None:
+        """Positions of the text behind the opening."""
+        return positions if positions is None or not self.ids else positions + len(self.ids)
+
+    def _states(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the opening in each layer, (1, heads, length, width); read once on each device."""
+        device = execution_device(self.backbone.decoder)
+        first = next(self.backbone.decoder.parameters())
+        where = (device, first.dtype, first._version if not first.is_inference() else 0)
+        if self._read is None or self._read[0] != where:
+            config = text_config(self.model)  # type: ignore[arg-type]
+            cache: Cache = text_cache(DynamicCache(config=config), config)
+            ids = torch.tensor([self.ids], device=device)
+            given: dict[str, Any] = {self.backbone.cache_argument or "past_key_values": cache}
+            if self.backbone.takes_use_cache:
+                given["use_cache"] = True
+            if self.backbone.given_positions and self.backbone.takes_positions:
+                given["position_ids"] = torch.arange(len(self.ids), device=device)[None] + self.backbone.first_position
+            with torch.no_grad():
+                self.backbone.decoder(input_ids=ids, **given)
+            self._read = where, [(layer.keys, layer.values) for layer in cache.layers]
+        return self._read[1]

@@ -1,0 +1,334 @@
+"""A reader of the same text in tokens of its own, as its own tokenizer writes it, at every position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calmlm.bases.families import text_config
+from calmlm.bases.trees import tree_mask
+from calmlm.errors import DataError
+from calmlm.readers.common import Common
+from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
+from calmlm.state.frontier import NOBODY, Frontier, Shift
+from calmlm.state.hooks import Stream
+from calmlm.state.past import Past
+from calmlm.tokens.own_text import OwnWriter, Token
+from calmlm.tokens.stream import KEPT, LATEST
+
+
+@dataclass
+class Row:
+    """What one row of a call needs.
+
+    Attributes:
+        kept: how many of the tokens in the cache stay.
+        nodes: the tokens to read, each behind its parent.
+        parents: the node before each one, -1 where that is the last token that stays.
+        seen: (T, nodes) bool, which of them each anchor position of the call may see.
+        final: the nodes of the text so far, in order.
+    """
+
+    kept: int
+    nodes: list[Token] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    seen: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=bool))
+    final: list[int] = field(default_factory=list)
+
+    @property
+    def branches(self) -> bool:
+        """Whether some of the tokens to read are no part of the text so far."""
+        return len(self.final) < len(self.nodes)
+
+
+@dataclass
+class OwnReader(Common):
+    """The same text as the augmenting model's own tokenizer writes it.
+
+    At each anchor position that predicts something the model has read exactly the tokens of the text up to there. Tokens
+    that change when the text goes on are read as branches, which only the positions see that they belong to, and are
+    taken back from the cache afterwards.
+    """
+
+    transcoder: OwnWriter | None = None
+
+    def read(self, inputs: Inputs, past: Past) -> Stream:
+        past = self.opening.begin(past, inputs.ids.shape[0])
+        frontier = past.frontier
+        real = real_tokens(inputs, self.name)
+        check_one_text(inputs, real, self.name)
+        if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
+            raise DataError(
+                f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
+                f"{inputs.ids.shape[0]}: begin a new cache for other rows."
+            )
+        self._forget(padded_since(inputs, frontier), past)
+        told = told_tokens(inputs, frontier.length)
+        rows = self._plan(inputs.ids, real, told, frontier)
+        if frontier.owner is not None:
+            held = (frontier.owner != NOBODY).sum(1)
+            past.take_back(held - held.new_tensor([row.kept for row in rows]))
+        tree = any(row.branches for row in rows)
+        return (self._read_tree if tree else self._read_on)(inputs, real, told, rows, past)
+
+    def finish(self, past: Past) -> None:
+        """Leave of what was read for this call only the tokens of the text so far."""
+        frontier = past.frontier
+        if frontier.chosen is None:
+            return
+        frontier.choose(frontier.chosen)
+        past.move(Shift(frontier.chosen))
+        frontier.chosen = None
+
+    # What there is to read
+
+    def _plan(self, ids: Tensor, real: Tensor, told: Tensor, frontier: Frontier) -> list[Row]:
+        assert self.transcoder is not None
+        known = frontier.ids.cpu().numpy() if frontier.ids is not None else None
+        said = frontier.told.cpu().numpy() if frontier.told is not None else None
+        cached = self._cached(frontier)
+        rows = []
+        for row, (new, keep, given) in enumerate(
+            zip(ids.cpu().numpy(), real.cpu().numpy(), told.cpu().numpy(), strict=True)
+        ):
+            before = known[row] != NOBODY if known is not None else np.zeros(0, dtype=bool)
+            columns = np.flatnonzero(np.concatenate((before, keep)))
+            old = known[row][before] if known is not None else np.zeros(0, dtype=np.int64)
+            old_told = said[row][before] if said is not None else np.zeros(len(old), dtype=bool)
+            made = self._plan_row(
+                np.concatenate((old, new[keep])),
+                np.concatenate((old_told, given[keep])),
+                len(old),
+                cached[row] if cached else [],
+            )
+            seen = np.zeros((len(keep), len(made.nodes)), dtype=bool)
+            seen[keep] = made.seen
+            made.seen = seen
+            made.nodes = [(index, int(columns[owner]), left) for index, owner, left in made.nodes]
+            rows.append(made)
+        return rows
+
+    def _cached(self, frontier: Frontier) -> list[list[Token]]:
+        """The tokens of each row that the model has read, with owners counted over real anchor tokens."""
+        if frontier.tokens is None or frontier.owner is None or frontier.left is None or frontier.ids is None:
+            return []
+        counted = (frontier.ids != NOBODY).long().cumsum(1) - 1
+        owner = counted.gather(1, frontier.owner.clamp(min=0))
+        parts = zip(
+            frontier.tokens.tolist(), owner.tolist(), frontier.left.tolist(), frontier.owner.tolist(), strict=True
+        )
+        return [
+            [(i, o, x) for i, o, x, column in zip(*row, strict=True) if column != NOBODY]  # type: ignore[misc]
+            for row in parts
+        ]
+
+    def _plan_row(self, ids: np.ndarray, told: np.ndarray, start: int, cached: list[Token]) -> Row:
+        """Plan one row without padding.
+
+        Args:
+            ids, told: (n,) all of its anchor tokens.
+            start: how many of them were read in earlier calls.
+            cached: what the model has read of these.
+        """
+        assert self.transcoder is not None
+        writer = self.transcoder
+        stream = writer.resume(ids[:start], told[:start], branches=self.backbone.branches)
+        settled = stream.settled
+        fresh: list[Token] = []
+        targets: dict[int, list[Token]] = {}
+        steady: dict[int, int] = {}  # how many tokens of each target are settled
+        for place in range(start, len(ids)):
+            fresh += stream.read(int(ids[place]), bool(told[place]))
+            if place + 1 == len(ids) or not told[place + 1]:
+                targets[place] = [*fresh, *stream.pending()]
+                steady[place] = len(fresh)
+            if not writer.training and place >= len(ids) - LATEST:
+                writer.remember(ids[: place + 1], told[: place + 1], stream, KEPT)
+        tail = cached[settled:]
+        kept = len(tail)
+        for target in targets.values():
+            kept = common(tail[:kept], target)
+        row = Row(settled + kept)
+        path: list[int] = []
+        before: list[Token] = []
+        sure = 0
+        ends: dict[int, list[int]] = {}
+        for place, target in targets.items():
+            rest = target[kept:]
+            same = common(before, rest, min(sure, len(before), len(rest)))
+            path = path[:same]
+            for token in rest[same:]:
+                row.parents.append(path[-1] if path else -1)
+                path.append(len(row.nodes))
+                row.nodes.append(token)
+            before, sure, ends[place] = rest, max(0, steady[place] - kept), list(path)
+        row.final = path
+        row.seen = np.zeros((len(ids) - start, len(row.nodes)), dtype=bool)
+        ahead: list[int] = []
+        for place in range(len(ids) - 1, start - 1, -1):
+            if place in ends:
+                ahead = ends[place]
+                row.seen[place - start, ahead] = True
+            else:  # given text before its end sees what ends with it or before
+                row.seen[place - start, [node for node in ahead if row.nodes[node][1] <= place]] = True
+        return row
+
+    # Reading
+
+    def _read_on(self, inputs: Inputs, real: Tensor, told: Tensor, rows: list[Row], past: Past) -> Stream:
+        """Read tokens that follow each other, in every row."""
+        frontier, like = past.frontier, inputs.ids
+        tokens, owner, left = _blocks(rows, like)
+        new, queries = tokens.shape[1], like.shape[1]
+        past.move(frontier.go_on(tokens, owner, left))
+        frontier.extend(inputs.ids, real, told=told)
+        assert frontier.owner is not None
+        assert frontier.tokens is not None
+        visible = (frontier.owner != NOBODY)[:, None].repeat(1, queries, 1)
+        for index, row in enumerate(rows):
+            if row.nodes:
+                visible[index, :, frontier.width - len(row.nodes) :] = torch.from_numpy(row.seen).to(like.device)
+        stream = self._stream(visible, frontier, queries, new, past)
+        if new:
+            filled = (frontier.owner >= 0).long()
+            positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])
+            self.backbone.check_padding(f"augmenting model {self.name!r}", filled)
+            positions = self.opening.positions(positions)
+            self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width + past.opening, positions)
+            self.run(
+                stream,
+                **base_arguments(
+                    self.backbone,
+                    input_ids=self.on_device(frontier.tokens[:, -new:]),
+                    attention_mask=self.on_device(self.opening.mask(filled)),
+                    position_ids=positions,
+                    cache=past.own,
+                ),
+            )
+        return stream
+
+    def _read_tree(self, inputs: Inputs, real: Tensor, told: Tensor, rows: list[Row], past: Past) -> Stream:
+        """Read tokens that branch."""
+        frontier, like = past.frontier, inputs.ids
+        tokens, owner, left = _blocks(rows, like)
+        batch, new, queries = *tokens.shape, like.shape[1]
+        held = frontier.owner if frontier.owner is not None else like.new_zeros((batch, 0))
+        old = held.shape[1]
+        frontier.extend(inputs.ids, real, told=told)
+        frontier.hang(tokens, owner, left)
+        behind = np.zeros((batch, new, new), dtype=bool)
+        depth = np.zeros((batch, new), dtype=np.int64)
+        visible = torch.zeros((batch, queries, old + new), dtype=torch.bool)
+        chosen = []
+        for index, row in enumerate(rows):
+            for node, parent in enumerate(row.parents):
+                if parent >= 0:
+                    behind[index, node] = behind[index, parent]
+                    depth[index, node] = depth[index, parent] + 1
+                behind[index, node, node] = True
+            visible[index, :, old : old + len(row.nodes)] = torch.from_numpy(row.seen)
+            chosen.append([*range(old - row.kept, old), *(old + node for node in row.final)])
+        behind[:, range(new), range(new)] = True  # a column that fills a row has to see something
+        kept = (held != NOBODY).cpu()
+        visible[:, :, :old] = kept[:, None]
+        counts = kept.sum(1)
+        opening = past.opening
+        place = torch.from_numpy(depth) + counts[:, None] + opening
+        lead = torch.arange(opening).expand(batch, -1)
+        before = torch.cat((lead, (kept.long().cumsum(1) - 1).clamp(min=0) + opening, place), dim=1)
+        kept = nn.functional.pad(kept, (opening, 0), value=True)
+        sees = torch.cat((kept[:, None].expand(-1, new, -1), torch.from_numpy(behind)), dim=2)
+        width = max(map(len, chosen))
+        frontier.chosen = torch.tensor([[-1] * (width - len(row)) + row for row in chosen], device=like.device)
+        stream = self._stream(visible.to(like.device), frontier, queries, new, past)
+        self.backbone.check_length(f"augmenting model {self.name!r}", int(place.max()) + 1, place)
+        config = text_config(self.model)  # type: ignore[arg-type]
+        mask = tree_mask(
+            config, self.on_device(sees), self.on_device(place[:, :, None] - before[:, None]), self.compute_dtype
+        )
+        self.run(
+            stream,
+            **base_arguments(
+                self.backbone,
+                input_ids=self.on_device(tokens),
+                attention_mask=mask,
+                position_ids=self.on_device(place),
+                cache=past.own,
+            ),
+        )
+        return stream
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the model computes."""
+        return next(p.dtype for p in self.backbone.decoder.parameters() if p.is_floating_point())
+
+    def _stream(self, visible: Tensor, frontier: Frontier, queries: int, new: int, past: Past) -> Stream:
+        mask, seeing, attention = self.masked(visible[:, None])
+        rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
+        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing)
+
+    def _forget(self, columns: Tensor | None, past: Past) -> None:
+        """Leave out what stood for anchor tokens that have turned out to be padding."""
+        if columns is None:
+            return
+        shift, exact = past.frontier.forget(columns)
+        if not exact:
+            raise DataError(
+                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
+                f"augmenting model {self.name!r} has read on from them, but it calls some of them padding: begin a new "
+                f"cache."
+            )
+        past.move(shift)
+
+    def room(self, ids: Tensor, past: Past) -> int:
+        """How many of the next tokens (1, T) the model has positions for, behind what it has read."""
+        most = self.backbone.max_positions
+        if most is None:
+            return ids.shape[1]
+        frontier = past.frontier
+        for count in range(ids.shape[1], 0, -1):
+            part = ids[:, :count]
+            row = self._plan(part, torch.ones_like(part, dtype=torch.bool), torch.zeros_like(part).bool(), frontier)[0]
+            if row.kept + len(row.final) + past.opening <= most:
+                return count
+        return 0
+
+
+def told_tokens(inputs: Inputs, length: int) -> Tensor:
+    """Which of the new tokens were given and not generated, (B, T) bool; none where nobody tells.
+
+    Args:
+        inputs: of the call; its ``told`` and ``prompt`` count from the first token of the text.
+        length: how many tokens came in earlier calls.
+    """
+    given = inputs.prompt if inputs.told is None else inputs.told
+    if given is None:
+        return torch.zeros_like(inputs.ids, dtype=torch.bool)
+    told = given.bool()[:, length : length + inputs.ids.shape[1]]
+    return nn.functional.pad(told, (0, inputs.ids.shape[1] - told.shape[1]))
+
+
+def common(one: list[Token], other: list[Token], start: int = 0) -> int:
+    """How many tokens two lists begin with that are the same; the first ``start`` are known to be."""
+    while start < len(one) and start < len(other) and one[start][:2] == other[start][:2]:
+        start += 1
+    return start
+
+
+def _blocks(rows: list[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, owners (absolute columns) and what is left of the owners, each (B, nodes), rows filled on the right."""
+    width = max(len(row.nodes) for row in rows)
+    tokens = like.new_zeros((len(rows), width))
+    owner = like.new_full((len(rows), width), NOBODY)
+    left = torch.zeros((len(rows), width), dtype=torch.float32, device=like.device)
+    for index, row in enumerate(rows):
+        if row.nodes:
+            ids, owners, rest = zip(*row.nodes, strict=True)
+            tokens[index, : len(ids)] = like.new_tensor(ids)
+            owner[index, : len(ids)] = like.new_tensor(owners)
+            left[index, : len(ids)] = torch.tensor(rest, device=like.device)
+    return tokens, owner, left

@@ -171,11 +171,57 @@ def _standard_input() -> str:
 
 
 @app.command()
-def inspect(folder: Folder) -> None:
-    """Show what a saved composition is made of."""
+def inspect(
+    folder: Folder,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSONL file of prompts and completions: what there is to communicate.",
+            show_default=False,
+            callback=expanded,
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of that file to look at.")] = 200,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the figures.", show_default=False, callback=expanded)
+    ] = None,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what a saved composition is made of and, with --text, what its models understand of some rows."""
     from calmlm.files.inspection import describe
 
-    lines = describe(folder)
+    _show(describe(folder))
+    if text is None:
+        return
+    from calmlm.communication import listen_to_file
+    from calmlm.experiments.record import origin
+    from calmlm.files.results import to_json, write_result
+    from calmlm.files.storage import check_writable
+
+    if output is not None:
+        check_writable(output)
+    found = listen_to_file(
+        folder,
+        text,
+        rows,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(found.lines())
+    for warning in found.warnings():
+        say(f"warning: {warning}")
+    if output is not None:
+        write_result(output, to_json({"results": found.to_json(), **origin(None)}, indent=1) + "\n")
+
+
+def _show(lines: list[tuple[str, str]]) -> None:
     width = max(len(title) for title, _ in lines) + 2
     for title, value in lines:
         print(f"{title:{width}}{value}")

@@ -1,8 +1,8 @@
 """What an augmenting model understands inside a composition, and whether it has anything to say.
 
 Everything is measured in bits per byte of the completions, so that models with different tokens can be compared. What a
-model gets out of a prompt is its *gain*: bits per byte behind another row's prompt, minus bits per byte behind the right
-one.
+model gets out of a prompt is its *gain*: bits per byte behind another row's prompt, minus bits per byte behind the
+right one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.answering import TextModel
 from calmlm.config import opening_of
-from calmlm.data.labels import IGNORE
+from calmlm.data.context import context_length
+from calmlm.data.labels import IGNORE, encode_examples
+from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, DataError
 from calmlm.readers import Inputs, given_of, prompt_of
 from calmlm.state.past import Past
-from calmlm.tokens.own_text import OwnStream, OwnWriter
+from calmlm.tokens.live_text import OwnStream, OwnWriter
+from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
 
@@ -85,14 +90,14 @@ class Communication:
         for name, heard in self.augmenting.items():
             if heard.spoiled:
                 found.append(
-                    f"The augmenting model {name!r} predicts these texts with {heard.inside:.3f} bits per byte inside the "
-                    f"composition, but with {heard.alone:.3f} alone: it reads something else than its own tokens. Use "
-                    f"alignment='own', and check its tokenizer and its beginning."
+                    f"The augmenting model {name!r} predicts these texts with {heard.inside:.3f} bits per byte inside "
+                    f"the composition, but with {heard.alone:.3f} alone: it reads something else than its own tokens. "
+                    f"Use alignment='own', and check its tokenizer and its beginning."
                 )
             if heard.gain is not None and self.anchor_gain is not None and heard.gain <= self.anchor_gain:
                 found.append(
-                    f"There is nothing to communicate here: the augmenting model {name!r} gets {heard.gain:.3f} bits per "
-                    f"byte out of these prompts, and the anchor {self.anchor_gain:.3f} by itself."
+                    f"There is nothing to communicate here: the augmenting model {name!r} gets {heard.gain:.3f} bits "
+                    f"per byte out of these prompts, and the anchor {self.anchor_gain:.3f} by itself."
                 )
         return found
 
@@ -116,6 +121,32 @@ def _figures(bits: float | None, gain: float | None, tokens: float | None) -> st
     parts += [] if gain is None else [f"{gain:.3f} of them gained from the prompts"]
     parts += [] if tokens is None else [f"{tokens:.2f} tokens per byte"]
     return ", ".join(parts)
+
+
+def listen_to_file(source: str, path: Path, rows: int, **options: Any) -> Communication:
+    """Measure what the models of a saved composition make of the first rows of a file.
+
+    Args:
+        source: folder or id of the composition.
+        path: a JSONL file of prompts and completions, or of messages.
+        rows: how many at most.
+        options: of ``calmlm.answering.TextModel.load``.
+
+    Raises:
+        CalmError: there is no such composition or file, or no row has a prompt and a completion.
+    """
+    examples = load_examples([str(path)])[:rows]
+    text = TextModel.load(source, **options)
+    encoded = encode_examples(examples, text.tokenizer, max_length=context_length(text.model))
+    return listen(text.model, text.tokenizer, encoded.rows, augmenting_tokenizers=tokenizers_of(text.model))
+
+
+def tokenizers_of(model: Any) -> dict[str, PreTrainedTokenizerBase | None]:
+    """The tokenizers that lie beside the augmenting models of a composition, by name; None where there is none."""
+    return {
+        name: find_tokenizer(base.name_or_path, local_files_only=True) if base.name_or_path else None
+        for name, base in model.augmenting.items()
+    }
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def compose(
     rank: int | None = None,
     connector: str = "cross_attention",
     refresh: bool = True,
-    alignment: Choice = "own",
+    alignment: Choice = "transcode",
     augmenting_view: Choice | None = None,
     augmenting_prefix: Prefix | Mapping[str, Prefix] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -168,7 +168,7 @@ def compose(
             )
             if theirs is None:
                 theirs = _tokenizer_of(model, origin, **remote)
-            method = alignment.get(name, "own") if isinstance(alignment, Mapping) else alignment
+            method = alignment.get(name, "transcode") if isinstance(alignment, Mapping) else alignment
             view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
             prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
@@ -312,7 +312,7 @@ def align(
     augmenting: Backbone,
     tokenizer: PreTrainedTokenizerBase | None,
     augmenting_tokenizer: PreTrainedTokenizerBase | None,
-    method: str = "own",
+    method: str = "transcode",
     view: str | None = None,
 ) -> Alignment | Rewriting | None:
     """The alignment between two models' tokenizers; None where they share token ids and see the same text.

@@ -1,4 +1,4 @@
-"""Attention masks for several continuations of one text in one call: each token sees its own past and no other branch."""
+"""Attention masks for several continuations of one text in one call: each token sees its own past and no branch."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from calmlm.tokens.alignment import LOOKBACK
+from calmlm.tokens.live_text import OwnWriter
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder
 
@@ -38,7 +39,8 @@ def own_contexts(model: Any) -> list[OwnContext]:
         length = _shortest(model, [name])
         if length is not None:
             learned = model.model.backbone(name).max_positions is not None
-            found.append(OwnContext(name, length, learned, model.model.transcoders[name]))
+            room = length - len(model.model.opening(name))
+            found.append(OwnContext(name, room, learned, model.model.transcoders[name]))
     return found
 
 
@@ -54,7 +56,7 @@ class OwnContext:
 
     Attributes:
         name: of the model.
-        length: how many of its own tokens it can take.
+        length: how many of its own tokens of a text it can take.
         learned: whether its positions end there, so that it cannot read on.
         writer: writes the text in its tokens.
     """
@@ -75,6 +77,9 @@ class OwnContext:
 
     def _owners(self, ids: Sequence[int], start: int) -> list[int]:
         """Which of ``ids[start:]`` each of the model's tokens belongs to."""
+        if isinstance(self.writer, OwnWriter):  # what stands before may be written otherwise now
+            owners = [owner - start for _, owner in self.writer.write(ids)]
+            return owners[len(self.writer.write(ids[:start])) if start else 0 :]
         if isinstance(self.writer, Rewriter) and not start:
             return [owner for _, owner in self.writer.write(ids)]
         lookback = LOOKBACK if self.writer.lookback is not None else start

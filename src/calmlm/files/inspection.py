@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from calmlm.config import opening_of
 from calmlm.errors import CheckpointError
 from calmlm.files import storage
 from calmlm.files.loading import fetch, read_config
@@ -46,7 +47,9 @@ def _reads(entry: dict[str, Any]) -> str:
         "inputs": "inputs of its own",
     }
     view = f", {entry['view']} view of conversations" if entry.get("view") else ""
-    return words[entry["reads"]] + view
+    before = opening_of(entry)
+    behind = f", behind {len(before)} token{'s' if len(before) > 1 else ''} of its own" if before else ""
+    return words[entry["reads"]] + view + behind
 
 
 def _base(entry: dict[str, Any], config: Any = None) -> str:

@@ -192,6 +192,10 @@ def _is_whole(data: dict[str, Any]) -> bool:
             return False
         if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
             return False
+        for part in ("beginning", "prefix"):
+            before = entry.get(part, [])
+            if not isinstance(before, list) or not all(type(index) is int and index >= 0 for index in before):
+                return False
         if entry.get("reads", "tokens") not in READS or not isinstance(entry["connector"].get("num_heads"), int):
             return False
     for entry in (data["anchor"], *data["augmenting"].values()):

@@ -44,7 +44,7 @@ from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
-from calmlm.tokens.own_text import OwnWriter
+from calmlm.tokens.live_text import OwnWriter
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder

@@ -22,12 +22,12 @@ from calmlm.readers.inputs import (
     positions_for,
     prompt_of,
 )
-from calmlm.readers.opening import Opening
 from calmlm.readers.own_text import OwnReader
 from calmlm.readers.own_tokens import AlignedReader
+from calmlm.readers.preamble import Opening
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
-from calmlm.tokens.own_text import OwnWriter
+from calmlm.tokens.live_text import OwnWriter
 
 __all__ = [
     "AlignedReader",

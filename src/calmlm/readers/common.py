@@ -16,7 +16,7 @@ from calmlm.bases.structure import accepts
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
 from calmlm.readers.inputs import Inputs
-from calmlm.readers.opening import Opening
+from calmlm.readers.preamble import Opening
 from calmlm.state.hooks import Call, Slot, Stream
 from calmlm.state.past import Past
 

@@ -16,7 +16,7 @@ from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
-from calmlm.tokens.own_text import OwnWriter, Token
+from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST
 
 
@@ -48,9 +48,9 @@ class Row:
 class OwnReader(Common):
     """The same text as the augmenting model's own tokenizer writes it.
 
-    At each anchor position that predicts something the model has read exactly the tokens of the text up to there. Tokens
-    that change when the text goes on are read as branches, which only the positions see that they belong to, and are
-    taken back from the cache afterwards.
+    At each anchor position that predicts something, the model has read exactly the tokens of the text up to there. Some
+    of them change when the text goes on. These are read as branches: only the positions that they belong to see them,
+    and they are taken back from the cache afterwards.
     """
 
     transcoder: OwnWriter | None = None

@@ -42,8 +42,8 @@ class Rewriting:
         begin: its token for the beginning of a text, or None.
         dummy: whether the anchor's first token of a text carries a space that is not in the text, and whether its first
             token after any special one does so as well.
-        beginning: the special tokens that its tokenizer puts before a text and its model reads before this stream; where
-            a text brings them itself, they are not written again.
+        beginning: the special tokens that the augmenting tokenizer puts before a text. Its model reads them before this
+            stream. If a text brings them itself, they are not written again.
     """
 
     alignment: Alignment

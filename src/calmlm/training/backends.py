@@ -17,7 +17,7 @@ from transformers.trainer_utils import SchedulerType
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
-from calmlm.readers import prompt_of
+from calmlm.readers import given_of, prompt_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.run_folder import RunFolder
@@ -272,9 +272,9 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
     )
-    if model.model.reads_prompts:
-        # TRL keeps the labels from the model, which would take whole rows for their prompts.
-        trainer.data_collator = WithPrompts(trainer.data_collator)
+    if model.model.wants_prompts:
+        # TRL keeps the labels from the model, which could not tell prompts from completions.
+        trainer.data_collator = WithPrompts(trainer.data_collator, model.model.reads_prompts)
     return trainer
 
 
@@ -290,7 +290,7 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=WithPrompts(collate) if model.model.reads_prompts else collate,
+        data_collator=WithPrompts(collate, True) if model.model.reads_prompts else collate,
     )
 
 
@@ -300,13 +300,16 @@ class WithPrompts:
 
     Attributes:
         collate: makes the batch.
+        first: whether only what stands before the first label is meant, and not all that has no label.
     """
 
     collate: Callable[[Any], dict[str, Any]]
+    first: bool
 
     def __call__(self, rows: Any) -> dict[str, Any]:
         batch = self.collate(rows)
-        batch["prompt_mask"] = prompt_of(batch["labels"])
+        labels = batch["labels"]
+        batch["prompt_mask"] = prompt_of(labels) if self.first else given_of(labels, None)
         return batch
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from calmlm.bases.sharding import gathered
+from calmlm.bases.sharding import gathered, is_spread
+from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
@@ -36,6 +37,7 @@ from calmlm.training.yaml import dump_yaml
 
 Report = Callable[[str], None]
 LOOKED_AT = 32  # rows of which a view has to show something
+LISTENED_TO = 16  # rows of which is told what the augmenting models understand
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def train(
                 folder.start(dump_yaml(config.to_dict()), resume=resume)
 
     trainer.start = start
+    if checkpoint is None:
+        _listen(model, tokenizer, rows, report)
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
@@ -147,6 +151,24 @@ def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: 
     trainer.accelerator.wait_for_everyone()
 
 
+def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:
+    """Say what the augmenting models understand of a few rows, and what they should not go on without."""
+    if is_spread(model) or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    try:
+        found = listen(model, tokenizer, rows[:LISTENED_TO], augmenting_tokenizers=tokenizers_of(model))
+    except CalmError:  # texts without prompts, encoders: there is nothing to compare
+        return
+    for name, heard in found.augmenting.items():
+        if heard.alone is not None and heard.inside is not None:
+            report(
+                f"{name}: {heard.inside:.3f} bits per byte of {found.rows} completions by what it reads here, "
+                f"{heard.alone:.3f} alone; the anchor {found.anchor:.3f}."
+            )
+    for warning in found.warnings():
+        report(f"warning: {warning}")
+
+
 def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
     """Raise unless a checkpoint was written while this composition was trained.
 
@@ -164,7 +186,7 @@ def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> No
     pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
     for name in (*before.augmenting, *now.augmenting):
         pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
-    parts = ("fingerprint", "reads", "alignment", "view", "connections", "connector")
+    parts = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix", "connections", "connector")
     for name, (one, other) in pairs.items():
         differing = [key for key in parts if _part(one, key) != _part(other, key)]
         if differing:
@@ -346,6 +368,7 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
         refresh=config.refresh,
         alignment=config.alignment,
         augmenting_view=config.augmenting_view,
+        augmenting_prefix=config.augmenting_prefix,
         revision=config.revision,
         augmenting_revision=config.augmenting_revision,
         trust_remote_code=config.trust_remote_code,

@@ -34,8 +34,9 @@ class ModelConfig:
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
         refresh: whether augmenting models read generated tokens too.
-        alignment: "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
+        alignment: "transcode", "own" or "retokenize", for models with other tokenizers; or {name: ...}.
         augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
+        augmenting_prefix: what augmenting models alone read before each text: a text, or messages; or {name: ...}.
         dtype: "bfloat16", "float16", "float32" or "auto" for the two frozen models.
         device_map: as `from_pretrained` takes it.
         attn_implementation: "sdpa", "eager", "flash_attention_2" and so on.
@@ -53,6 +54,7 @@ class ModelConfig:
     refresh: bool = True
     alignment: str | dict[str, str] = "transcode"
     augmenting_view: str | dict[str, str] | None = None
+    augmenting_prefix: str | list[dict[str, Any]] | dict[str, Any] | None = None
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
     attn_implementation: str | None = None
@@ -60,8 +62,9 @@ class ModelConfig:
 
     def faults(self) -> list[str]:
         if self.composition is not None:
-            fresh = ("anchor", "augmenting", "revision", "augmenting_revision", "num_heads", "augmenting_view")
-            extra = [name for name in fresh if getattr(self, name) is not None]
+            of_models = ("anchor", "augmenting", "revision", "augmenting_revision")
+            of_reading = ("num_heads", "augmenting_view", "augmenting_prefix")
+            extra = [name for name in (*of_models, *of_reading) if getattr(self, name) is not None]
             extra += ["connector"] if self.connector else []
             extra += ["connections"] if self.connections != "every-4" else []
             extra += ["refresh"] if not self.refresh else []

@@ -1,0 +1,124 @@
+"""What augmenting models understand inside a composition, against slow references; what is spoiled is warned of."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import calmlm
+from calmlm.cli import main
+from calmlm.communication import Communication, Listening, listen
+from compositions import awaken
+from readers.test_own_text import beginning
+from tiny import tiny_model
+from tokenizers_tiny import tokenizer
+
+TEXTS = [
+    ("the cat is", " a fox."),
+    ("12 + 34 =", " 46 dogs"),
+    ("hello", " world, the quick fox"),
+    ("naïve", " café 😀"),
+]
+
+
+def composed(ours: Any, theirs: Any, **options: Any) -> calmlm.CalmForCausalLM:
+    anchor = tiny_model("llama", seed=1, vocab_size=len(ours))
+    own = tiny_model("qwen2", seed=2, vocab_size=len(theirs))
+    return awaken(calmlm.compose(anchor, own, 2, tokenizer=ours, augmenting_tokenizer=theirs, **options))
+
+
+def rows_of(ours: Any) -> list[dict[str, list[int]]]:
+    rows = []
+    for prompt, completion in TEXTS:
+        before = ours(prompt, add_special_tokens=False).input_ids
+        ids = [*before, *ours(completion, add_special_tokens=False).input_ids, ours.eos_token_id]
+        rows.append({"input_ids": ids, "labels": [-100] * len(before) + ids[len(before) :]})
+    return rows
+
+
+@torch.no_grad()
+def bits(model: Any, pairs: list[tuple[list[int], list[int]]], size: int) -> float:
+    """Bits per byte of the second part of each row, one row and one token at a time."""
+    total = 0.0
+    for before, after in pairs:
+        logits = model(input_ids=torch.tensor([[*before, *after]])).logits[0].log_softmax(-1)
+        total -= sum(float(logits[len(before) + k - 1, index]) for k, index in enumerate(after))
+    return total / size / math.log(2)
+
+
+@pytest.mark.parametrize("alignment", ["own", "transcode"])
+def test_figures_equal_slow_references(alignment: str) -> None:
+    ours, theirs = tokenizer("bytes"), beginning("bytes-large")
+    model = composed(ours, theirs, alignment=alignment)
+    found = listen(model, ours, rows_of(ours), augmenting_tokenizers={"augmenting": theirs})
+    size = sum(len(completion.encode()) for _, completion in TEXTS)
+
+    def pairs(tok: Any, opening: list[int], swap: int = 0) -> list[tuple[list[int], list[int]]]:
+        prompts = [prompt for prompt, _ in TEXTS]
+        prompts = [*prompts[swap:], *prompts[:swap]]
+        return [
+            ([*opening, *tok(p, add_special_tokens=False).input_ids], tok(c, add_special_tokens=False).input_ids)
+            for p, (_, c) in zip(prompts, TEXTS, strict=True)
+        ]
+
+    anchor = bits(model.anchor, pairs(ours, []), size)
+    opening = [theirs.bos_token_id]
+    alone = bits(model.augmenting["augmenting"], pairs(theirs, opening), size)
+    other = bits(model.augmenting["augmenting"], pairs(theirs, opening, 1), size)
+    heard = found.augmenting["augmenting"]
+    assert found.rows == len(TEXTS)
+    assert found.anchor == pytest.approx(anchor, rel=1e-4)
+    assert found.composition == pytest.approx(bits(model, pairs(ours, []), size), rel=0.2)
+    assert heard.alone == pytest.approx(alone, rel=1e-4)
+    assert heard.gain == pytest.approx(other - alone, abs=1e-3)
+    assert found.anchor_gain == pytest.approx(bits(model.anchor, pairs(ours, [], 1), size) - anchor, abs=1e-3)
+    if alignment == "own":
+        assert heard.inside == pytest.approx(heard.alone, rel=1e-4)
+    else:
+        assert heard.inside is not None
+        assert heard.inside != pytest.approx(heard.alone, rel=1e-3)
+
+
+def test_a_model_that_shares_the_ids_is_heard_as_it_is_alone() -> None:
+    ours = tokenizer("bytes")
+    model = composed(ours, ours)
+    heard = listen(model, ours, rows_of(ours)).augmenting["augmenting"]
+    assert heard.inside == pytest.approx(heard.alone, rel=1e-4)
+
+
+def test_what_is_spoiled_and_what_is_silent_is_warned_of() -> None:
+    healthy = Listening(alone=1.0, inside=1.02, gain=0.4, tokens_per_byte=0.3)
+    assert Communication(4, 1.5, 1.4, 0.1, 0.5, {"a": healthy}).warnings() == []
+    spoiled = Listening(alone=1.0, inside=1.2, gain=0.4, tokens_per_byte=0.3)
+    (warning,) = Communication(4, 1.5, 1.4, 0.1, 0.5, {"a": spoiled}).warnings()
+    assert "1.200" in warning
+    assert "alignment='own'" in warning
+    silent = Listening(alone=1.0, inside=1.0, gain=0.1, tokens_per_byte=0.3)
+    (warning,) = Communication(4, 1.5, 1.4, 0.3, 0.5, {"a": silent}).warnings()
+    assert "nothing to communicate" in warning
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = tokenizer("bytes"), beginning("bytes-large")
+    for name, family, tok in (("anchor", "llama", ours), ("augmenting", "qwen2", theirs)):
+        tiny_model(family, vocab_size=len(tok)).save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+    model = awaken(calmlm.compose(tmp_path / "anchor", tmp_path / "augmenting", 2, alignment="own"))
+    model.save_pretrained(tmp_path / "composition")
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = ["inspect", str(tmp_path / "composition"), "--text", str(tmp_path / "rows.jsonl")]
+    assert main([*given, "--output", str(tmp_path / "found.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "behind 1 token of its own" in printed
+    assert "augmenting, inside" in printed
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["results"]
+    assert found["augmenting"]["augmenting"]["inside"] == pytest.approx(
+        found["augmenting"]["augmenting"]["alone"], 1e-4
+    )
+    assert main([*given[:-1], str(tmp_path / "none.jsonl")]) == 2

@@ -82,6 +82,21 @@ def test_contexts_are_cut_on_the_left(alignment: str) -> None:
     assert other == pytest.approx(likelihood(wrapped, *wrapped._encode_pair("a fox", " world")), rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_context_is_read_as_a_whole(family: str) -> None:
+    """With own tokens the harness's contexts are given text: they are read to their end, whatever comes behind."""
+    wrapped = composed(family, length=100, alignment="own")
+    questions = [("a fox pl", "aying"), ("a fox", " world, hello"), ("the quick br", "own"), ("the quick br", "eak")]
+    for (context, answer), (found, _) in zip(questions, ask(wrapped, "loglikelihood", *questions), strict=True):
+        before, scored = wrapped._encode_pair(context, answer)
+        ids = torch.tensor([[*before, *scored]])[:, :-1]
+        told = torch.arange(ids.shape[1])[None] < len(before)
+        with torch.no_grad():
+            likely = wrapped.model(ids, prompt_mask=told, use_cache=False).logits[0].log_softmax(-1)
+        expected = float(likely[len(before) - 1 :].gather(1, torch.tensor(scored)[:, None]).sum())
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_long_answer_is_scored_in_parts() -> None:
     wrapped = composed()
     ((score, greedy),) = ask(wrapped, "loglikelihood", ("a fox", " " + TEXT.strip()))

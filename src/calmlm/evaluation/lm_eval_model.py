@@ -41,6 +41,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             backend="causal",
             max_length=context_length(model),
         )
+        self._given: dict[tuple[int, ...], int] = {}  # how many tokens of what is scored were given
         # A token that stands before what is decoded: some decoders take a space from the beginning of a text.
         self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
@@ -73,6 +74,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             )
         contexts = own_contexts(self.model)
         if not contexts:
+            self._note(requests)
             return super()._loglikelihood_tokens(requests, *arguments, **options)
         parts = [windows(contexts, self.max_length, before, scored) for _, before, scored in requests]
         # What is scored in parts has no key, under which the harness would keep a part for the whole.
@@ -81,10 +83,34 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             for request, part in zip(requests, parts, strict=True)
             for window in part
         ]
+        self._note(keyed)
         with self._row_by_row(contexts, split=len(keyed) > len(parts)):
             scores = iter(super()._loglikelihood_tokens(keyed, *arguments, **options))
         found = [[next(scores) for _ in part] for part in parts]
         return [(sum(score for score, _ in each), all(greedy for _, greedy in each)) for each in found]
+
+    def _note(self, requests: Any) -> None:
+        """Keep how much of each text is given, for ``_model_call``, which the harness does not tell."""
+        self._given.clear()
+        if self.model.model.enabled and self.model.model.wants_prompts:
+            for _, before, scored in requests:
+                whole = tuple([*before, *scored][-(self.max_length + 1) : -1])
+                count = max(0, len(whole) - len(scored) + 1)
+                self._given[whole] = min(count, self._given.get(whole, count))
+
+    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """What stands before the scored tokens was given as a whole: a model with tokens of its own reads it so."""
+        if not self._given:
+            return super()._model_call(inps, *arguments, **options)
+        told = torch.zeros_like(inps, dtype=torch.bool)
+        lengths = sorted({len(ids) for ids in self._given}, reverse=True)
+        for row, ids in enumerate(inps.tolist()):
+            # The harness fills rows up with zeros, and does not say from where on.
+            found = (tuple(ids[:length]) for length in lengths if not any(ids[length:]))
+            count = next((self._given[key] for key in found if key in self._given), 0)
+            told[row, :count] = True
+        with torch.no_grad():
+            return self.model(inps, prompt_mask=told).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """The harness truncates in the anchor's tokens; a text ends besides where another model's positions end."""

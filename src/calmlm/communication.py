@@ -32,7 +32,7 @@ from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
 
 LOSS = 1.05  # a model that reads worse than this inside the composition is warned of
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 Rows = Sequence[dict[str, list[int]]]
 

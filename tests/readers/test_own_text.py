@@ -45,7 +45,7 @@ def composed(pair: tuple[str, str, str, str], **options: Any) -> calmlm.CalmForC
     ours, theirs = tokenizer(pair[0]), tokenizer(pair[1])
     anchor = tiny_model(pair[2], seed=1, vocab_size=len(ours), attn_implementation="sdpa", max_position_embeddings=512)
     own = tiny_model(pair[3], seed=2, vocab_size=len(theirs), attn_implementation="sdpa", max_position_embeddings=512)
-    options = {"tokenizer": ours, "augmenting_tokenizer": theirs, **options}
+    options = {"tokenizer": ours, "augmenting_tokenizer": theirs, "alignment": "own", **options}
     return awaken(calmlm.compose(anchor, own, 2, **options))
 
 

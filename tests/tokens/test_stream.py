@@ -76,13 +76,13 @@ def test_a_step_takes_its_own_tokens_alone(options: dict[str, Any], monkeypatch:
     rows = [torch.tensor(conversation("bare")[:length]) for length in (60, 43)]
     ids, mask = pad(rows[:1] if "prompt_lookup_num_tokens" in options else rows, "left")
     taken: list[int] = []
-    take = calmlm.tokens.stream._Stream.take
+    take = calmlm.tokens.stream.TextStream.take
 
     def counted(self: Any, token: int) -> list[int]:
         taken.append(token)
         return take(self, token)
 
-    monkeypatch.setattr(calmlm.tokens.stream._Stream, "take", counted)
+    monkeypatch.setattr(calmlm.tokens.stream.TextStream, "take", counted)
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 10}
     model.generate(ids, attention_mask=mask, **settings, **options)
     real, beams = int(mask.sum()), options.get("num_beams", 1)

@@ -154,6 +154,7 @@ def test_processors_see_drafts_as_they_see_the_text() -> None:
     assert drafting.statistics.acceptance > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("agree", "confidence"), [(True, 0.0), (False, 0.1)], ids=["good drafts", "bad drafts"])
 def test_sampling_keeps_the_compositions_distribution(agree: bool, confidence: float) -> None:
     """Counts of the first two sampled tokens against their exact probabilities, by a chi-squared test."""

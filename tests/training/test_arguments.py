@@ -53,6 +53,7 @@ RECOMPUTED = {"activation_checkpointing": True}
         ({"neftune_noise_alpha": 5}, "trainer.neftune_noise_alpha: expected none, since NEFTune adds noise"),
         ({"use_liger_kernel": True}, "trainer.use_liger_kernel: expected none"),
         ({"bf16_full_eval": True}, "trainer.bf16_full_eval: expected none"),
+        ({"parallelism_config": {}}, "trainer.parallelism_config: expected none"),
         ({"parallelism_config": {"cp_size": 2}}, "trainer.parallelism_config: expected none"),
         # does nothing where it runs
         ({"fp16": True}, "trainer.fp16: expected a GPU"),

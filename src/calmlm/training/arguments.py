@@ -202,8 +202,9 @@ def _faults(backend: str, made: Any, evaluates: bool) -> Iterator[str]:
 def _single(made: Any) -> Iterator[str]:
     """Faults of one argument by itself."""
     for key, why in IDLE.items():
-        if getattr(made, key, None):
-            yield f".{key}: expected none, since {why}, but got {show(getattr(made, key))}; leave it out."
+        value = getattr(made, key, None)
+        if value not in (None, False, 0):
+            yield f".{key}: expected none, since {why}, but got {show(value)}; leave it out."
     for key, (low, high) in LIMITS.items():
         value = getattr(made, key, None)
         if isinstance(value, (int, float)) and not low <= value <= high:

@@ -13,6 +13,7 @@ from calmlm.bases.families import Backbone
 from calmlm.errors import ConfigError, DataError
 from calmlm.state.cache import length_in
 from calmlm.state.frontier import NOBODY, Frontier
+from calmlm.state.past import Past
 
 # The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
 STATE = "cache_params"
@@ -155,6 +156,38 @@ def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:
             f"Each row must hold one text where the augmenting model {name!r} does not share the anchor's token ids, "
             f"but got position_ids that begin anew within a row: switch packing off."
         )
+
+
+def catch_up(inputs: Inputs, past: Past, name: str) -> Tensor:
+    """Bring the record of a model with tokens of its own up to what a call says of earlier tokens.
+
+    What stood for anchor tokens that have turned out to be padding is left out.
+
+    Returns:
+        which of the new tokens are no padding, (B, T) bool.
+
+    Raises:
+        DataError: for other rows than before, several texts in a row, or padding that text follows.
+    """
+    frontier = past.frontier
+    real = real_tokens(inputs, name)
+    check_one_text(inputs, real, name)
+    if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
+        raise DataError(
+            f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
+            f"{inputs.ids.shape[0]}: begin a new cache for other rows."
+        )
+    columns = padded_since(inputs, frontier)
+    if columns is not None:
+        shift, exact = frontier.forget(columns)
+        if not exact:
+            raise DataError(
+                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
+                f"augmenting model {name!r} has read on from them, but it calls some of them padding: begin a new "
+                f"cache."
+            )
+        past.move(shift)
+    return real
 
 
 def base_arguments(

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from calmlm.bases.families import text_config
 from calmlm.bases.trees import tree_mask
-from calmlm.errors import DataError
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
+from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -58,14 +57,7 @@ class OwnReader(Common):
     def read(self, inputs: Inputs, past: Past) -> Stream:
         past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
-        real = real_tokens(inputs, self.name)
-        check_one_text(inputs, real, self.name)
-        if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
-            raise DataError(
-                f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
-                f"{inputs.ids.shape[0]}: begin a new cache for other rows."
-            )
-        self._forget(padded_since(inputs, frontier), past)
+        real = catch_up(inputs, past, self.name)
         told = told_tokens(inputs, frontier.length)
         rows = self._plan(inputs.ids, real, told, frontier)
         if frontier.owner is not None:
@@ -270,19 +262,6 @@ class OwnReader(Common):
         mask, seeing, attention = self.masked(visible[:, None])
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
         return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing)
-
-    def _forget(self, columns: Tensor | None, past: Past) -> None:
-        """Leave out what stood for anchor tokens that have turned out to be padding."""
-        if columns is None:
-            return
-        shift, exact = past.frontier.forget(columns)
-        if not exact:
-            raise DataError(
-                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
-                f"augmenting model {self.name!r} has read on from them, but it calls some of them padding: begin a new "
-                f"cache."
-            )
-        past.move(shift)
 
     def room(self, ids: Tensor, past: Past) -> int:
         """How many of the next tokens (1, T) the model has positions for, behind what it has read."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calmlm.errors import DataError
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, padded_since, real_tokens
+from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -27,14 +26,7 @@ class AlignedReader(Common):
         assert self.transcoder is not None
         past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
-        real = real_tokens(inputs, self.name)
-        check_one_text(inputs, real, self.name)
-        if frontier.ids is not None and frontier.ids.shape[0] != inputs.ids.shape[0]:
-            raise DataError(
-                f"input_ids must have as many rows as past_key_values, {frontier.ids.shape[0]}, but got "
-                f"{inputs.ids.shape[0]}: begin a new cache for other rows."
-            )
-        self._forget(padded_since(inputs, frontier), past)
+        real = catch_up(inputs, past, self.name)
         block = self._written(inputs.ids, real, past)
         new, queries = block.ids.shape[1], inputs.ids.shape[1]
         past.move(frontier.append(block.ids, block.owner))
@@ -62,19 +54,6 @@ class AlignedReader(Common):
                 ),
             )
         return stream
-
-    def _forget(self, columns: Tensor | None, past: Past) -> None:
-        """Remove what stood for anchor tokens that turned out to be padding."""
-        if columns is None:
-            return
-        shift, exact = past.frontier.forget(columns)
-        if not exact:
-            raise DataError(
-                f"attention_mask must keep the tokens that past_key_values hold and that text follows, because the "
-                f"augmenting model {self.name!r} has read on from them, but it calls some of them padding: begin a new "
-                f"cache."
-            )
-        past.move(shift)
 
     def room(self, ids: Tensor, past: Past) -> int:
         """How many of the next tokens (1, T) the model has positions for, after what it has read."""

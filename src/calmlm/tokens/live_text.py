@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from calmlm.tokens.boundaries import class_of
 from calmlm.tokens.spelling import flat, in_word
-from calmlm.tokens.stream import CONTEXT, KEPT, Rewriter, TextStream, split_bytes
+from calmlm.tokens.stream import CONTEXT, KEPT, Rewriter, Run, TextStream, split_bytes
 
 LONG = 128  # characters behind the settled ones from which on some are settled
 RECENT = 48  # of these, so many stay open at least
@@ -173,19 +173,15 @@ class OwnStream(TextStream):
         return self.run.pending()
 
 
-class OwnRun:
-    """One run of text between special tokens or messages; takes the place of ``Run``."""
+class OwnRun(Run):
+    """A ``Run`` whose latest characters may still be written otherwise."""
+
+    rewriter: OwnWriter
+    out: list[Token]  # type: ignore[assignment]
 
     def __init__(self, writer: OwnWriter) -> None:
-        self.writer = writer
-        self.out: list[Token] = []  # what the latest token has settled
-        self.raw = b""  # bytes that are no whole character yet
-        self.text = ""  # characters that are not settled yet
-        self.ends: list[End] = []  # where each of them ends
-        self.before = ""  # characters that are settled, as far as they matter
-        self.runs = 0  # that have ended
-        self.fed = self.started = False  # whether this one has been given bytes, and has settled any
-        self.segment = True  # whether its first word stands where the tokenizer puts a space of its own
+        super().__init__(writer)
+        self.ends: list[End] = []  # where each of the characters ends that are not settled
         self.told = False  # whether the latest token was given
         self.literal = False  # whether it is written in the anchor's pieces
         self.place = 0  # the latest token
@@ -201,15 +197,11 @@ class OwnRun:
 
     def feed(self, text: bytes) -> None:
         """Bytes of the text."""
-        given = self.writer.alignment
-        if not self.fed:
-            dummy, every = given.dummy
-            own = dummy and given.view is None and (every or self.runs == 0)
-            text = text.removeprefix(b" ") if own else text
+        text = text if self.fed else self._undummied(text)
         self.fed = True
         if self.literal:
             self.settle()
-            if self.writer.raw or (not self.raw and split_bytes(text) == ([(text, True)], b"")):
+            if self.rewriter.raw or self._whole(text):
                 self.write(text)
                 return
         left, size = len(self.raw) + len(text), max(1, len(text))
@@ -233,51 +225,18 @@ class OwnRun:
         """The tokens of the characters that are not settled."""
         return self._placed(self.text, self.ends)
 
+    def _cut(self) -> None:
+        self.settle()
+
     def settle(self) -> None:
         """The tokens of all characters up to here stay."""
         self._settle(len(self.text))
-
-    def flush(self) -> None:
-        """No more bytes of this text come: settle it, and write the bytes that are no whole character."""
-        self.settle()
-        if self.raw:
-            self.write(self.raw)
-        self.raw = b""
-
-    def end(self) -> None:
-        """The run ends."""
-        self.flush()
-        self.runs += self.started
-        self.before, self.fed, self.started = "", False, False
-        self.segment = self.runs == 0 or self.writer.writer.spelling.every_segment
-
-    def enter(self, ids: Sequence[int]) -> None:
-        """Tokens of a chat template: special ones, and text, which the text of a message follows."""
-        pieces = self.writer.pieces
-        for index in ids:
-            self.add((index,))
-            piece = pieces[index]
-            if piece is None:
-                self.started = True
-                self.end()
-            else:
-                self.started, self.before = True, (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
-
-    def write(self, piece: bytes) -> None:
-        """Write bytes by themselves; they stay."""
-        writer = self.writer.writer
-        first = not self.started and self.segment
-        new_word = writer.spelling.kind == "wordpiece" and not in_word(self.before[-1:])
-        ids = self.writer.write_piece(piece, first or new_word)
-        self.add(self.writer.alignment.alignment.unknown if ids is None else ids)
-        self.started = True
-        self.before = (self.before + piece.decode(errors="ignore"))[-CONTEXT:]
 
     def _placed(self, text: str, ends: list[End]) -> list[Token]:
         if not text:
             return []
         begins = not self.started and self.segment
-        return [(index, *ends[end - 1]) for index, end in self.writer.continued(self.before, text, begins)]
+        return [(index, *ends[end - 1]) for index, end in self.rewriter.continued(self.before, text, begins)]
 
     def _settle(self, count: int) -> None:
         if not count:
@@ -290,7 +249,7 @@ class OwnRun:
 
     def _settle_some(self) -> None:
         """Settle the text up to the last place, not too near its end, where no token reaches across."""
-        text, stable = self.text, self.writer.stable
+        text, stable = self.text, self.rewriter.stable
         for place in range(len(text) - RECENT, 0, -1):
             if (class_of(text[place - 1]), class_of(text[place])) in stable:
                 self._settle(place)

@@ -85,15 +85,26 @@ def greedy_without_cache(
 ) -> Tensor:
     """The reference for generation: ``steps`` new ids per row, everything computed anew at each step."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    prompt = input_ids.shape[1]
     for _ in range(steps):
         # One row at a time and without its padding: no mask and no batch can go wrong here.
         following = [
-            model(input_ids=row[keep.bool()][None], use_cache=False).logits[0, -1].argmax()
+            model(input_ids=row[keep.bool()][None], use_cache=False, **told(model, int(keep[:prompt].sum()), keep))
+            .logits[0, -1]
+            .argmax()
             for row, keep in zip(input_ids, mask, strict=True)
         ]
         input_ids = torch.cat((input_ids, torch.stack(following)[:, None]), dim=1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
     return input_ids
+
+
+def told(model: Any, given: int, keep: Tensor) -> dict[str, Tensor]:
+    """What says that the first ``given`` of a row's real tokens were its prompt, where that matters."""
+    inner = getattr(model, "model", None)
+    if not getattr(inner, "enabled", False) or not inner.wants_prompts:
+        return {}
+    return {"prompt_mask": (torch.arange(int(keep.sum())) < given)[None]}
 
 
 # "<what was expected> must ..., but <what arrived>: <what to do>."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -103,6 +104,15 @@ KINDS = {
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """The tokenizer of this kind."""
     return _wrapped(KINDS[kind]())
+
+
+def with_beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that puts a special token before each text."""
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    return made
 
 
 def first_space_only(made: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -107,7 +107,7 @@ class TextModel:
         streamer = _Streamer(self.tokenizer, emit)
         with self.model.disable_composition() if anchor_only else nullcontext():
             room = self._room(ids, max_new_tokens)
-            end = EndOfContext(own_contexts(self.model))
+            end = EndOfContext(own_contexts(self.model), len(ids))
             try:
                 written = self.model.generate(
                     inputs,
@@ -202,7 +202,8 @@ def generate_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, **optio
         return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
     written = []
     for row, real in zip(input_ids, attention_mask.bool(), strict=True):
-        ids, end = row[real][None], StoppingCriteriaList([EndOfContext(contexts)])
+        ids = row[real][None]
+        end = StoppingCriteriaList([EndOfContext(contexts, ids.shape[1])])
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=end, **options)
         written.append(torch.cat((row, found[0, ids.shape[1] :])))
     return torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=options["pad_token_id"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -22,6 +24,8 @@ layer ``j``, which is the input of layer ``j + 1`` (paper, section 3.1).
 READS = ("tokens", "text", "prompt", "inputs")
 """What an augmenting model reads: the anchor's token ids, the same text in tokens of its own, the prompt alone, or (an
 encoder) inputs of its own."""
+
+GGUF = ".gguf"
 
 KINDS = ("cross_attention", "flamingo", "legonn")
 
@@ -98,6 +102,34 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
         if pairs.count(pair) > 1:
             raise ConfigError(f"Each connection may be given once, but {pair} is given twice: remove one of them.")
     return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
+
+
+def gguf_name(source: str, file: str | None) -> str:
+    """The name of a model that lies in a GGUF file of an id or folder: the two, joined by a slash.
+
+    Raises:
+        ConfigError: for a name that no GGUF file has, or one beside a source that names a file itself.
+    """
+    if file is None:
+        return source
+    if not isinstance(file, str) or not file.lower().endswith(GGUF) or split_gguf(source)[1] is not None:
+        raise ConfigError(
+            f"gguf_file must be the name of a .gguf file at {source!r}, but got {file!r}: name a file there."
+        )
+    if os.path.isabs(file) or ".." in Path(file).parts:
+        raise ConfigError(f"gguf_file must lie at {source!r}, but got {file!r}: give its name there.")
+    return f"{source.rstrip('/')}/{file}"
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """The id or folder of a model, and its GGUF file; None for a model that does not lie in such a file."""
+    place, slash, file = name.replace(os.sep, "/").rpartition("/")
+    if not name.lower().endswith(GGUF):
+        return name, None
+    if os.path.isabs(name) or os.path.isfile(name) or os.path.isdir(place):
+        return (place if slash else "."), file
+    parts = name.split("/")  # an id of the hub has two parts
+    return ("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else (name, None)
 
 
 def opening_of(entry: dict[str, Any]) -> list[int]:

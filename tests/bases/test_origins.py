@@ -338,7 +338,6 @@ def test_a_folder_that_has_moved_is_known_by_its_new_place(bases: Path, tmp_path
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "variant": {"variant": "fp16"},
-    "gguf_file": {"gguf_file": "model.gguf"},
     "config": {"config": tiny_config("llama")},
     "key_mapping": {"key_mapping": {"a": "b"}},
     "ignore_mismatched_sizes": {"ignore_mismatched_sizes": True},

@@ -472,6 +472,7 @@ def test_examples_are_counted_as_a_composition_reads_them(tmp_path: Path, values
     """The anchor's pieces, written in letters; the whole text in tokens of its own may be shorter."""
     theirs = tokenizer_of("bytes-large")
     apart(tmp_path, values, 36)
+    own(values)["model"]["alignment"] = "transcode"
     own(values)["model"]["augmenting"] = save(
         tmp_path / "words", "gpt2", theirs, 1, n_positions=36, max_position_embeddings=36
     )
@@ -490,3 +491,7 @@ def test_examples_are_counted_as_a_composition_reads_them(tmp_path: Path, values
     own(values)["tasks"] = {"both": {"data": write(tmp_path / "asked.jsonl", [{"prompt": text, "completion": "x"}])}}
     with pytest.raises(DataError, match=r"asked.jsonl, line 1: .* 36 of m_A's own tokens, but got 45"):
         domain_of(tmp_path, values)
+    del own(values)["model"]["alignment"]  # its own
+    domain = domain_of(tmp_path, values)
+    lengths = {len(row["input_ids"]) for row in domain._encoded(domain.settings.composition, composed=True)}
+    assert lengths == {len(text) + 1}

@@ -149,6 +149,7 @@ def command(folder: Path, path: Path) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_cache(tmp_path: Path) -> None:
     """A stage and a cell are made once, and what the other run makes is waited for."""
     path = tmp_path / "c.yaml"

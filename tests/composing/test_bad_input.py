@@ -172,7 +172,8 @@ def test_vocabularies_that_do_not_match() -> None:
     assert_helpful(error.value, "97", "90")
     ours, theirs = tiny_tokenizer(), tiny_tokenizer()
     theirs.add_tokens(["<new>"])  # a text in its tokens is aligned
-    apart = calmlm.compose(tiny_model("llama"), tiny_model("gpt2"), tokenizer=ours, augmenting_tokenizer=theirs)
+    larger = tiny_model("gpt2", vocab_size=98)
+    apart = calmlm.compose(tiny_model("llama"), larger, tokenizer=ours, augmenting_tokenizer=theirs)
     assert apart.config.augmenting["augmenting"]["reads"] == "text"
     # One tokenizer and a padded embedding matrix go together.
     options = {"tokenizer": ours, "augmenting_tokenizer": tiny_tokenizer()}

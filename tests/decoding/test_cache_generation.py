@@ -11,9 +11,15 @@ from transformers import DynamicCache, StaticCache
 
 import calmlm
 from compositions import Streamer, assert_close, greedy_without_cache, logits_of, pad, tiny_composition
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tokenizers_tiny import tokenizer, with_beginning
 
 EVERYTHING = {"gate": True, "rotary": True, "query_key_bias": 1.5, "null_key": True}
+OPENED: dict[str, Any] = {
+    "tokenizer": tiny_tokenizer(),
+    "augmenting_tokenizer": with_beginning(tiny_tokenizer()),
+    "augmenting_prefix": "a fox:",
+}
 COMPOSITIONS: dict[str, dict[str, Any]] = {
     "llama+gpt2": {},
     "llama+gpt2, all options": EVERYTHING,
@@ -28,9 +34,25 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     },
     "bloom+falcon": {"anchor": "bloom", "augmenting": "falcon"},
     "qwen3+opt": {"anchor": "qwen3", "augmenting": "opt", "connections": [(0, 0), (4, 3)]},
+    "mistral+gemma3, beginning and prefix": {
+        "anchor": "mistral",
+        "augmenting": "gemma3_text",
+        "augmenting_options": {"sliding_window": 5},
+        **OPENED,
+    },
+    "llama+gemma3, own tokens, beginning and prefix": {
+        "anchor": "llama",
+        "augmenting": "gemma3_text",
+        "augmenting_options": {"sliding_window": 5, "vocab_size": len(tokenizer("bytes-large"))},
+        **OPENED,
+        "augmenting_tokenizer": with_beginning(tokenizer("bytes-large")),
+        **EVERYTHING,
+    },
 }
 FAMILIES_WITH_SDPA = [name for name in COMPOSITIONS if "bloom" not in name]
-ASSISTED = ["llama+gpt2", "llama+gpt2, all options", "gpt2+mistral", "gemma3+llama", "bloom+falcon"]
+STATIC = [name for name in FAMILIES_WITH_SDPA if "own tokens" not in name]  # which move in their caches
+NOT_ASSISTED = ["mistral+gemma3, all options", "qwen3+opt"]
+ASSISTED = [name for name in COMPOSITIONS if name not in NOT_ASSISTED]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 ROWS = [tiny_tokens(1, length, seed=length)[0] for length in (7, 3, 5)]
 
@@ -216,7 +238,7 @@ def test_chunked_prefill(name: str) -> None:
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", FAMILIES_WITH_SDPA)
+@pytest.mark.parametrize("name", STATIC)
 def test_static_cache(name: str, attn_implementation: str) -> None:
     model = tiny_composition(attn_implementation=attn_implementation, **COMPOSITIONS[name])
     ids, mask = pad(ROWS, "left")

@@ -67,6 +67,7 @@ def test_stop_strings(model: calmlm.CalmForCausalLM, tokenizer: PreTrainedTokeni
         assert torch.equal(model.generate(ids, **options, **assisted), plain)
 
 
+@pytest.mark.slow
 def test_a_quantised_cache(model: calmlm.CalmForCausalLM) -> None:
     """The anchor's keys and values in 4 bits, the others' as they are: the first token is exact, the next nearly."""
     pytest.importorskip("optimum.quanto")

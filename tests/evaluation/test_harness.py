@@ -101,6 +101,7 @@ def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPa
     assert asked["calm_flores_swh_Latn"].rstrip().endswith("=")
 
 
+@pytest.mark.slow
 def test_a_composition_is_measured_with_and_without(composition: str, tmp_path: Path) -> None:
     """The log likelihoods are the composition's own; switched off, they are the anchor's."""
     (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the mat"}\n', encoding="utf-8")

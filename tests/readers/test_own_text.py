@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from calmlm.readers import Inputs
 from calmlm.state.past import Past
 from compositions import assert_close, awaken, logits_of, pad
 from tiny import tiny_model
-from tokenizers_tiny import AWKWARD, tokenizer
+from tokenizers_tiny import AWKWARD, tokenizer, with_beginning
 
 SCRIPTS = [
     "the cat, the dog and 12 foxes are playing.",
@@ -47,17 +46,6 @@ def composed(pair: tuple[str, str, str, str], **options: Any) -> calmlm.CalmForC
     own = tiny_model(pair[3], seed=2, vocab_size=len(theirs), attn_implementation="sdpa", max_position_embeddings=512)
     options = {"tokenizer": ours, "augmenting_tokenizer": theirs, "alignment": "own", **options}
     return awaken(calmlm.compose(anchor, own, 2, **options))
-
-
-def beginning(kind: str) -> Any:
-    """A tokenizer that puts a special token before each text."""
-    from tokenizers import processors
-
-    made = copy.deepcopy(tokenizer(kind))
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
-    )
-    return made
 
 
 def text_so_far(ours: Any, ids: list[int]) -> str:
@@ -119,7 +107,7 @@ def check(model: calmlm.CalmForCausalLM, found: Any, row: int, place: int, ids: 
 @pytest.mark.parametrize("begins", [False, True], ids=["", "beginning"])
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_states_are_those_of_the_model_alone(pair: Any, begins: bool, options: dict[str, Any]) -> None:
-    theirs = beginning(pair[1]) if begins else tokenizer(pair[1])
+    theirs = with_beginning(tokenizer(pair[1])) if begins else tokenizer(pair[1])
     given = {"augmenting_prefix": options["prefix"]} if options else {}
     model = composed(pair, augmenting_tokenizer=theirs, **given).double()
     ours = tokenizer(pair[0])
@@ -173,7 +161,7 @@ def test_nothing_of_later_generated_text_is_seen(pair: Any) -> None:
 @pytest.mark.parametrize("options", [{}, {"augmenting_prefix": "a fox: "}], ids=str)
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_steps_pieces_batches_and_padding_equal_teacher_forcing(pair: Any, options: dict[str, Any]) -> None:
-    model, ours = composed(pair, augmenting_tokenizer=beginning(pair[1]), **options), tokenizer(pair[0])
+    model, ours = composed(pair, augmenting_tokenizer=with_beginning(tokenizer(pair[1])), **options), tokenizer(pair[0])
     rows = [ours(text, add_special_tokens=False).input_ids for text in (AWKWARD[2], AWKWARD[0], SCRIPTS[8])]
     full = [logits_of(model, torch.tensor([row])) for row in rows]
     prompts = [len(row) // 2 for row in rows]
@@ -210,7 +198,7 @@ def test_steps_pieces_batches_and_padding_equal_teacher_forcing(pair: Any, optio
 
 def test_what_a_text_brings_itself_is_not_read_twice() -> None:
     pair = PAIRS[0]
-    model = composed(pair, augmenting_tokenizer=beginning(pair[1])).double()
+    model = composed(pair, augmenting_tokenizer=with_beginning(tokenizer(pair[1]))).double()
     ours, theirs = tokenizer(pair[0]), tokenizer(pair[1])
     ids = [ours.bos_token_id, *ours("hello fox", add_special_tokens=False).input_ids]
     found = states_inside(model, torch.tensor([ids]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "min_new_toke
 def composition(pair: tuple[str, str], **options: Any) -> calmlm.CalmForCausalLM:
     index = PAIRS.index(pair)
     ours, theirs = tokenizer(pair[0]), tokenizer(pair[1])
+    options = {"alignment": "transcode", **options}
     model = calmlm.compose(
         tiny_model(FAMILIES[index % 6], vocab_size=len(ours)),
         tiny_model(FAMILIES[(index + 1) % 6], vocab_size=len(theirs)),
@@ -53,14 +55,24 @@ def composition(pair: tuple[str, str], **options: Any) -> calmlm.CalmForCausalLM
     return awaken(model)
 
 
-@pytest.fixture(params=PAIRS, ids="+".join, scope="module")
-def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+CASES = [(pair, method) for pair in PAIRS for method in ("transcode", "own")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "+".join((*case[0], case[1])), scope="module")
+def case(request: pytest.FixtureRequest) -> tuple[tuple[str, str], str]:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(pair: tuple[str, str]) -> calmlm.CalmForCausalLM:
-    return composition(pair)
+def pair(case: tuple[tuple[str, str], str]) -> tuple[str, str]:
+    return case[0]
+
+
+@pytest.fixture(scope="module")
+def model(case: tuple[tuple[str, str], str]) -> calmlm.CalmForCausalLM:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*cannot take back.*")  # Bloom
+        return composition(case[0], alignment=case[1])
 
 
 def whole(transcoder: Transcoder, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -229,12 +241,16 @@ DAMAGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("alignment", ["transcode", "own"])
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_an_alignment_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> None:
-    model = composition(PAIRS[0])
+def test_an_alignment_that_does_not_fit_is_refused(kind: str, alignment: str, tmp_path: Path) -> None:
+    model = composition(PAIRS[0], alignment=alignment)
     model.save_pretrained(tmp_path)
     path = tmp_path / "alignment.augmenting.json"
-    path.write_text(json.dumps(DAMAGED[kind](json.loads(path.read_text()))))
+    data = json.loads(path.read_text())
+    damage = DAMAGED[kind]
+    changed = damage(data) if alignment == "transcode" else data | {"alignment": damage(data["alignment"])}
+    path.write_text(json.dumps(changed))
     anchor, augmenting = copy.deepcopy(model.anchor), copy.deepcopy(model.augmenting["augmenting"])
     with pytest.raises(calmlm.CheckpointError) as caught:
         calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenting=augmenting)
@@ -254,6 +270,7 @@ def test_a_static_cache_is_refused() -> None:
     assert_helpful(caught.value, "dynamic cache")
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot take back:UserWarning")
 @pytest.mark.parametrize(
     ("family", "options"),
     [

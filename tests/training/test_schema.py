@@ -131,7 +131,8 @@ def test_composition_stands_alone() -> None:
         (
             "model",
             {"anchor": "b", "augmenting": {"law": 3}},
-            "model.augmenting.law: expected text, but got 3.",
+            "model.augmenting.law: expected text or a mapping with id, revision, gguf_file, dtype, device_map, "
+            "quantization_config, but got 3.",
         ),
         (
             "model",

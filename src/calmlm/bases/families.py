@@ -238,6 +238,38 @@ class Backbone:
                 return True
         return False
 
+    def check_gaps(self, role: str, mask: Tensor) -> None:
+        """Raise where padding stands within rows and the model would read something else for it.
+
+        Args:
+            role: what to call the model in the message.
+            mask: of all tokens so far, (B, past + T).
+
+        Raises:
+            DataError: for such rows.
+        """
+        if torch.compiler.is_compiling() or self.skips_gaps:
+            return
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise DataError(
+                f"The rows of a batch must not be padded on the left, because the {role} "
+                f"({type(self.decoder).__name__}) counts padding behind its beginning or prefix, but some are: give "
+                f"one row at a time."
+            )
+
+    @cached_property
+    def skips_gaps(self) -> bool:
+        """Whether padding within a text leaves what the model reads behind it as it is; tried out once."""
+        if not self.pads_left:
+            return False
+        ids = torch.arange(5, device=execution_device(self.decoder))[None] % self.vocab_size
+        gap = torch.tensor([[1, 1, 0, 0, 1, 1, 1]], device=ids.device)
+        apart = torch.zeros_like(gap).masked_scatter_(gap.bool(), ids)
+        rows = ((ids, torch.ones_like(ids)), (apart, gap))
+        places = [counted(*row) if self.takes_positions else None for row in rows]
+        found = self._differences((*rows[0], places[0]), (*rows[1], places[1]), length=3)
+        return found is None or _alike(*found)  # where it cannot be tried out, the call itself will say why
+
     def check_packing(self, role: str, positions: Tensor | None, mask: Any) -> None:
         """Raise where a row holds several texts and the model would read them as one.
 
@@ -304,11 +336,12 @@ class Backbone:
             return False
         return True
 
-    def _differences(self, alone: Row, beside: Row) -> tuple[Tensor, bool] | None:
+    def _differences(self, alone: Row, beside: Row, length: int | None = None) -> tuple[Tensor, bool] | None:
         """How far a text's states lie from those of the same text at the end of a longer row.
 
         Args:
             alone, beside: ids (1, T), mask and positions of each.
+            length: how many of the last tokens count; all of the text's by default.
 
         Returns:
             (layers, T), relative to the largest value of a layer, and whether the model computes in half precision;
@@ -318,9 +351,9 @@ class Backbone:
             first, second = (self._layer_outputs(ids, "model", mask, places) for ids, mask, places in (alone, beside))
         except ModelError:
             return None
-        length = alone[0].shape[1]
+        length = length or alone[0].shape[1]
         differences = [
-            (a.float() - b[:, -length:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
+            (a[:, -length:].float() - b[:, -length:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
             for a, b in zip(first, second, strict=True)
         ]
         return torch.stack(differences), first[0].dtype not in (torch.float32, torch.float64)

@@ -31,7 +31,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         weights; ``values`` is None for quantised weights, whose numbers depend on the quantiser, and for weights that
         other processes hold.
     """
-    quantised = getattr(model, "hf_quantizer", None) is not None
+    quantised = _is_quantised(model)
     unknown = quantised or any(is_sharded(tensor) for tensor in model.parameters())
     values = hashlib.sha256()
     for _, tensor in () if unknown else real_parameters(model):
@@ -45,6 +45,14 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "values": None if unknown else values.hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def _is_quantised(model: PreTrainedModel) -> bool:
+    """Whether a model's tensors are a quantiser's; transformers unpacks some GGUF files as it loads them."""
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is None or getattr(quantiser.quantization_config, "quant_method", None) != "gguf":
+        return quantiser is not None
+    return any(tensor.dtype in (torch.uint8, torch.int8) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def shapes_of(model: PreTrainedModel) -> str:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm.bases.origins import check_folder, check_whole
+from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, ModelError, first_line
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -93,9 +94,26 @@ def _saved_config(source: str, options: dict[str, Any]) -> PreTrainedConfig | No
     """The configuration that lies at an id or in a folder; None where there is none, and loading will say so."""
     hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS and value is not None}
     try:
-        return AutoConfig.from_pretrained(source, **hub)
-    except (OSError, ValueError, KeyError):
+        return saved_config(source, **hub)
+    except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def saved_config(source: str, **hub: Any) -> PreTrainedConfig:
+    """The configuration that lies at an id or in a folder, or in a GGUF file there.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: there is none that can be read.
+    """
+    place, file = split_gguf(source)
+    if file is None:
+        return AutoConfig.from_pretrained(source, **hub)
+    try:
+        return AutoConfig.from_pretrained(place, gguf_file=file, **hub)
+    except (OSError, ValueError, KeyError, ImportError):
+        raise
+    except Exception as error:  # what reading a damaged file raises
+        raise ValueError(first_line(error)) from error
 
 
 def check_dtype(dtype: Any) -> None:
@@ -111,19 +129,24 @@ def check_dtype(dtype: Any) -> None:
 
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
     check_dtype(options.get("dtype"))
-    check_folder(source, role)
+    place, file = split_gguf(source)
     options = {"trust_remote_code": False, "use_safetensors": True} | {
         k: v for k, v in options.items() if v is not None
     }
+    if file is None:
+        check_folder(source, role)
+    else:
+        options["gguf_file"] = file
     try:
-        model, report = auto.from_pretrained(source, output_loading_info=True, **options)
+        model, report = auto.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
             f"({first_line(error)}): check the name, the revision and your access to it."
         ) from error
     except Exception as error:  # a damaged weights file raises an error type of the safetensors package's own
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust", "builtins"):
+        kinds = ("safetensors", "safetensors_rust", "builtins")
+        if file is None and type(error).__module__.split(".")[0] not in kinds:
             raise
         raise ModelError(
             f"The {role} must have readable weights, but those of {source!r} are damaged "
@@ -135,5 +158,7 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
             f"The {role} must come with all its weights, but those of {source!r} lack {len(missing)} tensors, for "
             f"example {missing[0]!r}: choose a complete {kind}."
         )
+    if file is not None:  # transformers names it after the folder, which may hold several
+        model.name_or_path = model.config.name_or_path = source
     check_whole(model, role)
     return model

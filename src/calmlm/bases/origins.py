@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from calmlm.bases.fingerprint import has_changed, sampled, shapes_of
 from calmlm.bases.sharding import is_absent
-from calmlm.config import CalmConfig
+from calmlm.config import CalmConfig, gguf_name, split_gguf
 from calmlm.errors import ModelError
 
 ADAPTER_FILE = "adapter_config.json"
@@ -89,9 +89,10 @@ def named_origin(source: str, revision: str | None, **hub: Any) -> Origin:
         revision: the revision that was asked for.
         hub: ``token``, ``cache_dir`` and ``local_files_only``, where given.
     """
-    if Path(source).is_dir():
-        return str(Path(source).resolve()), revision
-    return source, commit_of(source, revision, **hub) or revision
+    place, file = split_gguf(source)
+    if Path(place).is_dir():
+        return gguf_name(str(Path(place).resolve()), file), revision
+    return source, commit_of(place, revision, **hub) or revision
 
 
 def commit_of(source: str, revision: str | None = None, **hub: Any) -> str | None:
@@ -116,6 +117,10 @@ def origin_in_memory(model: PreTrainedModel, revision: str | None) -> tuple[Orig
     name = expanded(model.name_or_path or "")
     if not name:
         return ("", None), True
+    place, file = split_gguf(name)
+    if file is not None:
+        found = Path(place, file).is_file()
+        return ((str(Path(place).resolve() / file), None) if found else (name, commit_of(place, revision))), True
     if Path(name).is_dir() and difference(model, Path(name)) is None:
         return (str(Path(name).resolve()), None), True
     snapshots = _snapshots(name, revision)
@@ -171,6 +176,8 @@ def difference(model: PreTrainedModel, folder: Path) -> str | None:
     Nothing is loaded: the shapes are those of an empty model of the folder's configuration, and of the weights only
     the samples are read.
     """
+    if folder.is_file():
+        return None  # a GGUF file, of which only loading it would tell
     files = _weights(folder)
     if not (folder / "config.json").is_file() or not files:
         return "no weights in safetensors lie there"

@@ -93,13 +93,13 @@ def checked(own: Own, faults: list[str], where: str) -> Own | None:
 def _faults_of(own: Own) -> list[str]:
     """What is wrong without looking at any model or data."""
     found = list(own.model.faults())
-    if own.model.composition is not None or not isinstance(own.model.augmenting, str):
+    if own.model.composition is not None or isinstance(own.model.augmenting, dict | None):
         found.append("model: expected an anchor and one augmenting model; name both.")
     if "kind" in own.model.connector:
         found.append("model.connector.kind: each connector is a method of its own; leave it out.")
     found += [
         f"model.{name}: expected the default here, since all methods read the same text on one device; leave it out."
-        for name in ("refresh", "augmenting_view", "device_map")
+        for name in ("refresh", "augmenting_view", "augmenting_prefix", "device_map")
         if getattr(own.model, name) != getattr(ModelConfig(), name)
     ]
     found += [

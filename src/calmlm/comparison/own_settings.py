@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from calmlm.bases.forms import Form
+from calmlm.bases.opening import saved_config
 from calmlm.data.context import stated_length
 from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
@@ -114,14 +116,14 @@ class Own:
     @property
     def augmenting(self) -> str:
         """m_A's id or folder."""
-        assert isinstance(self.model.augmenting, str)
-        return self.model.augmenting
+        base = self.model.augmenting_bases
+        assert not isinstance(base, dict)
+        return base.name
 
     @property
     def anchor(self) -> str:
         """m_B's id or folder."""
-        assert self.model.anchor is not None
-        return self.model.anchor
+        return self.model.anchor_base.name
 
     @property
     def about(self) -> str:
@@ -144,13 +146,25 @@ class Own:
             )
         return text
 
+    @property
+    def revisions(self) -> dict[str, str | None]:
+        """Of the anchor and the augmenting model, by what they are called."""
+        return {name: form.revision for name, form in self.forms.items()}
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """In which form the anchor and the augmenting model are loaded, by what they are called."""
+        base = self.model.augmenting_bases
+        assert not isinstance(base, dict)
+        return {self.augmenting: base.form, self.anchor: self.model.anchor_base.form}
+
     @cached_property
     def tokenizers(self) -> tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]:
         """m_B's and m_A's, as they lie beside the models."""
         remote = {"trust_remote_code": self.model.trust_remote_code}
         return (
-            find_tokenizer(self.anchor, revision=self.model.revision, **remote),
-            find_tokenizer(self.augmenting, revision=self.model.augmenting_revision, **remote),
+            find_tokenizer(self.anchor, revision=self.revisions[self.anchor], **remote),
+            find_tokenizer(self.augmenting, revision=self.revisions[self.augmenting], **remote),
         )
 
     @property
@@ -166,14 +180,13 @@ class Own:
         Raises:
             ModelError: one of them cannot be read.
         """
-        revisions = {self.anchor: self.model.revision, self.augmenting: self.model.augmenting_revision}
         found = {}
         for source in dict.fromkeys(each for each in (self.anchor, self.augmenting, self.vanilla, self.twin) if each):
             try:
-                found[source] = AutoConfig.from_pretrained(
-                    source, revision=revisions.get(source), trust_remote_code=self.model.trust_remote_code
+                found[source] = saved_config(
+                    source, revision=self.revisions.get(source), trust_remote_code=self.model.trust_remote_code
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, KeyError, ImportError) as error:
                 raise ModelError(
                     f"Expected the id or folder of a model, but {source!r} cannot be read ({first_line(error)}): check "
                     f"the name, the revision and your access to it."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
@@ -40,7 +41,8 @@ def own_contexts(model: Any) -> list[OwnContext]:
         if length is not None:
             learned = model.model.backbone(name).max_positions is not None
             room = length - len(model.model.opening(name))
-            found.append(OwnContext(name, room, learned, model.model.transcoders[name]))
+            backbone = model.model.backbone(name)
+            found.append(OwnContext(name, room, learned, model.model.transcoders[name], backbone.branches))
     return found
 
 
@@ -59,12 +61,14 @@ class OwnContext:
         length: how many of its own tokens of a text it can take.
         learned: whether its positions end there, so that it cannot read on.
         writer: writes the text in its tokens.
+        branches: whether it can take back what it has read.
     """
 
     name: str
     length: int
     learned: bool
     writer: Transcoder | Rewriter
+    branches: bool = True
 
     def readable(self, ids: Sequence[int]) -> int:
         """How many of a text's tokens, the anchor's, the model can read."""
@@ -74,6 +78,18 @@ class OwnContext:
     def count(self, ids: Sequence[int], start: int = 0) -> int:
         """How many of its own tokens the model reads for ``ids[start:]``, behind those before."""
         return len(self._owners(ids, start))
+
+    def latest(self, ids: Sequence[int], given: int) -> int | None:
+        """How many of its own tokens the model reads for a text of which the first tokens were given.
+
+        None where these are not written anew as the text goes on, so that ``count`` can go on as well.
+        """
+        if not isinstance(self.writer, OwnWriter):
+            return None
+        told = np.arange(len(ids)) < given
+        stream = self.writer.resume(np.array(ids[:-1], dtype=np.int64), told[:-1], branches=self.branches)
+        stream.read(ids[-1], bool(told[-1]))
+        return stream.settled + len(stream.pending())
 
     def _owners(self, ids: Sequence[int], start: int) -> list[int]:
         """Which of ``ids[start:]`` each of the model's tokens belongs to."""
@@ -97,12 +113,16 @@ class EndOfContext(StoppingCriteria):
     That token was still made from what both models have read. Several rows are the beams of one text: what generation
     fills up an ended row with would be read on with.
 
+    Args:
+        contexts: of the models.
+        given: how many tokens the prompt has.
+
     Attributes:
         full: the context that ended a text, or None.
     """
 
-    def __init__(self, contexts: Sequence[OwnContext]) -> None:
-        self.contexts = contexts
+    def __init__(self, contexts: Sequence[OwnContext], given: int) -> None:
+        self.contexts, self.given = contexts, given
         self.full: OwnContext | None = None
         self.length = 0  # of the text so far, and what the models have read of it
         self.counts = [0] * len(contexts)
@@ -119,7 +139,10 @@ class EndOfContext(StoppingCriteria):
     def _ends(self, ids: list[int], start: int) -> bool:
         """Whether a text of which ``start`` tokens are counted does not fit any more."""
         for index, context in enumerate(self.contexts):
-            self.counts[index] = context.count(ids, start) + (self.counts[index] if start else 0)
+            latest = context.latest(ids, self.given)
+            if latest is None:
+                latest = context.count(ids, start) + (self.counts[index] if start else 0)
+            self.counts[index] = latest
             if self.counts[index] > context.length:
                 self.full = context
                 return True

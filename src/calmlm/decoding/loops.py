@@ -28,8 +28,9 @@ from calmlm.decoding.stopping import Gate, check_new_tokens, positions_before
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
 from calmlm.readers import needs_tokens, no_cache
-from calmlm.state.cache import CalmCache, without_attention
+from calmlm.state.cache import CalmCache, static_length, without_attention
 from calmlm.state.longrope import check_turn, turns
+from calmlm.state.past import Announced
 
 # Arguments that only a composition takes.
 OWN_ARGUMENTS = ("augmenting_inputs", "prompt_mask", "composition_mask")
@@ -111,6 +112,24 @@ class CalmGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = self.model.new_cache(cache)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers; a prompt that comes in pieces is known as a whole."""
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.prefill_chunk_size is None or not isinstance(cache, CalmCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        mask, before = model_kwargs.get("attention_mask"), int(cache.get_seq_length())
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        whole = True  # whether the ids hold what the cache holds
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            whole, real = mask.shape[1] == input_ids.shape[1], mask[:, -input_ids.shape[1] :].bool()
+        cache.announced = Announced(input_ids, real, 0 if whole else before)
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            cache.announced = None
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         pictures = [key for key, value in model_kwargs.items() if key.startswith(MODALITIES) and value is not None]
@@ -308,6 +327,12 @@ class CalmGenerationMixin(GenerationMixin):
         assert isinstance(past_key_values, CalmCache)
         masks: dict[str, Any] = {}
 
+        def take(prefix: str, made: Any) -> None:
+            if isinstance(made, dict):
+                masks.update({f"{prefix}/{key}": value for key, value in made.items()})
+            else:
+                masks[prefix] = made
+
         def add(prefix: str, model: PreTrainedModel, cache: Cache) -> None:
             if without_attention(cache):  # it takes the padding mask of the new tokens
                 given = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
@@ -315,6 +340,12 @@ class CalmGenerationMixin(GenerationMixin):
                 return
             create = getattr(model, "create_masks_for_generate", create_masks_for_generate)
             before = self.model.opening(prefix.removeprefix("augmenting.")) if prefix != "anchor" else None
+            if before:
+                before.fill(cache, inputs_embeds.shape[0])
+                given = before.attention(attention_mask, inputs_embeds.shape[1], static_length(cache))
+                if given is not None and not (isinstance(given, Tensor) and given.ndim == 2):
+                    take(prefix, given)
+                    return
             made = create(
                 config=model.config,
                 inputs_embeds=inputs_embeds,
@@ -323,10 +354,7 @@ class CalmGenerationMixin(GenerationMixin):
                 position_ids=position_ids if before is None else before.positions(position_ids),
                 **kwargs,
             )
-            if isinstance(made, dict):
-                masks.update({f"{prefix}/{key}": value for key, value in made.items()})
-            else:
-                masks[prefix] = made
+            take(prefix, made)
 
         add("anchor", self.model.anchor, past_key_values.anchor)
         for name, own in past_key_values.augmenting.items():

@@ -125,7 +125,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             return self._generated(context, rows, new, stop, options)
         # What an ended row is filled up with would be read on with, and take positions.
         written = [
-            self._generated(row[None], [ids], new, stop, options, EndOfContext(contexts))
+            self._generated(row[None], [ids], new, stop, options, EndOfContext(contexts, len(ids)))
             for row, ids in zip(context, rows, strict=True)
         ]
         pad, width = self.tokenizer.pad_token_id, max(row.shape[1] for row in written)

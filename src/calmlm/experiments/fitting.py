@@ -28,7 +28,7 @@ from calmlm.data.context import own_contexts
 from calmlm.data.labels import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
-from calmlm.readers import prompt_of
+from calmlm.readers import given_of, prompt_of
 
 __all__ = [
     "IGNORED",
@@ -150,9 +150,10 @@ def _collate(pad: int, masked: bool, rows: list[Row]) -> dict[str, Any]:
 
 
 def prompt_argument(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What tells a model that reads prompts alone where they end, or it would read what is asked for."""
-    reads = getattr(getattr(model, "model", None), "reads_prompts", False)
-    return {"prompt_mask": prompt_of(labels)} if reads else {}
+    """What tells a model for which it matters which tokens are given, or it would read what is asked for."""
+    if not isinstance(model, CalmForCausalLM) or not (model.model.enabled and model.model.wants_prompts):
+        return {}
+    return {"prompt_mask": prompt_of(labels) if model.model.reads_prompts else given_of(labels, None)}
 
 
 def _own_positions(model: Any) -> bool:

@@ -13,12 +13,13 @@ from transformers.utils import cached_file
 
 from calmlm.bases.families import Backbone
 from calmlm.bases.fingerprint import check_fingerprint
+from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
 from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
-from calmlm.tokens.alignment import Alignment, digest
+from calmlm.tokens.alignment import Alignment, is_of
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
@@ -37,6 +38,14 @@ def load_composition(
     revision: str | None = None,
     subfolder: str = "",
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    augmenting_gguf_file: str | dict[str, str] | None = None,
+    dtype: Any = None,
+    augmenting_dtype: Any = SAME,
+    device_map: Any = None,
+    augmenting_device_map: Any = SAME,
+    quantization_config: Any = None,
+    augmenting_quantization_config: Any = SAME,
     **options: Any,
 ) -> Model:
     """Load the composition at ``source`` into a ``cls``; see ``CalmForCausalLM.from_pretrained``.
@@ -61,8 +70,18 @@ def load_composition(
         )
 
     settings = {"trust_remote_code": trust_remote_code, **options}
-    anchor_model = _base(anchor, config.anchor, "anchor", source, folder, settings)
+    form = Form(None, gguf_file, dtype, device_map, quantization_config)
+    anchor_model = _base(anchor, config.anchor, "anchor", source, folder, form, settings)
     several = len(config.augmenting) > 1
+    each = forms(
+        list(config.augmenting),
+        form,
+        several=True,
+        gguf_file=augmenting_gguf_file,
+        dtype=augmenting_dtype,
+        device_map=augmenting_device_map,
+        quantization_config=augmenting_quantization_config,
+    )
     augmenting_models = {
         name: _base(
             augmenting.get(name),
@@ -70,6 +89,7 @@ def load_composition(
             f"augmenting model {name!r}" if several else "augmenting model",
             source,
             folder,
+            each[name],
             settings,
         )
         for name, entry in config.augmenting.items()
@@ -103,7 +123,13 @@ def load_composition(
 
 
 def _base(
-    given: Any, entry: dict[str, Any], role: str, source: str | Path, folder: Path, settings: dict[str, Any]
+    given: Any,
+    entry: dict[str, Any],
+    role: str,
+    source: str | Path,
+    folder: Path,
+    form: Form,
+    settings: dict[str, Any],
 ) -> PreTrainedModel:
     """One base model of the composition in ``folder``: the one that was recorded, or the same one given.
 
@@ -113,7 +139,8 @@ def _base(
         role: what to call it in messages.
         source: what to call the composition.
         folder: where its files lie; folders of bases are recorded relative to it.
-        settings: options of ``from_pretrained``.
+        form: in which it is loaded.
+        settings: further options of ``from_pretrained``.
 
     Raises:
         CheckpointError: when none was recorded or given, or it is another one.
@@ -129,11 +156,13 @@ def _base(
     if given is None:
         name, found = wanted, (wanted, entry.get("revision"))
         made = (entry.get("fingerprint") or {}).get("architecture")
-        model: Any = load_again(name, role, made, revision=found[1], **settings)
+        again = of_entry(entry, name, {**settings, **form.options(name)})
+        model: Any = load_again(name, role, made, revision=found[1], **again)
     elif isinstance(given, (str, Path)):
-        name = expanded(given)
+        name = form.name(expanded(given))
         found = named_origin(name, None, **{key: settings[key] for key in REACH if key in settings})
-        model = load_again(name, role, None, revision=found[1], **settings)
+        again = of_entry(entry, name, {**settings, **form.options(name)})
+        model = load_again(name, role, None, revision=found[1], **again)
     else:
         check_whole(given, role)
         if not isinstance(given, PreTrainedModel):
@@ -141,7 +170,7 @@ def _base(
         model, name = given, f"{given.name_or_path or type(given).__name__} (in memory)"
         found = None
     check_fingerprint(model, entry.get("fingerprint"), role, wanted or "(in memory)", name)
-    if not wanted or (os.path.isabs(wanted) and not Path(wanted).is_dir()):
+    if not wanted or (os.path.isabs(wanted) and not Path(wanted).exists()):
         entry["id"], entry["revision"] = found or origin_in_memory(model, None)[0]
     return model
 
@@ -204,7 +233,7 @@ def _is_whole(data: dict[str, Any]) -> bool:
         marked = mark is None or (
             isinstance(mark, dict) and all(value is None or isinstance(value, str) for value in mark.values())
         )
-        if not named or not marked:
+        if not named or not marked or type(entry.get("dequantize", False)) is not bool:
             return False
     return True
 
@@ -271,7 +300,7 @@ def _check_tokenizers(
         found.append(find_tokenizer(place, revision=revision, local_files_only=True) if place else None)
     if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
         return  # the saved table needs neither
-    if digest(*found, templates=getattr(alignment, "view", None) is not None) != alignment.digest:
+    if not is_of(alignment.digest, *found, templates=getattr(alignment, "view", None) is not None):
         warnings.warn(
             f"The tokenizer of the anchor or of the augmenting model {name!r}, with its special tokens and its chat "
             f"template, is not the one that this composition was made with: its saved table still reads by the old "

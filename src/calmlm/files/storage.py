@@ -161,10 +161,10 @@ def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str
 def relative_source(source: str, folder: Path) -> str:
     """How a composition saved in ``folder`` names the base model ``source``.
 
-    A folder that stands beside ``folder`` or below it is named relative to it, so that both can move together; any
-    other folder by its absolute path; a hub id as it is.
+    A folder (or GGUF file) that stands beside ``folder`` or below it is named relative to it, so that both can move
+    together; any other by its absolute path; a hub id as it is.
     """
-    if not source or not Path(source).is_dir():
+    if not os.path.isabs(source) or not Path(source).exists():
         return source
     base, folder = Path(source).resolve(), folder.resolve()
     if folder == base or folder.parent not in base.parents:

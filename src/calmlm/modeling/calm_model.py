@@ -44,10 +44,8 @@ from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
-from calmlm.tokens.live_text import OwnWriter
+from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
-from calmlm.tokens.stream import Rewriter
-from calmlm.tokens.transcoding import Transcoder
 
 
 class CalmModel(CalmPreTrainedModel):
@@ -75,7 +73,7 @@ class CalmModel(CalmPreTrainedModel):
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
-        self.transcoders = nn.ModuleDict({name: _writer_of(found) for name, found in (alignments or {}).items()})
+        self.transcoders = nn.ModuleDict({name: writer_of(found) for name, found in (alignments or {}).items()})
         self._find_parts()
         for name in augmenting:
             self._connect(name)
@@ -165,7 +163,7 @@ class CalmModel(CalmPreTrainedModel):
         self.augmenting[name] = model  # which refuses names of its own
         self.config.augmenting[name] = entry
         if alignment is not None:
-            self.transcoders[name] = _writer_of(alignment)
+            self.transcoders[name] = writer_of(alignment)
         self._find_parts()
         self._connect(name)
         for key, parameter in self.connectors[name].named_parameters():
@@ -480,9 +478,3 @@ def check_apart(anchor: PreTrainedModel, augmenting: Iterable[Any]) -> None:
             "The anchor must be a model of its own, but got one model twice: load it a second time to compose it with "
             "itself."
         )
-
-
-def _writer_of(alignment: Alignment | Rewriting) -> nn.Module:
-    if not isinstance(alignment, Rewriting):
-        return Transcoder(alignment)
-    return (OwnWriter if alignment.method == "own" else Rewriter)(alignment)

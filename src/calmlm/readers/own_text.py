@@ -14,7 +14,7 @@ from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
-from calmlm.state.past import Past
+from calmlm.state.past import Announced, Past
 from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST
 
@@ -59,7 +59,7 @@ class OwnReader(Common):
         frontier = past.frontier
         real = catch_up(inputs, past, self.name)
         told = told_tokens(inputs, frontier.length)
-        rows = self._plan(inputs.ids, real, told, frontier)
+        rows = self._plan(inputs.ids, real, told, frontier, past.announced)
         if frontier.owner is not None:
             held = (frontier.owner != NOBODY).sum(1)
             past.take_back(held - held.new_tensor([row.kept for row in rows]))
@@ -77,11 +77,13 @@ class OwnReader(Common):
 
     # What there is to read
 
-    def _plan(self, ids: Tensor, real: Tensor, told: Tensor, frontier: Frontier) -> list[Row]:
+    def _plan(
+        self, ids: Tensor, real: Tensor, told: Tensor, frontier: Frontier, announced: Announced | None = None
+    ) -> list[Row]:
         assert self.transcoder is not None
+        coming = None if announced is None else announced.behind(frontier.length + ids.shape[1])
         known = frontier.ids.cpu().numpy() if frontier.ids is not None else None
         said = frontier.told.cpu().numpy() if frontier.told is not None else None
-        cached = self._cached(frontier)
         rows = []
         for row, (new, keep, given) in enumerate(
             zip(ids.cpu().numpy(), real.cpu().numpy(), told.cpu().numpy(), strict=True)
@@ -94,7 +96,9 @@ class OwnReader(Common):
                 np.concatenate((old, new[keep])),
                 np.concatenate((old_told, given[keep])),
                 len(old),
-                cached[row] if cached else [],
+                row,
+                frontier,
+                np.zeros(0, dtype=np.int64) if coming is None else coming[0][row][coming[1][row]].cpu().numpy(),
             )
             seen = np.zeros((len(keep), len(made.nodes)), dtype=bool)
             seen[keep] = made.seen
@@ -103,27 +107,28 @@ class OwnReader(Common):
             rows.append(made)
         return rows
 
-    def _cached(self, frontier: Frontier) -> list[list[Token]]:
-        """The tokens of each row that the model has read, with owners counted over real anchor tokens."""
+    @staticmethod
+    def _read_behind(settled: int, row: int, frontier: Frontier) -> list[Token]:
+        """What the model has read of a row behind its settled tokens, owners counted over real anchor tokens."""
         if frontier.tokens is None or frontier.owner is None or frontier.left is None or frontier.ids is None:
             return []
-        counted = (frontier.ids != NOBODY).long().cumsum(1) - 1
-        owner = counted.gather(1, frontier.owner.clamp(min=0))
-        parts = zip(
-            frontier.tokens.tolist(), owner.tolist(), frontier.left.tolist(), frontier.owner.tolist(), strict=True
-        )
-        return [
-            [(i, o, x) for i, o, x, column in zip(*row, strict=True) if column != NOBODY]  # type: ignore[misc]
-            for row in parts
-        ]
+        owner = frontier.owner[row]
+        columns = (owner != NOBODY).nonzero()[settled:, 0]
+        counted = (frontier.ids[row] != NOBODY).cumsum(0) - 1
+        parts = (frontier.tokens[row, columns], counted[owner[columns]], frontier.left[row, columns])
+        return list(zip(*(part.tolist() for part in parts), strict=True))
 
-    def _plan_row(self, ids: np.ndarray, told: np.ndarray, start: int, cached: list[Token]) -> Row:
+    def _plan_row(
+        self, ids: np.ndarray, told: np.ndarray, start: int, index: int, frontier: Frontier, coming: np.ndarray
+    ) -> Row:
         """Plan one row without padding.
 
         Args:
             ids, told: (n,) all of its anchor tokens.
             start: how many of them were read in earlier calls.
-            cached: what the model has read of these.
+            index: of the row.
+            frontier: what the model has read of it.
+            coming: tokens that are given in later calls.
         """
         assert self.transcoder is not None
         writer = self.transcoder
@@ -134,12 +139,18 @@ class OwnReader(Common):
         steady: dict[int, int] = {}  # how many tokens of each target are settled
         for place in range(start, len(ids)):
             fresh += stream.read(int(ids[place]), bool(told[place]))
-            if place + 1 == len(ids) or not told[place + 1]:
+            if place + 1 == len(ids) and told[place] and len(coming):
+                whole = writer.given(
+                    np.concatenate((ids, coming)), np.pad(told, (0, len(coming)), constant_values=True)
+                )
+                targets[place] = [token for token in whole[settled:] if token[1] <= place]
+                steady[place] = len(targets[place])
+            elif place + 1 == len(ids) or not told[place + 1]:
                 targets[place] = [*fresh, *stream.pending()]
                 steady[place] = len(fresh)
             if not writer.training and place >= len(ids) - LATEST:
                 writer.remember(ids[: place + 1], told[: place + 1], stream, KEPT)
-        tail = cached[settled:]
+        tail = self._read_behind(settled, index, frontier)
         kept = len(tail)
         for target in targets.values():
             kept = common(tail[:kept], target)
@@ -195,7 +206,7 @@ class OwnReader(Common):
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),
-                    attention_mask=self.on_device(self.opening.mask(filled)),
+                    attention_mask=self.opening.attention(self.on_device(filled), new),
                     position_ids=positions,
                     cache=past.own,
                 ),

@@ -48,7 +48,7 @@ class AlignedReader(Common):
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),
-                    attention_mask=self.on_device(self.opening.mask(filled)),
+                    attention_mask=self.opening.attention(self.on_device(filled), new),
                     position_ids=positions,
                     cache=past.own,
                 ),

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.placement import execution_device
+from calmlm.bases.trees import has_window, padded_mask, takes_trees
 from calmlm.state.cache import length_in, text_cache
 from calmlm.state.past import Past
 
@@ -43,17 +44,46 @@ class Opening:
             return past
         config = text_config(self.model)  # type: ignore[arg-type]
         own = past.own if past.own is not None else text_cache(DynamicCache(config=config), config)
-        # A compiled step only ever goes on; its cache has been begun by the step before.
-        if past.own is None or (not torch.compiler.is_compiling() and not int(length_in(own) or 0)):
-            for layer, (keys, values) in zip(own.layers, self._states(), strict=True):
-                layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        self.fill(own, rows)
         return dataclasses.replace(past, own=own, opening=len(self.ids))
+
+    def fill(self, cache: Cache, rows: int) -> None:
+        """Put the opening into an empty cache of the model; one that holds something holds it already."""
+        # A compiled step only ever goes on; its cache has been begun by the step before.
+        if torch.compiler.is_compiling() or int(length_in(cache) or 0):
+            return
+        for layer, (keys, values) in zip(cache.layers, self._states(), strict=True):
+            layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
 
     def mask(self, mask: Any) -> Any:
         """A padding mask (B, S) of the text with the opening before it; other masks as they are."""
         if not self.ids or not isinstance(mask, Tensor) or mask.ndim != 2:
             return mask
         return nn.functional.pad(mask, (len(self.ids), 0), value=1)
+
+    def attention(self, mask: Any, new: int, length: int | None = None) -> Any:
+        """What the model is given for a mask of the text, (B, past + new), with the opening before it.
+
+        Padding may stand between the two. To a model that looks back over a window of columns, what stands before it
+        would be further away.
+
+        Args:
+            mask: of the text; others as they are.
+            new: columns of this call.
+            length: of a static cache.
+
+        Raises:
+            DataError: for a model that would count such padding.
+        """
+        longer = self.mask(mask)
+        if not self.ids or not isinstance(longer, Tensor) or longer.ndim != 2:
+            return longer
+        config = text_config(self.model)  # type: ignore[arg-type]
+        if not has_window(config) or not takes_trees(config):
+            self.backbone.check_gaps("augmenting model", longer)
+            return longer
+        dtype = next(p.dtype for p in self.backbone.decoder.parameters() if p.is_floating_point())
+        return padded_mask(config, longer, new, dtype, length)
 
     def positions(self, positions: Tensor | None) -> Tensor | None:
         """Positions of the text behind the opening."""

@@ -35,7 +35,7 @@ class PromptReader(Common):
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(inputs.ids),
-                    attention_mask=self.on_device(self.opening.mask(prompt.long())),
+                    attention_mask=self.opening.attention(self.on_device(prompt.long()), prompt.shape[1]),
                     position_ids=self.on_device(self.opening.positions(positions)),
                     cache=opened.own,
                 ),

@@ -14,7 +14,15 @@ from calmlm.bases.families import counted
 from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
-from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, length_of, mask_of, positions_for
+from calmlm.readers.inputs import (
+    Inputs,
+    base_arguments,
+    check_one_text,
+    length_of,
+    mask_of,
+    positions_for,
+    real_tokens,
+)
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
@@ -66,10 +74,13 @@ class SharedReader(Common):
         """The model's arguments for its tokens but the first ``read``, which lie in its cache already."""
         ids = inputs.ids[:, read:]
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
+        if positions is None and self.opening.ids:  # padding may stand behind it, which the model would count
+            positions = counted(inputs.ids, inputs.mask)
         positions = positions if positions is None else positions[..., read:]
         self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
         if self.opening.ids:
-            check_one_text(inputs, torch.ones_like(inputs.ids, dtype=torch.bool), self.name)
+            if inputs.mask is None or (isinstance(inputs.mask, Tensor) and inputs.mask.ndim == 2):
+                check_one_text(inputs, real_tokens(inputs, self.name), self.name)
         elif past.own is None:
             self.backbone.check_packing(f"augmenting model {self.name!r}", inputs.positions, inputs.mask)
         positions = self.opening.positions(positions)
@@ -79,7 +90,9 @@ class SharedReader(Common):
         return base_arguments(
             self.backbone,
             input_ids=self.on_device(ids),
-            attention_mask=mask_of(mask, f"augmenting.{self.name}"),
+            attention_mask=mask_of(inputs.mask, f"augmenting.{self.name}")
+            if isinstance(inputs.mask, dict)
+            else self.opening.attention(inputs.mask, ids.shape[1]),
             position_ids=positions,
             cache=past.own,
         )

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from calmlm.errors import ModelError
 from calmlm.state.frontier import Frontier
-from calmlm.state.past import Ahead, Past, crop_cache
+from calmlm.state.past import Ahead, Announced, Past, crop_cache
 
 
 def like(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
@@ -43,6 +43,20 @@ def text_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     return own
 
 
+def opened_cache(cache: Cache, config: PreTrainedConfig, length: int | None) -> Cache:
+    """An empty cache for a model that reads something before the text; else as ``like``.
+
+    Padding may stand behind it, so that no layer may drop what left its window of columns.
+    """
+    if length is None:
+        return text_cache(cache, config)
+    own = like(cache, config, length)
+    own.layers = [
+        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer for layer in own.layers
+    ]
+    return own
+
+
 def moves(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model keep their past as keys and values alone, column by column."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -56,7 +70,7 @@ def cross_cache(connections: int, length: int | None) -> Cache:
     return Cache(layers=[DynamicLayer() for _ in range(connections)])
 
 
-def _static_length(cache: Cache) -> int | None:
+def static_length(cache: Cache) -> int | None:
     """For how many tokens a static cache has room; None for other caches, and where only its sliding windows show."""
     if not isinstance(cache, StaticCache):
         return None
@@ -98,6 +112,7 @@ class CalmCache(Cache):
         self.alone = 0
         self.composed: torch.Tensor | None = None
         self.begun = False
+        self.announced: Announced | None = None
 
     @classmethod
     def around(
@@ -128,16 +143,19 @@ class CalmCache(Cache):
                 "past_key_values must come from this composition or be empty, but it holds tokens that the augmenting "
                 "model has not seen: pass the past_key_values that the composition returned."
             )
-        length = _static_length(anchor) if length is None else length
-        apart = set(unaligned)
+        length = static_length(anchor) if length is None else length
+        apart, before = set(unaligned), openings or {}
+
+        def own(name: str, config: PreTrainedConfig) -> Cache:
+            if name in apart:
+                return text_cache(anchor, config)
+            if before.get(name):
+                return opened_cache(anchor, config, None if length is None else length + before[name])
+            return like(anchor, config, length)
+
         return cls(
             anchor,
-            {
-                name: text_cache(anchor, config)
-                if name in apart
-                else like(anchor, config, None if length is None else length + (openings or {}).get(name, 0))
-                for name, config in configs.items()
-            },
+            {name: own(name, config) for name, config in configs.items()},
             {name: cross_cache(count, length) for name, count in connections.items()},
             {name: Frontier() for name in apart},
             openings,
@@ -146,7 +164,8 @@ class CalmCache(Cache):
     def part(self, name: str) -> Past:
         """What belongs to one augmenting model."""
         frontier, ahead = self.frontiers.get(name) or Frontier(), self.ahead.get(name) or Ahead()
-        return Past(self.augmenting.get(name), self.cross[name], frontier, ahead, self.openings.get(name, 0))
+        opening = self.openings.get(name, 0)
+        return Past(self.augmenting.get(name), self.cross[name], frontier, ahead, opening, self.announced)
 
     def forget_ahead(self) -> None:
         """Take back what augmenting models have read before the anchor."""

@@ -40,12 +40,33 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Announced:
+    """Text that comes in several calls and is known as a whole before the first of them.
+
+    Attributes:
+        ids: (B, n) int64, the anchor's tokens.
+        real: (B, n) bool, False at padding.
+        start: how many columns stand before them.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    start: int
+
+    def behind(self, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and padding of what follows the first ``column`` columns."""
+        place = max(0, column - self.start)
+        return self.ids[:, place:], self.real[:, place:]
+
+
+@dataclass(frozen=True)
 class Past:
     """One augmenting model's part of the cache: its own, the cross-attentions', and the record of both streams.
 
     A call without a cache has ``Past()``: nothing but a record that ends with the call. A model that advances token by
     token with the anchor never looks at the record; only such a model can be ahead. ``opening`` is how many tokens the
-    model has read before the text: they stand at the beginning of its own cache, and nowhere else.
+    model has read before the text: they stand at the beginning of its own cache, and nowhere else. ``announced`` is
+    text of this call and later ones.
     """
 
     own: Cache | None = None
@@ -53,6 +74,7 @@ class Past:
     frontier: Frontier = field(default_factory=Frontier)
     ahead: Ahead = field(default_factory=Ahead)
     opening: int = 0
+    announced: Announced | None = None
 
     def take_ahead(self, ids: torch.Tensor) -> dict[int, torch.Tensor]:
         """The states over those of ``ids`` (B, T) that the model has read already, by layer; none is ahead after it.

@@ -23,6 +23,8 @@ from calmlm.tokens.pieces import Writer
 from calmlm.tokens.spelling import BYTE_TOKEN, Spelling, in_word, token_bytes
 
 ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "mask_token", "unk_token", "pad_token")
+VERSION = "2:"
+"""What digests begin with; those of the first version begin with nothing."""
 LOOKBACK = 3
 """A character of UTF-8 has at most four bytes, so the three tokens before one decide what its first bytes complete."""
 
@@ -199,18 +201,31 @@ def _special_ids(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenize
     return found
 
 
-def digest(anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool = False) -> str:
+def digest(
+    anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool = False, old: bool = False
+) -> str:
     """sha256 over both tokenizers, which shows a change of either; their last padding and truncation do not count.
 
     Args:
         anchor, augmenting: the tokenizers.
         templates: whether their chat templates matter.
+        old: whether it is compared with one that says no version, which took longer.
     """
     mark = hashlib.sha256()
     for tokenizer in (anchor, augmenting):
-        data = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
         # The padding token has no meaning, and users often set it by hand.
-        data["roles"] = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES if role != "pad_token"}
-        data["template"] = tokenizer.chat_template if templates else None
-        mark.update(json.dumps(data, sort_keys=True).encode())
-    return mark.hexdigest()
+        roles = {role: getattr(tokenizer, f"{role}_id", None) for role in ROLES if role != "pad_token"}
+        rest = {"roles": roles, "template": tokenizer.chat_template if templates else None}
+        saved = tokenizer.backend_tokenizer.to_str()
+        if old:
+            data = json.loads(saved) | {"padding": None, "truncation": None} | rest
+            mark.update(json.dumps(data, sort_keys=True).encode())
+        else:
+            mark.update(saved[saved.index('"added_tokens":') :].encode())  # padding and truncation stand before it
+            mark.update(json.dumps(rest, sort_keys=True).encode())
+    return mark.hexdigest() if old else VERSION + mark.hexdigest()
+
+
+def is_of(mark: str, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase, *, templates: bool) -> bool:
+    """Whether a ``digest`` of any version is that of these tokenizers."""
+    return mark == digest(anchor, augmenting, templates=templates, old=not mark.startswith(VERSION))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from typing import Any
+from functools import lru_cache
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.tokens.parts import literal_encoder
 from calmlm.tokens.spelling import token_bytes
 
 # One sample and more of each class of characters, for the search for boundaries.
@@ -45,6 +45,12 @@ def class_of(character: str) -> str:
     return "mark"
 
 
+@lru_cache(maxsize=1 << 16)
+def _classes_of(character: str) -> tuple[str, ...]:
+    """The classes that a character of a token may belong to: of a part of one, all beyond ASCII."""
+    return BEYOND_ASCII if character == "\ufffd" else (class_of(character),)
+
+
 def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
     """Between which classes of characters a text may be cut without changing its tokens, whatever follows.
 
@@ -52,19 +58,15 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
     end there stay as they are when others follow. A token that was added to the vocabulary does not count: one of two
     words would keep all words back, so it is read as these words instead.
     """
-    encode = literal_encoder(tokenizer.backend_tokenizer.to_str())
+    encode = literal_encoder(tokenizer.backend_tokenizer)
     pairs = {(left, right) for left in CLASSES for right in CLASSES}
-    added = tokenizer.added_tokens_decoder
+    added, crossed = tokenizer.added_tokens_decoder, set[tuple[tuple[str, ...], tuple[str, ...]]]()
     for index, piece in enumerate(token_bytes(tokenizer, "augmenting model")):
         if index in added:
             continue
-        # A part of a character may belong to any character beyond ASCII.
-        classes = [
-            BEYOND_ASCII if character == "\ufffd" else (class_of(character),)
-            for character in (piece or b"").decode(errors="replace")
-        ]
-        for left, right in itertools.pairwise(classes):
-            pairs -= set(itertools.product(left, right))
+        crossed.update(itertools.pairwise(map(_classes_of, (piece or b"").decode(errors="replace"))))
+    for left, right in crossed:
+        pairs -= set(itertools.product(left, right))
     leads = ("", "a ", "12", "\n", "x.", "  ")
     tails = ("", "a", " b", "1", ".", "\n", "  ", "'s", "é")
 
@@ -78,12 +80,3 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
         return True
 
     return {pair for pair in pairs if holds(*pair)}
-
-
-def literal_encoder(saved: str) -> Any:
-    """From a text to its ids in a saved tokenizer. A special token that is spelled out in the text counts as text."""
-    backend = Tokenizer.from_str(saved)
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
-    return lambda text: backend.encode(text, add_special_tokens=False).ids

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,11 +16,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.boundaries import class_of
+from calmlm.tokens.parts import literal, parts_of, read_backend
+from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import flat, in_word
 from calmlm.tokens.stream import CONTEXT, KEPT, Rewriter, Run, TextStream, split_bytes
+from calmlm.tokens.transcoding import Transcoder
 
 LONG = 128  # characters behind the settled ones from which on some are settled
+GIVEN = 64  # texts that come in several calls, whose tokens are kept
 RECENT = 48  # of these, so many stay open at least
 
 Token = tuple[int, int, float]
@@ -32,15 +36,14 @@ End = tuple[int, float]
 """Where a character ends: the last two parts of a ``Token``."""
 
 
-def encoder(saved: str, *, begins: bool) -> Any:
+def encoder(backend: Tokenizer, *, begins: bool) -> Any:
     """From a text to (id, end) pairs, ends counted in characters; what looks like a special token is text.
 
     Args:
-        saved: a tokenizer, as the tokenizers library saves it.
+        backend: a tokenizer.
         begins: whether the text is the beginning of one, before which some tokenizers put a space of their own.
     """
-    data = json.loads(saved)
-    data["post_processor"] = data["truncation"] = data["padding"] = None
+    data = parts_of(backend)
     for part in flat(data["pre_tokenizer"], "pretokenizers"):
         if part["type"] == "ByteLevel":
             part["trim_offsets"] = False
@@ -50,11 +53,10 @@ def encoder(saved: str, *, begins: bool) -> Any:
     if not begins and data["normalizer"] is not None:
         left = [part for part in flat(data["normalizer"], "normalizers") if part["type"] != "Prepend"]
         data["normalizer"] = {"type": "Sequence", "normalizers": left}
-    backend = Tokenizer.from_str(json.dumps(data))
-    backend.encode_special_tokens = True
+    reader = literal(backend, normalizer=data["normalizer"], pre_tokenizer=data["pre_tokenizer"])
 
     def encode(text: str) -> list[tuple[int, int]]:
-        found = backend.encode(text, add_special_tokens=False)
+        found = reader.encode(text, add_special_tokens=False)
         highest, pairs = 1, []
         for index, (_, end) in zip(found.ids, found.offsets, strict=True):
             highest = max(highest, end)
@@ -69,12 +71,13 @@ class OwnWriter(Rewriter):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self.at_beginning = encoder(self.alignment.tokenizer, begins=True)
-        self.inside = encoder(self.alignment.tokenizer, begins=False)
+        backend = read_backend(self.alignment.tokenizer)
+        self.at_beginning, self.inside = (encoder(backend, begins=begins) for begins in (True, False))
         self.lead = lru_cache(KEPT)(self.inside)
+        self._given: dict[bytes, list[Token]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("at_beginning", "inside", "lead")
+        made = ("at_beginning", "inside", "lead", "_given")
         return {key: value for key, value in super().__getstate__().items() if key not in made}
 
     def resume(self, ids: np.ndarray, told: np.ndarray, *, branches: bool = True) -> OwnStream:
@@ -94,6 +97,21 @@ class OwnWriter(Rewriter):
     def remember(self, ids: np.ndarray, told: np.ndarray, stream: OwnStream, most: int) -> None:
         """Keep where a text is, for ``resume``."""
         self._keep(_key(ids, told), copy.copy(stream), most)  # type: ignore[arg-type]
+
+    def given(self, ids: np.ndarray, told: np.ndarray) -> list[Token]:
+        """All tokens of a text (n,) whose end was given, which is read in several calls."""
+        key = _key(ids, told)
+        with self._lock:
+            found = self._given.get(key)
+        if found is None:
+            stream = OwnStream(self)
+            found = [token for row in zip(ids.tolist(), told.tolist(), strict=True) for token in stream.read(*row)]
+            found += stream.pending()
+            with self._lock:
+                if len(self._given) >= GIVEN:
+                    self._given.clear()
+                self._given[key] = found
+        return found
 
     def write(self, ids: Any) -> list[tuple[int, int]]:
         """The augmenting tokens of one text that was given as a whole, each with the anchor token that it ends in."""
@@ -128,6 +146,13 @@ class OwnWriter(Rewriter):
         if [index for index, _ in whole[: len(lead)]] != [index for index, _ in lead]:
             return None
         return [(index, max(1, end - len(before))) for index, end in whole[len(lead) :]]
+
+
+def writer_of(alignment: Alignment | Rewriting) -> Transcoder | Rewriter:
+    """What writes a text by an alignment."""
+    if not isinstance(alignment, Rewriting):
+        return Transcoder(alignment)
+    return (OwnWriter if alignment.method == "own" else Rewriter)(alignment)
 
 
 def _key(ids: np.ndarray, told: np.ndarray) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from calmlm.config import split_gguf
 from calmlm.errors import DataError
 
 
@@ -15,11 +16,14 @@ def find_tokenizer(source: str | Path, **options: Any) -> Any:
     """The tokenizer that lies at an id or in a folder, or None.
 
     Args:
-        source: id or folder.
+        source: id or folder, or a GGUF file there.
         options: of `AutoTokenizer.from_pretrained`: `revision`, `trust_remote_code`, `token`, ...
     """
+    place, file = split_gguf(str(source))
+    if file is not None:
+        options["gguf_file"] = file
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception:  # transformers raises different errors, depending on which file is missing
         return None
     return None if is_made_up(tokenizer) else tokenizer

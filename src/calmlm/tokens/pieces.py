@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
+from calmlm.tokens.parts import SavedTokenizer, part, parts_of
 from calmlm.tokens.spelling import CHARACTER_OF, Spelling, flat, in_word
 
 CUTTING = ("Split", "Punctuation", "Digits", "UnicodeScripts", "FixedLength")
@@ -18,12 +17,12 @@ REWRITING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "
 class Writer:
     """Writes bytes in the tokens of one tokenizer, without the rules that look beyond them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | SavedTokenizer) -> None:
         self.tokenizer = tokenizer
         self.spelling = Spelling.of(tokenizer, "augmenting model")
         self.backend = tokenizer.backend_tokenizer
         self.vocabulary = tokenizer.get_vocab()
-        data = json.loads(self.backend.to_str())
+        data = parts_of(self.backend)
         normalizers = flat(data["normalizer"], "normalizers")
         self.prepends = any(part["type"] == "Prepend" for part in normalizers)
         self.rewrite = _rewriting(normalizers)
@@ -127,25 +126,21 @@ def _rewriting(parts: list[dict[str, Any]]) -> Any:
     """Those normalizers that change characters one by one (case, accents, compatibility forms), or None."""
     space = {"String": " "}  # which becomes the mark, as everywhere
     parts = [
-        part
-        for part in parts
-        if part["type"] in REWRITING or (part["type"] == "Replace" and part.get("pattern") != space)
+        each
+        for each in parts
+        if each["type"] in REWRITING or (each["type"] == "Replace" and each.get("pattern") != space)
     ]
     if not parts:
         return None
-    bare = json.loads(Tokenizer(models.WordLevel({}, unk_token="")).to_str())
-    bare["normalizer"] = {"type": "Sequence", "normalizers": parts}
-    return Tokenizer.from_str(json.dumps(bare)).normalizer
+    return part("normalizer", {"type": "Sequence", "normalizers": parts})
 
 
 def _cutting(data: dict[str, Any]) -> Any:
     """What cuts a text into the tokens of a vocabulary of whole words, or None for models that cut by themselves."""
-    parts = [part for part in flat(data["pre_tokenizer"], "pretokenizers") if part["type"] in CUTTING]
+    parts = [each for each in flat(data["pre_tokenizer"], "pretokenizers") if each["type"] in CUTTING]
     if data["model"]["type"] != "WordLevel" or not parts:
         return None
-    bare = json.loads(Tokenizer(models.WordLevel({}, unk_token="")).to_str())
-    bare["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
-    return Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
+    return part("pre_tokenizer", {"type": "Sequence", "pretokenizers": parts})
 
 
 def _characters(piece: bytes) -> list[tuple[str, bytes]]:

@@ -13,12 +13,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.tokens.alignment import Alignment, checked_ids, digest, shared_tokens
 from calmlm.tokens.beginning import beginning_of
 from calmlm.tokens.boundaries import stable_pairs
+from calmlm.tokens.parts import literal, read_backend, remember
 from calmlm.tokens.spelling import Spelling, token_bytes
 from calmlm.tokens.views import Template, speaker_of
 
@@ -89,13 +89,16 @@ class Rewriting:
             theirs = Template.in_ids(augmenting, own, "augmenting model")
         stable = sorted(stable_pairs(augmenting)) if method != "transcode" else []
         spelling = Spelling.of(anchor, "anchor")
+        backend = augmenting.backend_tokenizer
+        saved = backend.to_str()
+        remember(saved, literal(backend))
         begins = augmenting.bos_token_id is not None and augmenting("a").input_ids[:1] == [augmenting.bos_token_id]
         return cls(
             alignment=alignment,
             method=method,
             view=view,
             pieces=pieces,
-            tokenizer=augmenting.backend_tokenizer.to_str(),
+            tokenizer=saved,
             unknown=augmenting.unk_token,
             stable=stable,
             anchor_template=ours,
@@ -108,7 +111,7 @@ class Rewriting:
     @property
     def highest(self) -> int:
         """The largest augmenting id that a text may need: special tokens come from the table and the template alone."""
-        backend = Tokenizer.from_str(self.tokenizer)
+        backend = read_backend(self.tokenizer)
         special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         own = self.own_template
         rows = () if own is None else (*own.openings.values(), *own.closings.values(), *own.beginnings.values())
@@ -174,7 +177,7 @@ class Rewriting:
         if data["method"] not in METHODS:
             raise ValueError(f"unknown method {data['method']!r}")
         saved = json.dumps(data["tokenizer"])
-        Tokenizer.from_str(saved)
+        read_backend(saved)
         return cls(
             alignment=Alignment.from_json(data["alignment"]),
             method=data["method"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.errors import ModelError
+from calmlm.tokens.parts import parts_of
 
 SPACE = "▁"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -57,7 +57,7 @@ class Spelling:
                 f"The tokenizer of the {role} must be a fast one to be aligned, but {type(tokenizer).__name__} is not: "
                 f"convert it to a fast tokenizer first."
             )
-        data = json.loads(backend.to_str())
+        data = parts_of(backend)
         parts = {part["type"]: part for part in flat(data["decoder"], "decoders")}
         before = {part["type"]: part for part in flat(data["pre_tokenizer"], "pretokenizers")}
         normalizers = {part["type"]: part for part in flat(data["normalizer"], "normalizers")}
@@ -127,9 +127,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, role: str = "anchor") -> lis
         ModelError: when the tokenizer cannot be read.
     """
     spelling = Spelling.of(tokenizer, role)
-    table: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
+    vocabulary = tokenizer.get_vocab()
+    table: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in vocabulary.items():
         if index in added and not BYTE_TOKEN.fullmatch(token):
             table[index] = None if added[index].special else added[index].content.encode()
         elif index not in special or BYTE_TOKEN.fullmatch(token):

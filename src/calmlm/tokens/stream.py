@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
-from calmlm.tokens.boundaries import class_of, literal_encoder
+from calmlm.tokens.boundaries import class_of
+from calmlm.tokens.parts import SavedTokenizer, literal_encoder
 from calmlm.tokens.pieces import Writer
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import in_word, token_bytes
@@ -46,11 +45,9 @@ class Rewriter(nn.Module):
 
     def _prepare(self) -> None:
         given = self.alignment
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(given.tokenizer), unk_token=given.unknown
-        )
+        tokenizer = SavedTokenizer(given.tokenizer, given.unknown)
         self.writer = Writer(tokenizer)
-        self.encode = literal_encoder(given.tokenizer)
+        self.encode = literal_encoder(tokenizer.backend_tokenizer)
         self.stable = set(given.stable)
         self.pieces = token_bytes(tokenizer, "augmenting model") if given.own_template is not None else []
         self.raw = self.writer.write(b"\xf0") is not None  # whether it can write parts of characters

@@ -139,7 +139,9 @@ def _read_union(hint: Any, value: Any, faults: list[str], path: str) -> Any:
         )
         if same_kind:
             attempts.append(found)
-    faults += attempts[0] if len(attempts) == 1 else [f"{path}: expected {describe(hint)}, but got {show(value)}."]
+    attempts.sort(key=len)
+    nearest = attempts and (len(attempts) == 1 or len(attempts[0]) < len(attempts[1]))
+    faults += attempts[0] if nearest else [f"{path}: expected {describe(hint)}, but got {show(value)}."]
     return value
 
 

@@ -331,7 +331,8 @@ def _tokenizer(config: TrainingConfig) -> Any:
         return load_tokenizer(
             [model.composition, *_anchor_of(model.composition)], trust_remote_code=model.trust_remote_code
         )
-    return load_tokenizer([model.anchor], revision=model.revision, trust_remote_code=model.trust_remote_code)
+    base = model.anchor_base
+    return load_tokenizer([base.name], revision=base.revision, trust_remote_code=model.trust_remote_code)
 
 
 def _anchor_of(composition: str) -> list[str]:
@@ -349,19 +350,27 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
 
     options = {
         key: value
-        for key in ("dtype", "device_map", "attn_implementation")
+        for key in ("dtype", "device_map", "quantization_config", "attn_implementation")
         if (value := getattr(config, key)) is not None
     }
     if config.composition is not None:
         return calmlm.CalmForCausalLM.from_pretrained(
             config.composition, trust_remote_code=config.trust_remote_code, **options
         )
-    assert config.anchor is not None
-    assert config.augmenting is not None
+    anchor, augmenting = config.anchor_base, config.augmenting_bases
+    fields = ("revision", "dtype", "device_map", "quantization_config")
+    places: Any
+    own: dict[str, Any]
+    if isinstance(augmenting, dict):
+        places = {name: base.name for name, base in augmenting.items()}
+        own = {f"augmenting_{key}": {name: getattr(base, key) for name, base in augmenting.items()} for key in fields}
+    else:
+        places, own = augmenting.name, {f"augmenting_{key}": getattr(augmenting, key) for key in fields}
+    options |= {key: value for key in fields if (value := getattr(anchor, key)) is not None}
     connector = {"connector" if key == "kind" else key: value for key, value in config.connector.items()}
     return calmlm.compose(
-        config.anchor,
-        config.augmenting,
+        anchor.name,
+        places,
         config.connections,
         config.num_heads,
         tokenizer=tokenizer,
@@ -369,11 +378,10 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
         alignment=config.alignment,
         augmenting_view=config.augmenting_view,
         augmenting_prefix=config.augmenting_prefix,
-        revision=config.revision,
-        augmenting_revision=config.augmenting_revision,
         trust_remote_code=config.trust_remote_code,
         **connector,
         **options,
+        **own,
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from calmlm.bases.forms import Form
+from calmlm.config import gguf_name
 from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
 from calmlm.errors import ConfigError
@@ -20,12 +22,47 @@ __all__ = ["OWNED", "DataConfig", "ModelConfig", "TrainingConfig", "connector_op
 
 
 @dataclass(frozen=True)
+class BaseConfig:
+    """One base model with settings of its own.
+
+    Args:
+        id: its id or folder.
+        revision: commit, branch or tag.
+        gguf_file: a GGUF file there.
+        dtype, device_map: as `from_pretrained` takes them.
+        quantization_config: a quantisation of transformers, as a model's config.json describes it.
+    """
+
+    id: Place
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str | None = None
+    device_map: str | dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its id or folder, with its file.
+
+        Raises:
+            ConfigError: for a file's name that cannot be one.
+        """
+        return gguf_name(self.id, self.gguf_file)
+
+    @property
+    def form(self) -> Form:
+        """In which form it is loaded."""
+        return Form(self.revision, None, self.dtype, self.device_map, self.quantization_config)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What to compose: `anchor` and `augmenting`, or `composition` to go on with a saved one.
 
     Args:
-        anchor: id or folder of the anchor.
-        augmenting: id or folder of the augmenting model; or several, {name: id or folder}.
+        anchor: id, folder or GGUF file of the anchor; or {id, revision, gguf_file, dtype, device_map,
+            quantization_config}, which win over what stands here for all models.
+        augmenting: the same for the augmenting model; or several, {name: ...}.
         composition: folder of a saved composition, instead of the two.
         revision: commit, branch or tag of the anchor.
         augmenting_revision: the same for the augmenting model.
@@ -34,17 +71,18 @@ class ModelConfig:
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
         refresh: whether augmenting models read generated tokens too.
-        alignment: "transcode", "own" or "retokenize", for models with other tokenizers; or {name: ...}.
+        alignment: "own", "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
         augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
         augmenting_prefix: what augmenting models alone read before each text: a text, or messages; or {name: ...}.
-        dtype: "bfloat16", "float16", "float32" or "auto" for the two frozen models.
+        dtype: "bfloat16", "float16", "float32" or "auto" for the frozen models.
         device_map: as `from_pretrained` takes it.
+        quantization_config: a quantisation of transformers, as a model's config.json describes it.
         attn_implementation: "sdpa", "eager", "flash_attention_2" and so on.
         trust_remote_code: whether code that comes with a model may run.
     """
 
-    anchor: Place | None = None
-    augmenting: Place | dict[str, Place] | None = None
+    anchor: Place | BaseConfig | None = None
+    augmenting: Place | BaseConfig | dict[str, Place | BaseConfig] | None = None
     composition: Place | None = None
     revision: str | None = None
     augmenting_revision: str | None = None
@@ -52,11 +90,12 @@ class ModelConfig:
     num_heads: int | None = None
     connector: dict[str, Any] = field(default_factory=dict)
     refresh: bool = True
-    alignment: str | dict[str, str] = "transcode"
+    alignment: str | dict[str, str] = "own"
     augmenting_view: str | dict[str, str] | None = None
     augmenting_prefix: str | list[dict[str, Any]] | dict[str, Any] | None = None
     dtype: str | None = None
     device_map: str | dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -68,12 +107,15 @@ class ModelConfig:
             extra += ["connector"] if self.connector else []
             extra += ["connections"] if self.connections != "every-4" else []
             extra += ["refresh"] if not self.refresh else []
-            extra += ["alignment"] if self.alignment != "transcode" else []
+            extra += ["alignment"] if self.alignment != "own" else []
             return [
                 f"model.{name}: expected nothing beside model.composition, which settles it, but got "
                 f"{show(getattr(self, name))}."
                 for name in extra
             ]
+        if isinstance(self.augmenting, dict) and "id" in self.augmenting:
+            keys = [field.name for field in dataclasses.fields(BaseConfig)]
+            return [unknown_key(key, keys, "model.augmenting") for key in self.augmenting if key not in keys]
         known = connector_options()
         found = [unknown_key(key, known, "model.connector") for key in self.connector if key not in known]
         return found + [
@@ -81,6 +123,32 @@ class ModelConfig:
             for name in ("anchor", "augmenting")
             if not getattr(self, name)
         ]
+
+    @property
+    def anchor_base(self) -> BaseConfig:
+        """The anchor, with the settings for all models."""
+        assert self.anchor is not None
+        return self._base(self.anchor, self.revision)
+
+    @property
+    def augmenting_bases(self) -> BaseConfig | dict[str, BaseConfig]:
+        """The augmenting model or models by name, with the settings for all models."""
+        assert self.augmenting is not None
+        if not isinstance(self.augmenting, dict):
+            return self._base(self.augmenting, self.augmenting_revision)
+        return {name: self._base(base, self.augmenting_revision) for name, base in self.augmenting.items()}
+
+    def _base(self, given: str | BaseConfig, revision: str | None) -> BaseConfig:
+        base = BaseConfig(given) if isinstance(given, str) else given
+        return dataclasses.replace(
+            base,
+            revision=base.revision or revision,
+            dtype=base.dtype or self.dtype,
+            device_map=base.device_map if base.device_map is not None else self.device_map,
+            quantization_config=base.quantization_config
+            if base.quantization_config is not None
+            else self.quantization_config,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import calmlm
 from calmlm.answering import generate_rows
 from calmlm.baselines import Data
 from calmlm.baselines.given import losses_of
+from calmlm.bases.forms import Form
 from calmlm.bases.opening import load_base
 from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
@@ -36,10 +37,10 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
 from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.beginning import beginning_of
+from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
-from calmlm.tokens.stream import Rewriter
-from calmlm.tokens.transcoding import Transcoder
 
 __all__ = ["OwnModels"]
 
@@ -95,14 +96,14 @@ class OwnModels(TextDomain):
     def base(self, name: str) -> PreTrainedModel:
         own = self.settings
         source = {"anchor": own.anchor, "augmenting": own.augmenting, "vanilla": own.vanilla, "twin": own.twin}
-        revision = {"anchor": own.model.revision, "augmenting": own.model.augmenting_revision}.get(name)
         found = source.get(name)
         if found is not None:
+            form = own.forms.get(found, Form(dtype=own.model.dtype))
             model = load_base(
                 found,
                 name,
-                revision=revision,
-                dtype=own.model.dtype or torch.float32,
+                revision=form.revision,
+                **{**form.options(found), "dtype": form.dtype or torch.float32},
                 attn_implementation=own.model.attn_implementation,
                 trust_remote_code=own.model.trust_remote_code,
             )
@@ -209,12 +210,14 @@ class OwnModels(TextDomain):
         length = stated_length(own.configs[own.augmenting])
         if own.shares_tokenizer or length is None:
             return []
-        if own.model.alignment == "transcode":
-            writer: Transcoder | Rewriter = Transcoder(Alignment.between(self.tokenizer, self.augmenting_tokenizer))
-        else:
-            method = str(own.model.alignment)
-            writer = Rewriter(Rewriting.between(self.tokenizer, self.augmenting_tokenizer, method, None)).eval()
-        return [OwnContext("m_A", length, True, writer)]
+        model, pair = own.model, (self.tokenizer, self.augmenting_tokenizer)
+        found = (
+            Alignment.between(*pair)
+            if model.alignment == "transcode"
+            else Rewriting.between(*pair, str(model.alignment), None)
+        )
+        room = length - len(beginning_of(self.augmenting_tokenizer) if model.alignment == "own" else ())
+        return [OwnContext("m_A", room, True, writer_of(found).eval())]
 
     def _encoded(self, sources: Sources, *, composed: bool = False) -> list[Row]:
         """The rows of some data; where they train compositions, no longer than m_A can read."""

@@ -1,0 +1,76 @@
+"""What a model reads before the text, its beginning and a prefix: as if it stood in the text, for it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import calmlm
+from calmlm.errors import DataError
+from calmlm.readers import Inputs
+from calmlm.state.past import Past
+from compositions import assert_close, logits_of, pad, tiny_composition
+from tiny import FAMILIES, tiny_tokenizer, tiny_tokens
+from tokenizers_tiny import with_beginning
+
+OPENED: dict[str, Any] = {
+    "tokenizer": tiny_tokenizer(),
+    "augmenting_tokenizer": with_beginning(tiny_tokenizer()),
+    "augmenting_prefix": "a fox:",
+}
+WINDOWS = {"mistral": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4}, "gemma2": {"sliding_window": 4}}
+OPENING = [1, *tiny_tokenizer()("a fox:", add_special_tokens=False).input_ids]
+ROWS = [tiny_tokens(1, length, seed=length)[0] for length in (9, 3, 6)]
+
+
+@torch.no_grad()
+def states_alone(model: calmlm.CalmForCausalLM, ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    """Outputs of layers of the augmenting model, run by itself on the opening and ``ids`` (T,): {layer: (T, D)}."""
+    found: dict[int, Tensor] = {}
+    backbone = model.model.backbone("augmenting")
+    handles = [
+        backbone.layers[layer].register_forward_hook(
+            lambda _, __, output, layer=layer: found.update(
+                {layer: (output[0] if isinstance(output, tuple) else output)[0, len(OPENING) :]}
+            )
+        )
+        for layer in layers
+    ]
+    backbone.decoder(input_ids=torch.cat((torch.tensor(OPENING), ids))[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_those_behind_the_opening(family: str, side: str) -> None:
+    model = tiny_composition("llama", family, augmenting_options=WINDOWS.get(family), **OPENED)
+    reader = model.model.reader("augmenting")
+    rows = ROWS[:1] if family == "mpt" else ROWS  # which counts padding
+    ids, mask = pad(rows, side)
+    hidden = reader.read(Inputs(ids, mask, None, None, None), Past()).hidden
+    assert hidden
+    for row, alone in enumerate(rows):
+        expected = states_alone(model, alone, sorted(hidden))
+        for layer, states in hidden.items():
+            assert_close(states[row, mask[row].bool()], expected[layer], 1e-4)
+
+
+def test_the_anchor_reads_nothing_of_it() -> None:
+    ids = tiny_tokens(1, 6)
+    with_it, without = tiny_composition("llama", "mistral", **OPENED), tiny_composition("llama", "mistral")
+    assert not torch.equal(logits_of(with_it, ids), logits_of(without, ids))
+    with with_it.disable_composition(), without.disable_composition():
+        assert torch.equal(logits_of(with_it, ids), logits_of(without, ids))
+
+
+def test_a_model_that_counts_padding_behind_it_reads_one_row_at_a_time() -> None:
+    model = tiny_composition("llama", "mpt", **OPENED)
+    ids, mask = pad(ROWS, "left")
+    with pytest.raises(DataError, match="one row at a time"):
+        model(input_ids=ids, attention_mask=mask)
+    model(input_ids=ROWS[0][None])

@@ -14,9 +14,8 @@ import calmlm
 from calmlm.cli import main
 from calmlm.communication import Communication, Listening, listen
 from compositions import awaken
-from readers.test_own_text import beginning
 from tiny import tiny_model
-from tokenizers_tiny import tokenizer
+from tokenizers_tiny import tokenizer, with_beginning
 
 TEXTS = [
     ("the cat is", " a fox."),
@@ -53,7 +52,7 @@ def bits(model: Any, pairs: list[tuple[list[int], list[int]]], size: int) -> flo
 
 @pytest.mark.parametrize("alignment", ["own", "transcode"])
 def test_figures_equal_slow_references(alignment: str) -> None:
-    ours, theirs = tokenizer("bytes"), beginning("bytes-large")
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
     model = composed(ours, theirs, alignment=alignment)
     found = listen(model, ours, rows_of(ours), augmenting_tokenizers={"augmenting": theirs})
     size = sum(len(completion.encode()) for _, completion in TEXTS)
@@ -104,7 +103,7 @@ def test_what_is_spoiled_and_what_is_silent_is_warned_of() -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours, theirs = tokenizer("bytes"), beginning("bytes-large")
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
     for name, family, tok in (("anchor", "llama", ours), ("augmenting", "qwen2", theirs)):
         tiny_model(family, vocab_size=len(tok)).save_pretrained(tmp_path / name)
         tok.save_pretrained(tmp_path / name)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.answering import TextModel
+from calmlm.bases.structure import accepts
 from calmlm.config import opening_of
 from calmlm.data.context import context_length
 from calmlm.data.labels import IGNORE, encode_examples
 from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, DataError
-from calmlm.readers import Inputs, given_of, prompt_of
+from calmlm.readers import Inputs
+from calmlm.state.hooks import Call, Stream
 from calmlm.state.past import Past
 from calmlm.tokens.live_text import OwnStream, OwnWriter
 from calmlm.tokens.lookup import find_tokenizer
@@ -32,7 +36,9 @@ from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
 
 LOSS = 1.05  # a model that reads worse than this inside the composition is warned of
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
+OTHERS = 48
+AT_ONCE = 16  # logits that become float32 at a time, which fit into a cache
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -142,9 +148,11 @@ def listen_to_file(source: str, path: Path, rows: int, **options: Any) -> Commun
 
 
 def tokenizers_of(model: Any) -> dict[str, PreTrainedTokenizerBase | None]:
-    """The tokenizers that lie beside the augmenting models of a composition, by name; None where there is none."""
+    """The tokenizers beside the augmenting models of a composition, by name; None where none is, or is needed."""
     return {
-        name: find_tokenizer(base.name_or_path, local_files_only=True) if base.name_or_path else None
+        name: find_tokenizer(base.name_or_path, local_files_only=True)
+        if base.name_or_path and _own_writing(model, name) is None
+        else None
         for name, base in model.augmenting.items()
     }
 
@@ -155,7 +163,7 @@ def listen(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
     *,
-    others: int | None = None,
+    others: int | None = OTHERS,
     augmenting_tokenizers: dict[str, PreTrainedTokenizerBase | None] | None = None,
 ) -> Communication:
     """Measure what the models of a composition make of some rows.
@@ -164,7 +172,7 @@ def listen(
         model: a ``CalmForCausalLM``.
         tokenizer: the anchor's.
         rows: ``input_ids`` and ``labels``, as ``calmlm.data.encode_examples`` gives them.
-        others: of how many rows the gain is measured; all by default.
+        others: of how many rows the gain is measured; None for all.
         augmenting_tokenizers: by name, for models that have tokens of their own.
 
     Raises:
@@ -180,26 +188,47 @@ def listen(
     size = sum(text.size for text in texts)
     few = texts[: others or len(texts)]
     swapped = [text.behind(other) for text, other in zip(few, [*few[1:], few[0]], strict=True)] if len(few) > 1 else []
-    few_size = sum(text.size for text in few)
     was_training = model.training
     model.eval()
+    inner = model.model
+    reading = [name for name, entry in model.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
+    ears = {name: _Ear(model, name) for name in reading if inner.enabled and name in inner.active}
     try:
-        composition = _bits(model, texts, size)
+        with ExitStack() as stack:
+            for ear in ears.values():
+                stack.enter_context(ear)
+            composition = _nats_of(model, texts, ears.values())
         with model.disable_composition():
-            anchor = _bits(model, texts, size)
-            right = anchor if len(few) == len(texts) else _bits(model, few, few_size)
-            anchor_gain = _bits(model, swapped, few_size) - right if swapped else None
+            anchor = _nats_of(model, texts)
+            other = _nats_of(model, swapped)
         heard = {
             name: _listen_to(model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, few, swapped)
-            for name, entry in model.config.augmenting.items()
-            if entry["reads"] in ("tokens", "text")
+            for name in reading
         }
+        for name, ear in ears.items():
+            if not model.config.augmenting[name].get("view"):
+                heard[name] = replace(heard[name], inside=_bits(ear.nats, size))
     finally:
         model.train(was_training)
     tokens = sum(len(text.ids) for text in texts)
     return Communication(
-        len(texts), anchor, composition, anchor_gain, tokens / sum(text.whole for text in texts), heard
+        len(texts),
+        _bits(sum(anchor), size),
+        _bits(sum(composition), size),
+        _gain(anchor, other, few),
+        tokens / sum(text.whole for text in texts),
+        heard,
     )
+
+
+def _bits(nats: float, size: int) -> float:
+    """Bits per byte."""
+    return nats / size / math.log(2)
+
+
+def _gain(right: Sequence[float], other: Sequence[float], texts: Sequence[_Text]) -> float | None:
+    """How many bits per byte of the first completions the right prompts save; None where there are no others."""
+    return _bits(sum(other) - sum(right[: len(other)]), sum(text.size for text in texts)) if other else None
 
 
 @dataclass(frozen=True)
@@ -251,22 +280,38 @@ def _padded(rows: Iterable[Sequence[int]], fill: int, device: Any) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
-def _bits(model: Any, texts: Sequence[_Text], size: int) -> float:
-    """Bits per byte of the completions by the composition, or by the anchor where it is disabled."""
-    total = 0.0
+def _nats_of(model: Any, texts: Sequence[_Text], ears: Iterable[_Ear] = ()) -> list[float]:
+    """The completions' negative log-probabilities by the composition, or by the anchor where it is disabled."""
+    found = [0.0] * len(texts)
     for batch in _batches([len(text.ids) for text in texts]):
         chosen = [texts[index] for index in batch]
+        for ear in ears:
+            ear.texts = chosen
         ids = _padded([text.ids for text in chosen], 0, model.device)
         mask = _padded([[1] * len(text.ids) for text in chosen], 0, model.device)
         labels = _padded([[IGNORE] * text.start + text.ids[text.start :] for text in chosen], IGNORE, model.device)
-        logits = model(input_ids=ids, attention_mask=mask, prompt_mask=labels == IGNORE, use_cache=False).logits
-        total += _nats(logits[:, :-1], labels[:, 1:])
-    return total / size / math.log(2)
+        first = min(text.start for text in chosen) - 1
+        given = {"prompt_mask": labels == IGNORE, "use_cache": False, **_keeping(model, first, ids)}
+        logits = model(input_ids=ids, attention_mask=mask, **given).logits
+        for index, nats in zip(batch, _nats(logits, labels), strict=True):
+            found[index] = nats
+    return found
 
 
-def _nats(logits: Tensor, labels: Tensor) -> float:
-    wanted = labels != IGNORE
-    return float(torch.nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="sum"))
+def _nats(logits: Tensor, labels: Tensor) -> list[float]:
+    """Each row's negative log-probability of its labels (B, T) by logits of the last columns (B, n, V)."""
+    following = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
+    wanted = following != IGNORE
+    losses = _losses(logits[:, :-1][wanted], following[wanted])
+    rows = wanted.nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses).tolist()
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-probabilities (n,) in float32 of targets (n,) by logits (n, V), a few at a time."""
+    parts = zip(logits.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
+    found = [torch.nn.functional.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in parts]
+    return torch.cat(found) if found else logits.new_zeros(0, dtype=torch.float32)
 
 
 def _listen_to(
@@ -279,19 +324,25 @@ def _listen_to(
     swapped: Sequence[_Text],
 ) -> Listening:
     entry, base = model.config.augmenting[name], model.augmenting[name]
-    size, few_size = sum(text.size for text in texts), sum(text.size for text in few)
-    inside = None if entry.get("view") else _inside(model, name, texts, size)
     writer = _writer(model, name, tokenizer, theirs)
     if entry["reads"] == "text" and writer is None:
-        return Listening(None, inside, None, None)
+        return Listening(None, None, None, None)
     opening = opening_of(entry)
-    alone = _alone(base, [_own(text, writer, opening) for text in texts], size)
-    right = alone if len(few) == len(texts) else _alone(base, [_own(text, writer, opening) for text in few], few_size)
-    other = _alone(base, [_own(text, writer, opening) for text in swapped], few_size) if swapped else None
+    alone = _alone(base, [_own(text, writer, opening) for text in texts])
+    other = _alone(base, [_own(text, writer, opening) for text in swapped])
     tokens = sum(len(_own(text, writer, [])[0]) for text in texts)
     return Listening(
-        alone, inside, None if other is None else other - right, tokens / sum(text.whole for text in texts)
+        _bits(sum(alone), sum(text.size for text in texts)),
+        None,
+        _gain(alone, other, few),
+        tokens / sum(text.whole for text in texts),
     )
+
+
+def _own_writing(model: Any, name: str) -> Rewriting | None:
+    """What a model's texts in its own tokens are written by, where the composition knows it."""
+    found = model.model.alignments.get(name)
+    return found if isinstance(found, Rewriting) and found.method == "own" and found.view is None else None
 
 
 def _writer(
@@ -300,8 +351,8 @@ def _writer(
     """What writes a text in the model's own tokens; None where it shares the anchor's, or its tokenizer is unknown."""
     if model.config.augmenting[name]["reads"] == "tokens":
         return None
-    found = model.model.alignments.get(name)
-    if isinstance(found, Rewriting) and found.method == "own" and found.view is None:
+    found = _own_writing(model, name)
+    if found is not None:
         return OwnWriter(found)
     if theirs is None:
         return None
@@ -323,46 +374,78 @@ def _own(text: _Text, writer: OwnWriter | None, opening: Sequence[int]) -> tuple
     return [*opening, *(index for index, _, _ in tokens)], len(opening) + before
 
 
-def _alone(base: Any, rows: Sequence[tuple[list[int], int]], size: int) -> float:
-    """Bits per byte of the completions by a model alone."""
-    total = 0.0
+def _alone(base: Any, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+    """The completions' negative log-probabilities by a model alone."""
+    found = [0.0] * len(rows)
     for batch in _batches([len(ids) for ids, _ in rows]):
         chosen = [rows[index] for index in batch]
         ids = _padded([ids for ids, _ in chosen], 0, base.device)
         mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, base.device)
         labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, base.device)
-        total += _nats(base(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], labels[:, 1:])
-    return total / size / math.log(2)
+        given = {"use_cache": False, **_keeping(base, min(start for _, start in chosen) - 1, ids)}
+        logits = base(input_ids=ids, attention_mask=mask, **given).logits
+        for index, nats in zip(batch, _nats(logits, labels), strict=True):
+            found[index] = nats
+    return found
 
 
-def _inside(model: Any, name: str, texts: Sequence[_Text], size: int) -> float:
-    """Bits per byte of the completions by an augmenting model, from what it reads in calls of the composition."""
-    total = 0.0
-    reader, heard = copy.copy(model.model.reader(name)), []
+def _keeping(model: Any, first: int, ids: Tensor) -> dict[str, Tensor]:
+    """What lets a model compute the logits of its columns from ``first`` on alone, where it can.
 
-    def run(stream: Any, **arguments: Any) -> None:
-        """What the reader calls, with the model's own head."""
-        heard.append(model.augmenting[name](**arguments).logits)
+    A slice, which a number would give, is multiplied several times as slowly as a copy in bfloat16 on CPUs.
+    """
+    given = torch.arange(max(0, first), ids.shape[1], device=ids.device)
+    return {"logits_to_keep": given} if accepts(model, "logits_to_keep") else {}
 
-    reader.run = run
-    for batch in _batches([len(text.ids) for text in texts]):
-        chosen = [texts[index] for index in batch]
-        ids = _padded([text.ids for text in chosen], 0, model.device)
-        mask = _padded([[1] * len(text.ids) for text in chosen], 0, model.device)
-        labels = _padded([[IGNORE] * text.start + text.ids[text.start :] for text in chosen], IGNORE, model.device)
-        past = Past()
-        heard.clear()
-        told = given_of(labels, None)
-        reader.read(Inputs(ids, mask, None, prompt_of(labels), None, None, told), past)
-        (logits,) = heard
-        frontier = past.frontier
-        for row, text in enumerate(chosen):
-            tokens, owners, columns = _stream(frontier, row, len(text.ids), ids)
+
+class _Ear:
+    """Hears what an augmenting model makes of the completions in calls of a composition, with the model's own head.
+
+    Args:
+        model: the composition.
+        name: of the augmenting model.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.base, self.reader = model.augmenting[name], model.model.reader(name)
+        self.texts: Sequence[_Text] = ()
+        self.nats = 0.0
+
+    def __enter__(self) -> _Ear:
+        self.reader.read = self._read
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        del self.reader.read  # the class's own again
+
+    def _read(self, inputs: Inputs, past: Past) -> Stream:
+        reader = copy.copy(self.reader)
+        del reader.read
+        reader.run = partial(self._run, inputs.ids, past)
+        return reader.read(inputs, past)
+
+    def _run(self, ids: Tensor, past: Past, stream: Stream, **given: Any) -> None:
+        rows, columns, wanted = [], [], []
+        for row, text in enumerate(self.texts):
+            tokens, owners, places = _stream(past.frontier, row, len(text.ids), ids)
             for place in range(1, len(tokens)):
                 if owners[place] >= text.start:
-                    scores = logits[row, columns[place - 1]].float().log_softmax(-1)
-                    total -= float(scores[tokens[place]])
-    return total / size / math.log(2)
+                    rows.append(row)
+                    columns.append(places[place - 1])
+                    wanted.append(tokens[place])
+        whole = self.reader.first.reads_distribution
+        if not whole and accepts(self.base, "logits_to_keep"):
+            needed = {column: index for index, column in enumerate(sorted(set(columns)))}
+            given["logits_to_keep"] = torch.tensor(list(needed), device=ids.device)
+            columns = [needed[column] for column in columns]
+        self.reader.slot.call = Call({self.reader.name: stream})
+        try:
+            logits = self.base(**given).logits
+        finally:
+            self.reader.slot.call = None
+        if whole:
+            stream.hidden.update(dict.fromkeys(self.reader.layers, logits.softmax(-1, dtype=torch.float32)))
+        self.nats += float(_losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).sum())
 
 
 def _stream(frontier: Any, row: int, length: int, ids: Tensor) -> tuple[list[int], list[int], list[int]]:

@@ -77,6 +77,50 @@ def overheads(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def listening(result: dict[str, Any]) -> str:
+    """What real augmenting models understand with each alignment."""
+    lines = [
+        "| `alignment` | the augmenting model | source | alone | inside |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{case['alignment']}` | {case['augmenting']} | {case['variety']} | {case['alone']:.3f} | "
+        f"{case['inside']:.3f} |"
+        for case in result["cases"]
+    ]
+    lines += [
+        "",
+        f"Bits per byte of {result['rows']} English sentences behind their translation, by the augmenting model itself "
+        f"(alone) and from what it reads in the composition (inside): `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def real(result: dict[str, Any]) -> str:
+    """What a composition of real models costs, as the benchmark measured it."""
+    lines = [
+        "| | completion | `alignment` | seconds | relative to both models alone | relative to `transcode` | "
+        "m_A's tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        read = case.get("augmenting_tokens_per_step", case.get("augmenting_tokens", ""))
+        read = f"{read} per step" if "augmenting_tokens_per_step" in case else read
+        lines.append(
+            f"| {case['what']} | {case['completion']} | `{case['alignment']}` | {case['seconds']:.2f} | "
+            f"{case['time_x_floor']:.2f} | {case['time_x_transcode']:.2f} | {read} |"
+        )
+    machine = result["machine"]
+    lines += [
+        "",
+        f"{result['augmenting']} inside {result['anchor']} in {result['dtype']}. A training step reads "
+        f"{result['batch']} texts; decoding writes up to 48 tokens, one by one. Medians of {result['rounds']} rounds "
+        f"in one process, all in turn, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): "
+        f"`{result['command']}`. Both models alone: their forward passes, m_A without its head.",
+    ]
+    return "\n".join(lines)
+
+
 SETTINGS = {
     "random": "random weights",
     "known": "trained, what m_A knows",
@@ -143,6 +187,8 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
+    ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),
+    ("docs/any-two-models.md", "listening", "benchmarks/results/listening.json", listening),
     ("docs/generation.md", "decoding", "benchmarks/results/decode_cpu.json", decoding),
     ("docs/results.md", "report", "experiments/compare/results/small.json", comparison),
 ]

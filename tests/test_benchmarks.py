@@ -39,6 +39,23 @@ def test_alignment(tmp_path: Path) -> None:
     assert all(case["match"] for case in run("alignment.py", tmp_path)["cases"])
 
 
+REAL = [
+    BENCHMARKS.parent / "models" / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf",
+    BENCHMARKS.parent / "models" / "gemma-3-270m" / "gemma-3-270m-q4_k_m.gguf",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(path.is_file() for path in REAL), reason="the real models are not in models/: run scripts/models"
+)
+def test_real(tmp_path: Path) -> None:
+    found = run("real.py", tmp_path, *"--batch 2 --new 6".split())
+    assert {case["what"] for case in found["cases"]} == {"training step", "prefill", "decoding"}
+    steps = [case for case in found["cases"] if case["what"] == "decoding" and case["alignment"] == "own"]
+    assert all(0 < case["augmenting_tokens_per_step"] < 4 for case in steps)
+
+
 def test_committed_results_of_decoding() -> None:
     path = BENCHMARKS / "results" / "decode_cpu.json"
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,265 @@
+"""What a composition of two real models costs, and what it costs that m_A reads its own tokens.
+
+    scripts/models                            # the two models, into models/
+    python benchmarks/real.py                 # writes benchmarks/results/real_cpu.json, and prints it
+    python benchmarks/real.py --rounds 3      # a quick look
+    python benchmarks/real.py --anchor DIR --augmenting DIR
+
+SmolLM2-135M-Instruct is the anchor, Gemma 3 270M the augmenting model; both in bfloat16. Two compositions of the same
+models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of text: an answer in English after a question
+in Devanagari, and the other way round. Regime: one process, all works in turn, medians of the ratios round by round.
+The floor is what both models take by themselves: their forward passes for a training step and for a prompt; decoding
+token by token, m_A without its head, for a generated token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import peak_bytes, ratio, take_turns
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+
+import calmlm
+from calmlm.experiments.record import device, origin
+from calmlm.readers import Inputs
+from calmlm.state.past import Past
+from calmlm.tokens.lookup import find_tokenizer
+
+MODELS = Path(__file__).parent.parent / "models"
+ANCHOR = MODELS / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+AUGMENTING = MODELS / "gemma-3-270m" / "gemma-3-270m-q4_k_m.gguf"
+ENGLISH = (
+    "The river rises in the mountains and flows through three large cities before it reaches the sea.",
+    "Many people in the village keep goats, and in winter they bring them down from the hills.",
+    "The old library was built in the nineteenth century and holds more than ten thousand books.",
+    "In summer the temperature rises above forty degrees, and the market opens only in the evening.",
+)
+DEVANAGARI = (
+    "नदी पहाड़ों से निकलती है और समुद्र तक पहुँचने से पहले तीन बड़े शहरों से होकर बहती है।",
+    "गाँव के बहुत से लोग बकरियाँ पालते हैं और सर्दियों में उन्हें पहाड़ियों से नीचे ले आते हैं।",
+    "पुराना पुस्तकालय उन्नीसवीं सदी में बना था और उसमें दस हज़ार से ज़्यादा किताबें हैं।",
+    "गर्मियों में तापमान चालीस डिग्री से ऊपर चला जाता है और बाज़ार केवल शाम को खुलता है।",
+)
+TEXTS = {
+    "English": [(f"{asked}\nEnglish:", f" {answer}") for asked, answer in zip(DEVANAGARI, ENGLISH, strict=True)],
+    "Devanagari": [(f"{asked}\nHindi:", f" {answer}") for asked, answer in zip(ENGLISH, DEVANAGARI, strict=True)],
+}
+ALIGNMENTS = ("own", "transcode")
+NEW = 48
+GOAL = 1.1
+
+
+def load(source: Path) -> PreTrainedModel:
+    """A model in bfloat16, from a folder or a GGUF file."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if source.suffix == ".gguf":
+        options |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
+        source = source.parent
+    return AutoModelForCausalLM.from_pretrained(source, **options).to(device()).eval()
+
+
+def rows_of(tokenizer: Any, language: str, count: int) -> dict[str, torch.Tensor]:
+    """A batch of texts and their labels, padded on the right."""
+    rows = []
+    for index in range(count):
+        prompt, answer = TEXTS[language][index % len(TEXTS[language])]
+        ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+        rows.append((ids, len(tokenizer(prompt, add_special_tokens=False).input_ids)))
+    width = max(len(ids) for ids, _ in rows)
+    fill = [(ids + [0] * (width - len(ids)), [-100] * start + ids[start:], len(ids)) for ids, start in rows]
+    return {
+        "input_ids": torch.tensor([ids for ids, _, _ in fill], device=device()),
+        "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels, _ in fill], device=device()),
+        "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for _, _, n in fill], device=device()),
+    }
+
+
+@torch.no_grad()
+def tokens_read(model: calmlm.CalmForCausalLM, rows: dict[str, torch.Tensor]) -> int:
+    """How many tokens the augmenting model reads in a training step, branches included."""
+    reader, seen = model.model.reader("augmenting"), []
+    reader.run = lambda stream, **given: seen.append(given["input_ids"].numel())
+    try:
+        told = rows["labels"] == -100
+        reader.read(Inputs(rows["input_ids"], rows["attention_mask"], None, told, None, None, told), Past())
+    finally:
+        del reader.run
+    return sum(seen)
+
+
+def training_step(model: calmlm.CalmForCausalLM, rows: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Forward, backward, update."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0)
+
+    def step() -> None:
+        model.train()
+        model(**rows, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forced(model: calmlm.CalmForCausalLM, prompt: torch.Tensor, answer: list[int]) -> Callable[[], Any]:
+    """Decoding, token by token, of a given answer."""
+
+    @torch.no_grad()
+    def write() -> None:
+        model.eval()
+        told = torch.ones_like(prompt, dtype=torch.bool)
+        output = model(prompt, prompt_mask=told, use_cache=True)
+        for index in answer:
+            step = torch.tensor([[index]], device=prompt.device)
+            output = model(step, prompt_mask=told, past_key_values=output.past_key_values, use_cache=True)
+
+    return write
+
+
+def alone(decoder: Any, prompt: torch.Tensor, answer: list[int]) -> Callable[[], Any]:
+    """The same by a model itself."""
+
+    @torch.no_grad()
+    def write() -> None:
+        output = decoder(prompt, use_cache=True)
+        for index in answer:
+            output = decoder(
+                torch.tensor([[index]]).to(prompt.device), past_key_values=output.past_key_values, use_cache=True
+            )
+
+    return write
+
+
+def cases_of(
+    anchor: PreTrainedModel, small: PreTrainedModel, tokenizers: tuple[Any, Any], rounds: int, batch: int, new: int
+) -> list[dict[str, Any]]:
+    """All cases."""
+    ours, theirs = tokenizers
+    made = {}
+    for name in ALIGNMENTS:
+        pair = copy.deepcopy(anchor), copy.deepcopy(small)
+        made[name] = calmlm.compose(*pair, tokenizer=ours, augmenting_tokenizer=theirs, alignment=name)
+    cases = []
+    for language in TEXTS:
+        rows = rows_of(ours, language, batch)
+        prompt, answer = TEXTS[language][0]
+        ids = torch.tensor([ours(prompt, add_special_tokens=False).input_ids], device=device())
+        told = ours(answer, add_special_tokens=False).input_ids[:new]
+        own = theirs(prompt + answer).input_ids
+        start = len(theirs(prompt).input_ids)
+        own_prompt = torch.tensor([own[:start]], device=device())
+        own_rows = theirs([p + a for p, a in TEXTS[language]], padding=True, return_tensors="pt").to(device())
+        repeated = {key: value.repeat(-(-batch // len(value)), 1)[:batch] for key, value in own_rows.items()}
+
+        @torch.no_grad()
+        def floor(rows: Any = rows, repeated: Any = repeated) -> None:
+            anchor.eval()
+            anchor(rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+            small.get_decoder()(**repeated, use_cache=False)
+
+        @torch.no_grad()
+        def read(model: Any, ids: Any = ids) -> None:
+            model.eval()
+            model(ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool), use_cache=True, logits_to_keep=1)
+
+        @torch.no_grad()
+        def read_alone(ids: Any = ids, own_prompt: Any = own_prompt) -> None:
+            anchor(ids, use_cache=True, logits_to_keep=1)
+            small.get_decoder()(own_prompt, use_cache=True)
+
+        by_both = [alone(anchor, ids, told), alone(small.get_decoder(), own_prompt, own[start : start + len(told)])]
+
+        def write_alone(by_both: Any = by_both) -> None:
+            for work in by_both:
+                work()
+
+        works: dict[str, list[Callable[[], Any]]] = {
+            "training step": [training_step(model, rows) for model in made.values()] + [floor],
+            "prefill": [lambda model=model: read(model) for model in made.values()] + [read_alone],
+            "decoding": [forced(model, ids, told) for model in made.values()] + [write_alone],
+        }
+        for what, turns in works.items():
+            seconds = take_turns(turns, rounds)
+            for place, name in enumerate(ALIGNMENTS):
+                against, spread = ratio(seconds[place], seconds[1])
+                case = {
+                    "what": what,
+                    "completion": language,
+                    "alignment": name,
+                    "seconds": round(statistics.median(seconds[place]), 3),
+                    "time_x_floor": round(ratio(seconds[place], seconds[2])[0], 3),
+                    "time_x_transcode": round(against, 3),
+                    "quartile_distance": round(spread, 3),
+                }
+                if what == "training step":
+                    model = made[name]
+                    case |= {
+                        "anchor_tokens": int(rows["attention_mask"].sum()),
+                        "augmenting_tokens": tokens_read(model, rows),
+                        "peak_mib": round(peak_bytes(turns[place], model) / 2**20),
+                    }
+                if what == "decoding":
+                    case |= {"tokens": len(told), "augmenting_tokens_per_step": per_step(made[name], ids, told)}
+                print(case, flush=True)
+                cases.append(case)
+    return cases
+
+
+@torch.no_grad()
+def per_step(model: calmlm.CalmForCausalLM, prompt: torch.Tensor, answer: list[int]) -> float:
+    """How many tokens the augmenting model reads for each generated one."""
+    reader, seen = model.model.reader("augmenting"), []
+    run = type(reader).run
+
+    def count(stream: Any, **given: Any) -> Any:
+        seen.append(given["input_ids"].shape[1])
+        return run(reader, stream, **given)
+
+    reader.run = count
+    try:
+        forced(model, prompt, answer)()
+    finally:
+        del reader.run
+    return round(sum(seen[1:]) / max(1, len(answer)), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a training step")
+    parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer at most")
+    parser.add_argument("--anchor", type=Path, default=ANCHOR)
+    parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"real_{device()}.json")
+    options = parser.parse_args()
+    for path in (options.anchor, options.augmenting):
+        if not path.exists():
+            parser.error(f"{path} does not exist: run scripts/models, or name the models")
+    tokenizers = find_tokenizer(options.anchor), find_tokenizer(options.augmenting)
+    models = load(options.anchor), load(options.augmenting)
+    cases = cases_of(*models, tokenizers, options.rounds, options.batch, options.new)
+    result = {
+        "benchmark": "real",
+        "anchor": options.anchor.stem,
+        "augmenting": options.augmenting.stem,
+        "dtype": "bfloat16",
+        "goal": f"own at most {GOAL} x transcode on English completions",
+        "rounds": options.rounds,
+        "batch": options.batch,
+        "cases": cases,
+        **origin("python benchmarks/real.py"),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

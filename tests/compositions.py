@@ -64,6 +64,7 @@ def logits_of(model: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Largest difference at most ``tolerance``, or that part of the largest value where values exceed one."""
     assert found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
     limit = tolerance * max(1.0, float(expected.abs().max()))
     assert float((found - expected).abs().max()) <= limit
 

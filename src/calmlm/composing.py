@@ -16,10 +16,11 @@ from calmlm.bases.forms import SAME, Form, forms, recorded
 from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.config import CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
+from calmlm.config import NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
 from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
+from calmlm.readers.speaking import WORDS_BIAS, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.lookup import find_tokenizer
@@ -48,6 +49,9 @@ def compose(
     null_key: bool = False,
     rank: int | None = None,
     connector: str = "cross_attention",
+    words: str | Mapping[str, str] | None = None,
+    words_text: Sequence[str] | None = None,
+    train_map: bool = False,
     refresh: bool = True,
     alignment: Choice = "own",
     augmenting_view: Choice | None = None,
@@ -86,6 +90,12 @@ def compose(
         num_heads: heads of the cross-attentions; by default the anchor's own number.
         norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
         connector: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``, see ``calmlm.connectors``.
+        words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
+            from both vocabularies, see ``calmlm.connectors.words``; with ``connections="none"`` there alone. Several
+            augmenting models may have their own, by name.
+        words_text: plain texts from which the map takes how often tokens stand in text; by default their place in the
+            vocabulary tells.
+        train_map: whether the map is trained as well.
         refresh: whether augmenting decoders read generated tokens too; False is the paper's ablation "m_A as encoder".
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
@@ -129,6 +139,7 @@ def compose(
         "augmenting_view": augmenting_view,
         "augmenting_prefix": augmenting_prefix,
         "augmenting_tokenizer": augmenting_tokenizer,
+        "words": words,
     }
     for argument, given in by_name.items():
         unknown = sorted(set(given) - set(sources)) if isinstance(given, Mapping) else []
@@ -166,6 +177,7 @@ def compose(
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
     alignments: dict[str, Alignment | Rewriting] = {}
+    maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model, origin = _opened(source, role, load_any, own_forms[name], hub, shared)
@@ -212,6 +224,18 @@ def compose(
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
         pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
+        speaks = words.get(name) if isinstance(words, Mapping) else words
+        if speaks is not None:
+            check_words(speaks, entry["reads"], role)
+            entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": train_map}
+            maps[name] = word_map(
+                (anchor_model, anchor_backbone), (model, backbone), alignments.get(name), tokenizer, words_text, role
+            )
+        elif not pairs:
+            raise ConfigError(
+                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or give "
+                f"connections."
+            )
         options = {
             "num_heads": num_heads,
             "norm": norm,
@@ -233,6 +257,11 @@ def compose(
     )
     composed = CalmForCausalLM(config, anchor_model, models, alignments)
     composed.model.connectors.to(composition_dtype)
+    for name, (weight, offset) in maps.items():
+        found = composed.model.connectors[name][-1].map  # type: ignore[index,union-attr]
+        with torch.no_grad():
+            found.weight.copy_(weight)
+            found.bias.copy_(offset)
     return composed.eval()
 
 

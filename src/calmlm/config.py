@@ -27,6 +27,10 @@ encoder) inputs of its own."""
 
 GGUF = ".gguf"
 
+NONE = "none"
+WORDS = ("map",)
+"""What may join two models in the anchor's last state; see ``calmlm.connectors.words``."""
+
 KINDS = ("cross_attention", "flamingo", "legonn")
 
 EVERY = 4  # N_A / n in all experiments of the paper
@@ -42,6 +46,7 @@ def resolve_connections(
 
             * ``"every-4"``: every 4th layer of the augmenting model (3, 7, 11, ...; its last layer where it has fewer
               than four), spread evenly over the anchor, the last one on the anchor's last layer (paper, section 4);
+            * ``"none"``: none at all, for models that are joined by words alone;
             * ``"top"``: as many as ``"every-4"``, on the topmost layers of both models: the backward pass is short;
             * an integer ``n``: ``n`` connections spread evenly over both models;
             * pairs ``(augmenting_layer, anchor_layer)``, 0-based.
@@ -60,6 +65,8 @@ def resolve_connections(
             if augmenting_layers < EVERY:
                 return ((augmenting_layers - 1, anchor_layers - 1),)
             return tuple((EVERY * (k + 1) - 1, (k + 1) * anchor_layers // count - 1) for k in range(count))
+        if connections == NONE:
+            return ()
         if connections == "top":
             return tuple((augmenting_layers - count + k, anchor_layers - count + k) for k in range(count))
         raise ConfigError(
@@ -246,6 +253,7 @@ class CalmConfig(PreTrainedConfig):
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
         augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
             "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
+            ``"words"`` are the options of a ``WordMap``, where there is one.
             ``"beginning"`` and ``"prefix"`` are ids of the augmenting model's tokens that it reads before each text.
         order: the names in the order in which they were joined, in a saved file.
     """

@@ -122,3 +122,19 @@ def state_of(output: Any) -> Any:
 def with_state(output: Any, state: Tensor) -> Any:
     """``output`` with its hidden state replaced."""
     return (state, *output[1:]) if isinstance(output, (tuple, list)) else state
+
+
+def last_state(output: Any) -> Tensor:
+    """The last state in a decoder's output."""
+    found = getattr(output, "last_hidden_state", None)
+    return output[0] if found is None else found
+
+
+def with_last_state(output: Any, state: Tensor) -> Any:
+    """A decoder's output with its last state replaced, in the list of all states as well."""
+    if isinstance(output, tuple):
+        return (state, *output[1:])
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = (*output["hidden_states"][:-1], state)
+    output["last_hidden_state"] = state
+    return output

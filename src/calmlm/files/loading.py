@@ -221,6 +221,14 @@ def _is_whole(data: dict[str, Any]) -> bool:
             return False
         if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
             return False
+        words = entry.get("words")
+        if words is not None and (
+            not isinstance(words, dict)
+            or set(words) - {"bias", "train_map"}
+            or type(words.get("bias", 0.0)) not in (int, float)
+            or type(words.get("train_map", False)) is not bool
+        ):
+            return False
         for part in ("beginning", "prefix"):
             before = entry.get(part, [])
             if not isinstance(before, list) or not all(type(index) is int and index >= 0 for index in before):
@@ -317,7 +325,8 @@ def _check_entry(
     find = Backbone.of_encoder if entry.get("reads") == "inputs" else Backbone.of
     below = find(augmenting, "augmenting model", entry.get("layers_path"))
     try:
-        resolve_connections(entry["connections"], len(below.layers), len(above.layers))
+        if entry["connections"] or not entry.get("words"):
+            resolve_connections(entry["connections"], len(below.layers), len(above.layers))
         ConnectorConfig.build(entry["connector"], above.size, above.num_heads)
     except ConfigError as error:
         raise CheckpointError(

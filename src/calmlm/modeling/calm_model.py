@@ -20,6 +20,7 @@ from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
+from calmlm.connectors.words import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
@@ -39,7 +40,7 @@ from calmlm.readers import (
     positions_for,
 )
 from calmlm.state.cache import CalmCache
-from calmlm.state.hooks import Call, Slot, attach, checkpoint_quietly, detach
+from calmlm.state.hooks import Call, Slot, attach, attach_words, checkpoint_quietly, detach
 from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
@@ -140,6 +141,9 @@ class CalmModel(CalmPreTrainedModel):
             connector.to(execution_device(anchor.layers[j]))
             connectors.append(connector)
         attach(self.slot, name, entry["connections"], connectors, anchor.layers, augmenting.layers)
+        if entry.get("words"):
+            connectors.append(WordMap(augmenting.size, anchor.size, **entry["words"]).to(execution_device(self.anchor)))
+            attach_words(self.slot, name, self.connectors, anchor.decoder, augmenting.decoder)
         self.connectors[name] = connectors
 
     def add(
@@ -252,8 +256,10 @@ class CalmModel(CalmPreTrainedModel):
         for base in self.bases():
             base.eval()
         if mode:
-            first = min(j for entry in self.config.augmenting.values() for _, j in entry["connections"])
-            checkpoint_quietly(self._backbones[""].layers[first + 1 :], text_config(self.anchor))
+            layers = self._backbones[""].layers
+            pairs = [pair for entry in self.config.augmenting.values() for pair in entry["connections"]]
+            first = min((j for _, j in pairs), default=len(layers) - 1)
+            checkpoint_quietly(layers[first + 1 :], text_config(self.anchor))
         return self
 
     @property
@@ -299,7 +305,7 @@ class CalmModel(CalmPreTrainedModel):
         cache = CalmCache.around(
             anchor_cache,
             {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
-            {name: len(entry["connections"]) for name, entry in entries.items()},
+            {name: len(self.connectors[name]) for name in entries},  # type: ignore[arg-type]
             length,
             apart,
             {name: len(self._openings[name]) for name in reading},

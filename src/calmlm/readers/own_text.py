@@ -13,7 +13,7 @@ from calmlm.bases.trees import tree_mask
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY, Frontier, Shift
-from calmlm.state.hooks import Stream
+from calmlm.state.hooks import Stream, last_seen
 from calmlm.state.past import Announced, Past
 from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST
@@ -272,7 +272,7 @@ class OwnReader(Common):
     def _stream(self, visible: Tensor, frontier: Frontier, queries: int, new: int, past: Past) -> Stream:
         mask, seeing, attention = self.masked(visible[:, None])
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing)
+        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, last_seen(visible[:, None]))
 
     def room(self, ids: Tensor, past: Past) -> int:
         """How many of the next tokens (1, T) the model has positions for, behind what it has read."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from calmlm.bases.structure import state_of, with_state
+from calmlm.bases.structure import last_state, state_of, with_last_state, with_state
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import Attention, Rotation
+from calmlm.connectors.words import WordMap, mix
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Stream:
         cache: keys and values of earlier positions, one layer per connection, or None.
         attention: the attention function.
         seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
+        last: (B, T) int64, the last augmenting position that each anchor position sees, -1 for none; None where each
+            sees the one that stands beside it.
         hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
     """
 
@@ -42,6 +45,7 @@ class Stream:
     cache: Cache | None
     attention: Attention
     seeing: Tensor | None = None
+    last: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -129,6 +133,75 @@ class InjectHook:
         return state + 0 * torch.stack([p.sum() for p in self.connector.parameters()]).sum().to(state)
 
 
+LAST = -1
+"""Stands for the last state, behind a model's last layer and norm, among the layers of a ``Stream``."""
+
+
+class CaptureLastHook(CaptureHook):
+    """On the decoder of an augmenting model: keeps its last state."""
+
+    def __init__(self, slot: Slot, name: str) -> None:
+        super().__init__(slot, name, LAST)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self.slot.call
+        if call is not None and self.name in call.streams:
+            call.streams[self.name].hidden[LAST] = last_state(output)
+
+
+class WordsHook(InjectHook):
+    """On the anchor's decoder: mixes what augmenting models say into its last state; the first one does it for all."""
+
+    def __init__(self, slot: Slot, name: str, connectors: nn.ModuleDict) -> None:
+        super().__init__(slot, name, LAST, LAST, nn.ModuleList())
+        self.joined = connectors
+
+    def words(self, name: str) -> tuple[WordMap | None, int]:
+        """A model's map, or None, and its place: it is the last of its connections."""
+        connectors: Any = self.joined[name]
+        found = connectors[-1]
+        return found if isinstance(found, WordMap) else None, len(connectors) - 1
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        call = self.slot.call
+        if call is None:
+            return None
+        speaking = [name for name in call.streams if self.words(name)[0] is not None]
+        if not speaking or speaking[0] != self.name:
+            return None
+        state = last_state(output)
+        parts = [self._part(name, call.streams[name], state) for name in speaking]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        new = mix(state, found)
+        if call.composed is not None:
+            new = torch.where(_on(state.device, call.composed), new, state)
+        return with_last_state(output, new)
+
+    def _part(self, name: str, stream: Stream, anchor: Tensor) -> tuple[WordMap, Tensor, Tensor | None] | None:
+        """A model's map, its last state at each of the anchor's new positions, and where it has read anything."""
+        words, place = self.words(name)
+        assert words is not None
+        states = stream.hidden.get(LAST)
+        states = states if states is None else states.to(anchor.device)
+        if stream.last is None:  # one state for each position
+            if stream.cache is not None and states is not None:
+                little = states[:, None, :, :1]  # so that the cache counts these positions
+                stream.cache.update(little, little, place)
+            return None if states is None else (words, states, None)
+        if stream.cache is not None:
+            if states is not None:
+                states = stream.cache.update(states[:, None], states[:, None, :, :0], place)[0][:, 0]
+            elif stream.cache.get_seq_length(place):
+                states = stream.cache.layers[place].keys[:, 0]
+        if states is None or states.shape[1] == 0:
+            return None
+        last = stream.last.to(anchor.device)
+        chosen = states.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
+        return words, chosen, last >= 0
+
+
 class InjectBeforeHook(InjectHook):
     """On a layer of the anchor: changes the layer's input instead."""
 
@@ -167,6 +240,21 @@ def attach(
             anchor_layers[j].register_forward_hook(InjectHook(slot, name, index, i, connectors), prepend=True)
     for i in sorted({i for i, _ in pairs}):
         augmenting_layers[i].register_forward_hook(CaptureHook(slot, name, i))
+
+
+def attach_words(slot: Slot, name: str, connectors: nn.ModuleDict, anchor: nn.Module, augmenting: nn.Module) -> None:
+    """Put the hooks of an augmenting model's words on the decoders of both models."""
+    anchor.register_forward_hook(WordsHook(slot, name, connectors), prepend=True)
+    augmenting.register_forward_hook(CaptureLastHook(slot, name))
+
+
+def last_seen(visible: Tensor) -> Tensor:
+    """The last of the positions that each one sees, -1 for none: (B, 1, T, S) bool to (B, T) int64."""
+    width = visible.shape[-1]
+    if not width:
+        return visible.new_full((visible.shape[0], visible.shape[2]), -1, dtype=torch.long)
+    columns = torch.arange(1, width + 1, device=visible.device)
+    return (visible[:, 0] * columns).amax(-1) - 1
 
 
 def detach(slot: Slot, name: str, *models: nn.Module) -> None:

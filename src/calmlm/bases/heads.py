@@ -1,0 +1,86 @@
+"""The output embeddings of a language model: what its head makes of the last state, as one matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from calmlm.bases.families import Backbone, text_config
+from calmlm.bases.placement import execution_device
+from calmlm.bases.structure import last_state
+from calmlm.errors import ModelError
+
+TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2
+ROWS = 256  # of the last state's dimensions that a quantised head is asked for at a time
+
+
+@torch.no_grad()
+def output_matrix(model: PreTrainedModel, backbone: Backbone, role: str) -> tuple[Tensor, Tensor | None]:
+    """The matrix E and the bias b of a model's head: its logits are E h + b, but for a cap on large ones.
+
+    Args:
+        model: a causal language model.
+        backbone: its decoder.
+        role: what to call it in messages.
+
+    Returns:
+        (V, D) and (V,) or None, float32 on the CPU; with the factor by which the model scales its logits.
+
+    Raises:
+        ModelError: for a model whose logits are not linear in its last state.
+    """
+    matrix: Tensor
+    bias: Tensor | None
+    head: Any = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if isinstance(head, nn.Linear) and isinstance(weight, Tensor) and type(weight.data) is Tensor:
+        matrix, bias = weight.float().cpu(), None if head.bias is None else head.bias.float().cpu()
+    else:
+        device, width = execution_device(head), backbone.size
+        dtype = next((p.dtype for p in backbone.decoder.parameters() if p.is_floating_point()), torch.float32)
+        zero = head(torch.zeros(1, width, dtype=dtype, device=device))[0].float().cpu()
+        rows = [head(part.to(device, dtype)).float().cpu() - zero for part in torch.eye(width).split(ROWS)]
+        matrix, bias = torch.cat(rows).T.contiguous(), zero if bool(zero.any()) else None
+    scale = _scale(model, backbone, matrix, bias, role)
+    return matrix * scale, None if bias is None else bias * scale
+
+
+def _scale(model: PreTrainedModel, backbone: Backbone, matrix: Tensor, bias: Tensor | None, role: str) -> float:
+    """By how much a model multiplies its logits; 1 for most."""
+    states: list[Tensor] = []
+    handle = backbone.decoder.register_forward_hook(lambda _, __, output: states.append(last_state(output)))
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(1, 9, device=execution_device(backbone.decoder))[None] % backbone.vocab_size
+        logits = model(input_ids=ids).logits[0].float().cpu()
+    finally:
+        handle.remove()
+        model.train(training)
+    expected = states[0][0].float().cpu() @ matrix.T
+    if bias is not None:
+        expected = expected + bias
+    config = text_config(model)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.atanh((logits / cap).clamp(-0.9999, 0.9999))
+        known = logits.abs() < 0.9 * cap
+        logits, expected = logits * known, expected * known
+    if logits.shape != expected.shape:
+        raise _other(role, model)
+    scale = float((logits * expected).sum() / expected.square().sum().clamp(min=1e-12))
+    half = states[0].dtype in (torch.float16, torch.bfloat16) or getattr(model, "hf_quantizer", None) is not None
+    off = (logits - scale * expected).norm() / logits.norm().clamp(min=1e-12)
+    if not off <= (TOLERANCE_HALF if half else TOLERANCE):
+        raise _other(role, model)
+    return 1.0 if abs(scale - 1) < 1e-2 and half else scale
+
+
+def _other(role: str, model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        f"words need models whose logits are their output embeddings times their last state, but those of the {role} "
+        f"({type(model).__name__}) are not: leave words out."
+    )

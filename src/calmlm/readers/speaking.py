@@ -1,0 +1,76 @@
+"""How an augmenting model will speak: the map of its last state into the anchor's, from both vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calmlm.bases.families import Backbone
+from calmlm.bases.heads import output_matrix
+from calmlm.config import WORDS
+from calmlm.connectors.words import fit_map
+from calmlm.errors import ConfigError, ModelError
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.vocabularies import frequencies, shared_pieces
+
+WORDS_BIAS = -2.0  # of a gate beside connections, which come first
+FEWEST = 16  # tokens that two vocabularies have to share
+
+Pair = tuple[PreTrainedModel, Backbone]
+
+
+def check_words(words: str, reads: str, role: str) -> None:
+    """Raise unless an augmenting model can speak.
+
+    Raises:
+        ConfigError: for another kind of words, or a model that does not read the text as it grows.
+    """
+    if words not in WORDS:
+        raise ConfigError(f"words must be one of {', '.join(WORDS)}, or None, but got {words!r}: use one of these.")
+    if reads not in ("tokens", "text"):
+        raise ConfigError(
+            f"words need an augmenting model that reads the text as it grows, but the {role} reads its "
+            f"{'inputs' if reads == 'inputs' else 'prompt'} alone: leave words out for it."
+        )
+
+
+def word_map(
+    anchor: Pair,
+    augmenting: Pair,
+    alignment: Alignment | Rewriting | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None,
+    role: str,
+) -> tuple[Tensor, Tensor]:
+    """The matrix W (D_B, D_A) and the offset w (D_B,) of a ``WordMap``, in float32.
+
+    Args:
+        anchor, augmenting: each a model and its decoder.
+        alignment: of their tokenizers; None where they share ids.
+        tokenizer: the anchor's.
+        texts: in which tokens are counted.
+        role: what to call the augmenting model in messages.
+
+    Raises:
+        ModelError: for heads that are no matrix, or vocabularies that share next to nothing.
+    """
+    ours, our_bias = output_matrix(*anchor, "anchor")
+    theirs, their_bias = output_matrix(*augmenting, role)
+    own, other = shared_pieces(alignment, len(ours), len(theirs))
+    if len(own) < FEWEST:
+        raise ModelError(
+            f"words need vocabularies that share tokens, but those of the anchor and the {role} share {len(own)}: "
+            f"leave words out."
+        )
+    weights = frequencies(len(ours), tokenizer, texts)[own]
+    matrix = fit_map(ours[own], theirs[other], weights)
+    if our_bias is None and their_bias is None:
+        return matrix, torch.zeros(len(matrix))
+    # What the biases say beyond the states is a state as well: the one whose words differ as the biases do.
+    bias = torch.zeros(len(own))
+    bias = bias + (0 if their_bias is None else their_bias[other]) - (0 if our_bias is None else our_bias[own])
+    return matrix, fit_map(ours[own], bias[:, None], weights)[:, 0]

@@ -1,0 +1,60 @@
+"""Which tokens two vocabularies share, and how often they are likely to stand in a text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.retokenization import Rewriting
+
+UNSEEN = 0.02  # what a token counts that no text holds, where one that stands there once counts 1
+RARE = 100  # of a vocabulary in the order in which it was learned, the first so many tokens count nearly alike
+
+
+def shared_pieces(alignment: Alignment | Rewriting | None, anchor: int, augmenting: int) -> tuple[Tensor, Tensor]:
+    """The anchor's tokens that are one token of the augmenting model as well, and that token.
+
+    Args:
+        alignment: of the two tokenizers; None for models that share ids.
+        anchor, augmenting: how many tokens each model has.
+
+    Returns:
+        ids of both, (n,) int64 each.
+    """
+    if alignment is None:
+        ids = torch.arange(min(anchor, augmenting))
+        return ids, ids
+    table = alignment if isinstance(alignment, Alignment) else alignment.alignment
+    unknown = set(table.unknown)
+    pairs = [
+        (ours, row[0])
+        for ours, row in enumerate(table.body[:anchor])
+        if len(row) == 1 and row[0] not in unknown and row[0] < augmenting
+    ]
+    found = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def frequencies(size: int, tokenizer: PreTrainedTokenizerBase | None, texts: Iterable[str] | None) -> Tensor:
+    """How often each of a model's tokens stands in a text, up to a factor, (size,) float32.
+
+    Without texts, the place in the vocabulary tells: it was learned in the order of frequency.
+
+    Args:
+        size: of the model's vocabulary.
+        tokenizer: its own.
+        texts: plain texts.
+    """
+    if texts is None or tokenizer is None:
+        return 1 / (torch.arange(size, dtype=torch.float32) + RARE)
+    counts = Counter(index for text in texts for index in tokenizer(text, add_special_tokens=False).input_ids)
+    found = torch.full((size,), UNSEEN)
+    for index, count in counts.items():
+        if index < size:
+            found[index] += count
+    return found

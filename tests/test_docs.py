@@ -13,6 +13,7 @@ import torch
 import calmlm
 from compositions import tiny_composition
 from documents import ROOT, anchors, blocks, check_command, check_options, console, inline, links, pages
+from gguf_files import write_gguf
 from readers.test_items import vision
 from tiny import tiny_model, tiny_tokens
 from tokenizers_tiny import tokenizer
@@ -128,7 +129,11 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
 def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
     monkeypatch.chdir(tmp_path)
     ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
     small = {"tokens": theirs, "model": tiny_model("mistral", seed=2, vocab_size=len(theirs))}
@@ -138,6 +143,9 @@ def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save(vision(), "vision-encoder")
     others = [save(tiny_model("gpt2", seed=seed, vocab_size=len(ours)), f"other-{seed}", ours) for seed in (3, 4, 5)]
     calmlm.compose("big-model", "other-5").save_pretrained("folder-of-another-composition")
+    for folder, name, seed in (("folder", "m_B", 1), ("other", "m_A", 2)):
+        (tmp_path / folder).mkdir()
+        write_gguf(tmp_path / folder / f"{name}.gguf", seed=seed)
     image_token, ids = 7, tiny_tokens(2, 9)
     ids[ids == image_token] += 1
     ids[0, [1, 4]] = ids[1, [2, 6]] = image_token
@@ -150,6 +158,9 @@ def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "augmenting": augmenting,
             "anchor_tokenizer": ours,
             "small_tokenizer": theirs,
+            "big": "big-model",
+            "small": "other-3",
+            "four_bits": TorchAoConfig(Int8WeightOnlyConfig()),
             "chat_model": "big-model",
             "specialist": "small-model",
             "coder": others[0],

@@ -91,7 +91,7 @@ def compose(
         norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
         connector: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``, see ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
-            from both vocabularies, see ``calmlm.connectors.words``; with ``connections="none"`` there alone. Several
+            from both vocabularies, see ``calmlm.connectors.word_map``; with ``connections="none"`` there alone. Several
             augmenting models may have their own, by name.
         words_text: plain texts from which the map takes how often tokens stand in text; by default their place in the
             vocabulary tells.

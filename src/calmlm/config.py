@@ -29,7 +29,7 @@ GGUF = ".gguf"
 
 NONE = "none"
 WORDS = ("map",)
-"""What may join two models in the anchor's last state; see ``calmlm.connectors.words``."""
+"""What may join two models in the anchor's last state; see ``calmlm.connectors.word_map``."""
 
 KINDS = ("cross_attention", "flamingo", "legonn")
 

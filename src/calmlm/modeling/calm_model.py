@@ -20,7 +20,7 @@ from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
-from calmlm.connectors.words import WordMap
+from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel

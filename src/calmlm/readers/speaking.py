@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
 from calmlm.config import WORDS
-from calmlm.connectors.words import fit_map
+from calmlm.connectors.word_map import fit_map
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting

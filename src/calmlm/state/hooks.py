@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from calmlm.bases.structure import last_state, state_of, with_last_state, with_state
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import Attention, Rotation
-from calmlm.connectors.words import WordMap, mix
+from calmlm.connectors.word_map import WordMap, mix
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 import calmlm
 from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
-from calmlm.connectors.words import GATE, OPENING, WordMap, fit_map, mix
+from calmlm.connectors.word_map import GATE, OPENING, WordMap, fit_map, mix
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.vocabularies import frequencies, shared_pieces

@@ -54,7 +54,7 @@ def main() -> None:
                 load(anchor), load(augmenting), tokenizer=ours, augmenting_tokenizer=theirs, alignment=alignment
             )
             for variety in VARIETIES:
-                rows = encode_examples(sentences(options.data, variety, options.rows), ours).rows
+                rows = encode_examples(sentences(options.data, variety, options.rows), ours, max_length=None).rows
                 found = listen(model, ours, rows, others=32, augmenting_tokenizers={"augmenting": theirs})
                 case = {
                     "anchor": anchor.stem,

@@ -35,7 +35,9 @@ PAIRS = [
 
 def rows(tokenizer: Any) -> list[dict[str, list[int]]]:
     fields = [{"prompt": f"{source}\nEnglish:", "completion": f" {english}"} for source, english in PAIRS]
-    return encode_examples(read_examples(Record(each, str(n)) for n, each in enumerate(fields)), tokenizer).rows
+    return encode_examples(
+        read_examples(Record(each, str(n)) for n, each in enumerate(fields)), tokenizer, max_length=None
+    ).rows
 
 
 @pytest.mark.parametrize(("anchor", "augmenting"), [(SMOLLM2, GEMMA), (GEMMA, SMOLLM2)], ids=["gemma", "smollm2"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from calmlm.data.extras import require
 from calmlm.data.formats import Example, read_examples
 from calmlm.data.jsonl import Record, read_jsonl
 from calmlm.data.messages import without_nulls
-from calmlm.errors import DataError
+from calmlm.errors import DataError, first_line
 from calmlm.files.paths import Place
 
 
@@ -41,6 +42,24 @@ def load_examples(sources: Sequence[str | HubDataset]) -> list[Example]:
     for source in sources:
         records += read_hub(source) if isinstance(source, HubDataset) else read_jsonl(source)
     return read_examples(records)
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a file of plain text that hold anything.
+
+    Raises:
+        DataError: there is no such file, it is not UTF-8, or it is empty.
+    """
+    try:
+        found = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"Expected a file of plain text in UTF-8 at {path}, but it cannot be read ({first_line(error)}); check the "
+            f"path."
+        ) from None
+    if not found:
+        raise DataError(f"Expected text in {path}, but the file is empty; name another.")
+    return found
 
 
 def read_hub(source: HubDataset) -> list[Record]:

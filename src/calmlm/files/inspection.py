@@ -29,13 +29,17 @@ def describe(source: str) -> list[tuple[str, str]]:
     for name, entry in (config.augmenting or {}).items():
         title = name if len(config.augmenting or {}) > 1 else "augmenting"
         pairs = ", ".join(f"{i} -> {j}" for i, j in entry["connections"])
+        pairs = f"{pairs} (layer of {title} -> layer of anchor, counted from 0)" if pairs else "none"
         options = ", ".join(f"{key} {value}" for key, value in entry["connector"].items())
         lines += [
             (title, _base(entry)),
             ("reads", _reads(entry)),
-            ("connections", f"{pairs} (layer of {title} -> layer of anchor, counted from 0)"),
-            ("connector", options),
+            ("connections", pairs),
+            ("connector", options if entry["connections"] else "none"),
         ]
+        if entry.get("words"):
+            how = "trained as well" if entry["words"].get("train_map") else "computed from both vocabularies"
+            lines.append(("words", f"into the anchor's last state, through a map {how}"))
     return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
 
 

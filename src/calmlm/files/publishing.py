@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from calmlm.config import CalmConfig
+from calmlm.config import CalmConfig, split_gguf
 from calmlm.errors import ConfigError, first_line
 
 CARD_NAME = "README.md"
@@ -32,11 +32,12 @@ def check_published(config: CalmConfig) -> None:
 def model_card(config: CalmConfig) -> str:
     """The model card of a composition, as Markdown with the hub's metadata on top."""
     sources = [config.anchor, *config.augmenting.values()]
-    ids = [entry["id"] for entry in sources if entry.get("id") and not entry["id"].startswith((".", "/"))]
+    named = [entry["id"] for entry in sources if entry.get("id") and not entry["id"].startswith((".", "/"))]
+    ids = list(dict.fromkeys(split_gguf(name)[0] for name in named))
     head = "".join(f"- {name}\n" for name in ids)
     rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
     for name, entry in config.augmenting.items():
-        pairs = ", ".join(f"{i} → {j}" for i, j in entry["connections"])
+        pairs = ", ".join([f"{i} → {j}" for i, j in entry["connections"]] + (["words"] if entry.get("words") else []))
         rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
     return (
         "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"

@@ -18,7 +18,7 @@ from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
-from calmlm.data.sources import HubDataset, load_examples
+from calmlm.data.sources import HubDataset, load_examples, read_lines
 from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
@@ -186,7 +186,7 @@ def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> No
     pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
     for name in (*before.augmenting, *now.augmenting):
         pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
-    parts = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix", "connections", "connector")
+    parts = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix", "connections", "connector", "words")
     for name, (one, other) in pairs.items():
         differing = [key for key in parts if _part(one, key) != _part(other, key)]
         if differing:
@@ -374,6 +374,9 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
         config.connections,
         config.num_heads,
         tokenizer=tokenizer,
+        words=config.words,
+        words_text=None if config.words_text is None else read_lines(config.words_text),
+        train_map=config.train_map,
         refresh=config.refresh,
         alignment=config.alignment,
         augmenting_view=config.augmenting_view,

@@ -70,6 +70,10 @@ class ModelConfig:
             several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
+        words: "map", to let augmenting models speak in the anchor's last state as well; or {name: ...}. With
+            `connections: none` there alone.
+        words_text: a file of plain text, a paragraph a line, in which the map counts tokens.
+        train_map: whether the map is trained as well.
         refresh: whether augmenting models read generated tokens too.
         alignment: "own", "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
         augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
@@ -89,6 +93,9 @@ class ModelConfig:
     connections: str | int | list[list[int]] | dict[str, Any] = "every-4"
     num_heads: int | None = None
     connector: dict[str, Any] = field(default_factory=dict)
+    words: str | dict[str, str] | None = None
+    words_text: Place | None = None
+    train_map: bool = False
     refresh: bool = True
     alignment: str | dict[str, str] = "own"
     augmenting_view: str | dict[str, str] | None = None
@@ -102,11 +109,12 @@ class ModelConfig:
     def faults(self) -> list[str]:
         if self.composition is not None:
             of_models = ("anchor", "augmenting", "revision", "augmenting_revision")
-            of_reading = ("num_heads", "augmenting_view", "augmenting_prefix")
+            of_reading = ("num_heads", "augmenting_view", "augmenting_prefix", "words", "words_text")
             extra = [name for name in (*of_models, *of_reading) if getattr(self, name) is not None]
             extra += ["connector"] if self.connector else []
             extra += ["connections"] if self.connections != "every-4" else []
             extra += ["refresh"] if not self.refresh else []
+            extra += ["train_map"] if self.train_map else []
             extra += ["alignment"] if self.alignment != "own" else []
             return [
                 f"model.{name}: expected nothing beside model.composition, which settles it, but got "

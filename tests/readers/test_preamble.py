@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 import calmlm
-from calmlm.errors import DataError
+from calmlm.errors import CheckpointError, DataError
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
 from compositions import assert_close, logits_of, pad, tiny_composition
@@ -58,6 +61,18 @@ def test_states_are_those_behind_the_opening(family: str, side: str) -> None:
         expected = states_alone(model, alone, sorted(hidden))
         for layer, states in hidden.items():
             assert_close(states[row, mask[row].bool()], expected[layer], 1e-4)
+
+
+def test_a_damaged_opening_is_refused(tmp_path: Path) -> None:
+    model = tiny_composition("llama", "mistral", **OPENED)
+    model.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    bases = {"anchor": model.anchor, "augmenting": model.augmenting["augmenting"]}
+    for damage in ({"prefix": [97]}, {"beginning": ["a"]}, {"prefix": 3}):
+        entry = data["augmenting"]["augmenting"] | damage
+        (tmp_path / "config.json").write_text(json.dumps(data | {"augmenting": {"augmenting": entry}}))
+        with pytest.raises(CheckpointError):
+            calmlm.CalmForCausalLM.from_pretrained(tmp_path, **copy.deepcopy(bases))
 
 
 def test_the_anchor_reads_nothing_of_it() -> None:

@@ -22,6 +22,7 @@ from calmlm.training import pipeline as run_module
 from calmlm.training.pipeline import train
 from calmlm.training.run_folder import RunFolder, replacing_folder
 from calmlm.training.schema import TrainingConfig, parse_config
+from gguf_files import write_gguf
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
 
@@ -474,3 +475,41 @@ def test_a_run_at_home_goes_on_there(
     )
     assert train(config, report=lines.append).composition == tmp_path / "runs" / "y" / "composition"
     assert not list((tmp_path / "cwd").iterdir())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_words_are_trained_alone(backend: str, settings: Settings, tmp_path: Path) -> None:
+    values = settings(backend, num_train_epochs=2, learning_rate=1e-2)
+    (tmp_path / "plain.txt").write_text("the cat\n\nthe dog\n", encoding="utf-8")
+    values["model"] |= {"words": "map", "connections": "none", "words_text": str(tmp_path / "plain.txt")}
+    composition = go(values)
+    model = calmlm.CalmForCausalLM.from_pretrained(composition)
+    words = model.model.connectors["augmenting"][-1]
+    assert float(words.opening) > 0 and float(words.map.weight.abs().max()) > 0
+    assert all(".map." not in name for name, p in model.named_parameters() if p.requires_grad)
+    values["model"]["words_text"] = str(tmp_path / "none.txt")
+    with pytest.raises(DataError, match=r"none\.txt"):
+        go(values, overwrite=True)
+    assert calmlm.CalmForCausalLM.from_pretrained(composition)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
+def test_models_in_gguf_files_are_trained_over(settings: Settings, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m_B.gguf", seed=1)
+    write_gguf(tmp_path / "m_A.gguf", seed=2, blocks=True)
+    values = settings("sft", num_train_epochs=1)
+    values["model"] |= {
+        "anchor": {"id": str(tmp_path), "gguf_file": "m_B.gguf"},
+        "augmenting": {"id": str(tmp_path), "gguf_file": "m_A.gguf", "dtype": "bfloat16"},
+    }
+    values["data"]["max_length"] = 64
+    model = calmlm.CalmForCausalLM.from_pretrained(go(values))
+    assert model.anchor.dtype == torch.float32 and model.augmenting["augmenting"].dtype == torch.bfloat16
+    assert (
+        main(["generate", str(Path(values["output"]) / "composition"), "--prompt", "the", "--max-new-tokens", "3"]) == 0
+    )
+    values["model"]["anchor"] = {"id": str(tmp_path), "gguf_file": "other.gguf"}
+    values["output"] += "-other"
+    with pytest.raises(CalmError, match=r"other\.gguf"):
+        go(values)
+    assert not Path(values["output"]).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,31 @@ class TestHome:
         assert config.data.train == [f"{tmp_path}/a", f"{tmp_path}/b"]
         assert config.model.anchor == f"{tmp_path}/big"
         assert load_config("~/c.yaml", overrides, "~/y").output == f"{tmp_path}/y"
+
+
+def test_a_base_with_settings_of_its_own() -> None:
+    given = {"id": "~/m", "gguf_file": "x.gguf", "dtype": "bfloat16", "quantization_config": {"quant_method": "gguf"}}
+    model = parse_config(
+        minimal(model={"anchor": given, "augmenting": {"law": "l", "code": {"id": "c"}}, "dtype": "auto"})
+    ).model
+    anchor, bases = model.anchor_base, model.augmenting_bases
+    assert anchor.name == str(Path("~/m").expanduser() / "x.gguf")
+    assert anchor.form.dtype == "bfloat16"
+    assert isinstance(bases, dict)
+    assert {name: (base.name, base.dtype) for name, base in bases.items()} == {
+        "law": ("l", "auto"),
+        "code": ("c", "auto"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("augmenting", "message"),
+    [
+        ({"id": "a", "gguf_fil": "x.gguf"}, "did you mean 'gguf_file'"),
+        ({"id": "a", "gguf_file": 3}, "model.augmenting"),
+        ({"one": {"gguf_file": "x.gguf"}}, "model.augmenting"),
+    ],
+)
+def test_faults_of_a_base(augmenting: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config(minimal(model={"anchor": "b", "augmenting": augmenting}))

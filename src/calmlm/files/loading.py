@@ -16,7 +16,7 @@ from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
-from calmlm.config import READS, CalmConfig, ConnectorConfig, resolve_connections
+from calmlm.config import READS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
@@ -105,6 +105,8 @@ def load_composition(
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
     try:
+        for name, entry in config.augmenting.items():
+            _check_opening(entry, name, model.model.backbone(name).vocab_size, source)
         for name, alignment in alignments.items():
             _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
         tensors = storage.read_tensors(weights, expected.items(), str(source))
@@ -290,6 +292,20 @@ def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: s
         raise CheckpointError(
             f"{str(source)!r} must hold an alignment for the {size} tokens of {name!r}, but "
             f"{storage.alignment_name(name)} asks for token {alignment.highest}: it belongs to another composition."
+        )
+
+
+def _check_opening(entry: dict[str, Any], name: str, size: int, source: str | Path) -> None:
+    """Raise if a beginning or prefix holds tokens that the augmenting model does not have.
+
+    Raises:
+        CheckpointError: for such a one.
+    """
+    highest = max(opening_of(entry), default=-1)
+    if highest >= size:
+        raise CheckpointError(
+            f"{str(source)!r} must begin texts with tokens of {name!r}, which has {size}, but its config.json asks for "
+            f"token {highest}: it belongs to another composition."
         )
 
 

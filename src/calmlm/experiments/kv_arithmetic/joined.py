@@ -137,6 +137,8 @@ def compose_bases(
         "rotary": True,
         "query_key_bias": preset.query_key_bias,
         "null_key": True,
+        # Byte pairs and single characters: the stream is the same with "own", token by token.
+        "alignment": "transcode",
     }
     return calmlm.compose(
         copy.deepcopy(anchor),

@@ -485,7 +485,7 @@ def test_words_are_trained_alone(backend: str, settings: Settings, tmp_path: Pat
     composition = go(values)
     model = calmlm.CalmForCausalLM.from_pretrained(composition)
     words = model.model.connectors["augmenting"][-1]
-    assert float(words.opening) > 0 and float(words.map.weight.abs().max()) > 0
+    assert words.opening.item() > 0 and float(words.map.weight.abs().max()) > 0
     assert all(".map." not in name for name, p in model.named_parameters() if p.requires_grad)
     values["model"]["words_text"] = str(tmp_path / "none.txt")
     with pytest.raises(DataError, match=r"none\.txt"):

@@ -68,6 +68,7 @@ def test_the_fuller_of_two_experiments_is_kept_whole() -> None:
     json.dumps(both)
 
 
+@pytest.mark.slow
 def test_equal_counts_other_settings_and_unknown_experiments_keep_nothing() -> None:
     now = report(1, 1, 1.0, "now")
     assert keep_fuller(now, report(1, 1, 0.5, "before")) == now
@@ -77,6 +78,7 @@ def test_equal_counts_other_settings_and_unknown_experiments_keep_nothing() -> N
     assert "kept" not in now
 
 
+@pytest.mark.slow
 def test_what_is_kept_twice_names_the_first_report() -> None:
     second = keep_fuller(report(1, 1, 1.0, "second"), report(3, 1, 0.5, "first"))
     third = keep_fuller(report(2, 2, 0.8, "third"), second)

@@ -32,6 +32,7 @@ from comparisons import cell, comparison
 SMALL = Path(__file__).parents[2] / "configs" / "compare" / "small.yaml"
 
 
+@pytest.mark.slow
 def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = comparison(tmp_path, code=Part([0], ["m_A", "m_B", "router"]))
     lines: list[str] = []
@@ -55,6 +56,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "Not finished: 2 of 3 cells" in (tmp_path / "out" / "tiny.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = comparison(tmp_path, code=Part([0], ["lora", "m_B", "m_A"]))
 

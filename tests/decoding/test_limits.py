@@ -45,6 +45,7 @@ def test_another_models_draft_ends_before_an_id_that_an_augmenting_model_lacks()
     assert torch.equal(model.generate(ids, max_new_tokens=14, assistant_model=assistant, **GREEDY), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assisted", [ASSISTED[1], {"assistant_model": "llama"}], ids=["lookup", "assistant"])
 @pytest.mark.parametrize("alignment", ["transcode", "retokenize"])
 def test_drafts_end_with_the_context_of_a_model_with_tokens_of_its_own(

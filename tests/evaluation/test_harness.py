@@ -74,6 +74,7 @@ def test_sentences_stand_side_by_side() -> None:
     assert len(found["dev"]) == 6
 
 
+@pytest.mark.slow
 def test_right_answers_score_full(composition: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tasks ask for, in the prompts that a model is given, with examples of the right form."""
     asked: dict[str, str] = {}
@@ -129,6 +130,7 @@ def test_a_composition_is_measured_with_and_without(composition: str, tmp_path: 
     assert abs(both[name] - alone[name]) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_results(composition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     arguments = ["--tasks", "calm_humaneval", "--data", str(SLICES), "--limit", "1", "--device", "cpu"]
@@ -244,6 +246,7 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
     assert "Expected a file that can be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unknown_tasks_are_named(composition: str) -> None:
     with pytest.raises(ConfigError, match="calm_humanval.*calm_humaneval"):
         evaluate(composition, ["calm_humanval"], device="cpu")

@@ -43,11 +43,14 @@ def sentences(path: Path, variety: str, count: int) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--anchor", type=Path, default=ANCHOR)
+    parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "listening.json")
     options = parser.parse_args()
     cases = []
-    for anchor, augmenting in ((ANCHOR, AUGMENTING), (AUGMENTING, ANCHOR)):
+    pair = options.anchor, options.augmenting
+    for anchor, augmenting in (pair, pair[::-1]):
         ours, theirs = find_tokenizer(anchor), find_tokenizer(augmenting)
         for alignment in ("own", "transcode", "retokenize"):
             model = calmlm.compose(

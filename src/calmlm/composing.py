@@ -23,6 +23,7 @@ from calmlm.readers.matching import align, opening_entry
 from calmlm.readers.speaking import WORDS_BIAS, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
+from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
@@ -36,6 +37,7 @@ Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
 
 
+@reading_once()
 def compose(
     anchor: Source,
     augmenting: Source | Mapping[str, Source],
@@ -93,8 +95,8 @@ def compose(
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
             from both vocabularies, see ``calmlm.connectors.word_map``; with ``connections="none"`` there alone. Several
             augmenting models may have their own, by name.
-        words_text: plain texts from which the map takes how often tokens stand in text; by default their place in the
-            vocabulary tells.
+        words_text: plain texts from which the map takes how often tokens stand in text, a few hundred sentences of what
+            the anchor is to write; by default it takes that from text that the anchor writes itself.
         train_map: whether the map is trained as well.
         refresh: whether augmenting decoders read generated tokens too; False is the paper's ablation "m_A as encoder".
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by

@@ -123,6 +123,25 @@ class TestCompositions:
             calmlm.CalmForCausalLM.from_pretrained(tmp_path / "saved")
 
 
+def test_a_file_is_read_once_and_let_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    reader, opened = gguf.GGUFReader, []
+
+    class Counting(reader):  # type: ignore[misc, valid-type]
+        def __init__(self, path: Any, *options: Any) -> None:
+            opened.append(Path(path).name)
+            super().__init__(path, *options)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    compose(folder)
+    assert sorted(opened) == ["anchor.gguf", "small.gguf"]
+    assert gguf.GGUFReader is Counting
+    with pytest.raises(ModelError):
+        calmlm.compose(folder, folder, gguf_file="nothing.gguf")
+    assert gguf.GGUFReader is Counting
+
+
 class TestFaults:
     def test_a_missing_file(self, folder: Path) -> None:
         with pytest.raises(ModelError, match=r"must be the id or folder .* could not be loaded") as caught:

@@ -16,6 +16,7 @@ from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
 from calmlm.connectors.word_map import GATE, OPENING, WordMap, fit_map, mix
 from calmlm.errors import ConfigError, ModelError
+from calmlm.readers.speaking import expected_tokens
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.vocabularies import frequencies, shared_pieces
 from compositions import assert_close, greedy_without_cache, logits_of, pad, tiny_composition
@@ -174,8 +175,21 @@ def test_shared_tokens_write_the_same_bytes() -> None:
         assert ours.convert_ids_to_tokens(one) == theirs.convert_ids_to_tokens(other)
     counts = frequencies(len(ours), ours, ["the the quick fox"])
     assert counts[ours("the").input_ids[0]] > counts.median()
-    ranks = frequencies(len(ours), ours, None)
-    assert bool((ranks[1:] < ranks[:-1]).all())
+
+
+def test_what_the_anchor_writes_is_counted_by_default() -> None:
+    anchor = tiny_model("llama", seed=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        anchor.lm_head.weight[:] *= 0.01
+        anchor.lm_head.weight[7] = 0
+    backbone = Backbone.of(anchor, "anchor")
+    first, second = (expected_tokens(anchor, backbone) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (97,)
+    assert_close(first / first.sum(), torch.full((97,), 1 / 97), 2e-3)
+    model = calmlm.compose(anchor, tiny_model("mistral"), "none", words="map")
+    found = model.model.connectors["augmenting"][-1].map.weight
+    ours, theirs = (output_matrix(m, Backbone.of(m, "m"), "m")[0] for m in (anchor, tiny_model("mistral")))
+    assert_close(found, fit_map(ours, theirs, first), 1e-4)
 
 
 # In a composition

@@ -20,6 +20,7 @@ from calmlm.config import READS, CalmConfig, ConnectorConfig, opening_of, resolv
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
+from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
@@ -28,6 +29,7 @@ HUB_ARGUMENTS = (*REACH, "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
+@reading_once()
 def load_composition(
     cls: type[Model],
     source: str | Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
+from calmlm.bases.placement import execution_device
 from calmlm.config import WORDS
 from calmlm.connectors.word_map import fit_map
 from calmlm.errors import ConfigError, ModelError
@@ -18,6 +20,8 @@ from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.vocabularies import frequencies, shared_pieces
 
 WORDS_BIAS = -2.0  # of a gate beside connections, which come first
+WRITTEN = (48, 40)  # texts and tokens that the anchor writes, to find out which tokens are frequent
+SMOOTHING = 0.1
 FEWEST = 16  # tokens that two vocabularies have to share
 
 Pair = tuple[PreTrainedModel, Backbone]
@@ -38,6 +42,38 @@ def check_words(words: str, reads: str, role: str) -> None:
         )
 
 
+@torch.no_grad()
+def expected_tokens(model: PreTrainedModel, backbone: Backbone) -> Tensor:
+    """How often a model expects each token in text that it writes itself, (V,) float32; always the same.
+
+    Args:
+        model: a causal language model.
+        backbone: its decoder.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(backbone.vocab_size, (WRITTEN[0], 1), generator=generator)
+    ids = ids.to(execution_device(backbone.decoder))
+    training = model.training
+    model.eval()
+    total = torch.zeros(0)
+    try:
+        cache: Any = None
+        new = ids
+        for _ in range(WRITTEN[1]):
+            given: dict[str, Any] = (
+                {} if cache is None or backbone.cache_argument is None else {backbone.cache_argument: cache}
+            )
+            output = model(input_ids=new if given else ids, use_cache=True, **given)
+            likely = output.logits[:, -1].float().softmax(-1).cpu()
+            total = likely.sum(0) if not total.numel() else total + likely.sum(0)
+            cache = getattr(output, backbone.cache_argument or "past_key_values", None)
+            new = torch.multinomial(likely, 1, generator=generator).to(ids)
+            ids = torch.cat((ids, new), dim=1)
+    finally:
+        model.train(training)
+    return total + SMOOTHING * total.mean()
+
+
 def word_map(
     anchor: Pair,
     augmenting: Pair,
@@ -52,7 +88,7 @@ def word_map(
         anchor, augmenting: each a model and its decoder.
         alignment: of their tokenizers; None where they share ids.
         tokenizer: the anchor's.
-        texts: in which tokens are counted.
+        texts: in which tokens are counted; None for what the anchor itself writes.
         role: what to call the augmenting model in messages.
 
     Raises:
@@ -66,7 +102,10 @@ def word_map(
             f"words need vocabularies that share tokens, but those of the anchor and the {role} share {len(own)}: "
             f"leave words out."
         )
-    weights = frequencies(len(ours), tokenizer, texts)[own]
+    if texts is not None and tokenizer is None:
+        raise ConfigError("words_text needs the anchor's tokenizer, but there is none: pass tokenizer.")
+    counted = frequencies(len(ours), tokenizer, texts) if texts is not None and tokenizer is not None else None
+    weights = (expected_tokens(*anchor) if counted is None else counted)[own]
     matrix = fit_map(ours[own], theirs[other], weights)
     if our_bias is None and their_bias is None:
         return matrix, torch.zeros(len(matrix))

@@ -1,4 +1,4 @@
-"""Which tokens two vocabularies share, and how often they are likely to stand in a text."""
+"""Which tokens two vocabularies share, and how often they stand in text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
 UNSEEN = 0.02  # what a token counts that no text holds, where one that stands there once counts 1
-RARE = 100  # of a vocabulary in the order in which it was learned, the first so many tokens count nearly alike
 
 
 def shared_pieces(alignment: Alignment | Rewriting | None, anchor: int, augmenting: int) -> tuple[Tensor, Tensor]:
@@ -40,18 +39,14 @@ def shared_pieces(alignment: Alignment | Rewriting | None, anchor: int, augmenti
     return found[:, 0], found[:, 1]
 
 
-def frequencies(size: int, tokenizer: PreTrainedTokenizerBase | None, texts: Iterable[str] | None) -> Tensor:
-    """How often each of a model's tokens stands in a text, up to a factor, (size,) float32.
-
-    Without texts, the place in the vocabulary tells: it was learned in the order of frequency.
+def frequencies(size: int, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Tensor:
+    """How often each of a model's tokens stands in texts, up to a factor, (size,) float32.
 
     Args:
         size: of the model's vocabulary.
         tokenizer: its own.
         texts: plain texts.
     """
-    if texts is None or tokenizer is None:
-        return 1 / (torch.arange(size, dtype=torch.float32) + RARE)
     counts = Counter(index for text in texts for index in tokenizer(text, add_special_tokens=False).input_ids)
     found = torch.full((size,), UNSEEN)
     for index, count in counts.items():

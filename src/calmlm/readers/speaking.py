@@ -59,14 +59,13 @@ def expected_tokens(model: PreTrainedModel, backbone: Backbone) -> Tensor:
     try:
         cache: Any = None
         new = ids
+        argument = backbone.cache_argument
         for _ in range(WRITTEN[1]):
-            given: dict[str, Any] = (
-                {} if cache is None or backbone.cache_argument is None else {backbone.cache_argument: cache}
-            )
+            given: dict[str, Any] = {} if cache is None or argument is None else {argument: cache}
             output = model(input_ids=new if given else ids, use_cache=True, **given)
             likely = output.logits[:, -1].float().softmax(-1).cpu()
             total = likely.sum(0) if not total.numel() else total + likely.sum(0)
-            cache = getattr(output, backbone.cache_argument or "past_key_values", None)
+            cache = getattr(output, argument or "past_key_values", None)
             new = torch.multinomial(likely, 1, generator=generator).to(ids)
             ids = torch.cat((ids, new), dim=1)
     finally:

@@ -115,7 +115,8 @@ def real(result: dict[str, Any]) -> str:
         "",
         f"{result['augmenting']} inside {result['anchor']} in {result['dtype']}. A training step reads "
         f"{result['batch']} texts; decoding writes the first tokens of an answer one by one. Medians of "
-        f"{result['rounds']} rounds in one process, all in turn, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): "
+        f"{result['rounds']} rounds in one process, all in turn, on {machine['processor']} ({machine['cores']} cores, "
+        f"{machine['device']}): "
         f"`{result['command']}`. Both models alone: their forward passes, m_A without its head.",
     ]
     return "\n".join(lines)

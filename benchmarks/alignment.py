@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import VOCABULARY, gemma, ratio, take_turns
+from measuring import VOCABULARY, gemma, keep, ratio, take_turns
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -157,9 +156,7 @@ def main() -> None:
         "cases": cases,
         **origin("python benchmarks/alignment.py"),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    keep(result, options.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from measuring import keep
 from real import ANCHOR, AUGMENTING, load
 
 import calmlm
@@ -73,8 +74,7 @@ def main() -> None:
                 cases.append(case)
     result = {"benchmark": "listening", "rows": options.rows, "cases": cases}
     result |= origin("python benchmarks/listening.py --data oldi_seed.jsonl.gz")
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    keep(result, options.output)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from calmlm.experiments.record import device
+from calmlm.files.storage import write_text
 
-__all__ = ["VOCABULARY", "gemma", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
+__all__ = ["VOCABULARY", "gemma", "keep", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
 
 VOCABULARY = 2000
 
@@ -29,6 +32,12 @@ def gemma(width: int, layers: int, seed: int) -> Gemma3ForCausalLM:
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return Gemma3ForCausalLM(config).to(device()).eval()
+
+
+def keep(result: dict[str, Any], path: Path) -> None:
+    """Write a result, and print it as the last line."""
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
 
 
 def synchronise() -> None:

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import peak_bytes, ratio, take_turns
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from measuring import keep, peak_bytes, ratio, take_turns
+from transformers import GgufConfig, PreTrainedModel
 
 import calmlm
+from calmlm.bases.forms import Form
+from calmlm.bases.opening import load_base
 from calmlm.experiments.record import device, origin
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
@@ -58,11 +59,8 @@ GOAL = 1.1
 
 def load(source: Path) -> PreTrainedModel:
     """A model in bfloat16, from a folder or a GGUF file."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if source.suffix == ".gguf":
-        options |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
-        source = source.parent
-    return AutoModelForCausalLM.from_pretrained(source, **options).to(device()).eval()
+    form = Form(dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+    return load_base(str(source), "model", **form.options(str(source))).to(device()).eval()
 
 
 def rows_of(tokenizer: Any, language: str, count: int) -> dict[str, torch.Tensor]:
@@ -256,9 +254,7 @@ def main() -> None:
         "cases": cases,
         **origin("python benchmarks/real.py"),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    keep(result, options.output)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ def key_values(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", caption])
 
 
+def measured(result: dict[str, Any]) -> str:
+    """On what a benchmark ran, and how."""
+    machine = result["machine"]
+    return f"on {machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`"
+
+
 def overheads(result: dict[str, Any]) -> str:
     """What an alignment costs, as the benchmark measured it."""
     lines = [
@@ -66,13 +72,11 @@ def overheads(result: dict[str, Any]) -> str:
         f"{case['time_x_shared']:.3f} | {case['quartile_distance']:.3f} |"
         for case in result["cases"]
     ]
-    machine = result["machine"]
     lines += [
         "",
         f"Median ratios over {result['rounds']} rounds in one process, both compositions in turn and reading equally "
-        f"many tokens, on {machine['processor']} ({machine['cores']} cores, {machine['device']}): "
-        f"`{result['command']}`. An augmenting tokenizer that needs more tokens for the same text costs what its model "
-        "needs for them.",
+        f"many tokens, {measured(result)}. An augmenting tokenizer that needs more tokens for the same text "
+        "costs what its model needs for them.",
     ]
     return "\n".join(lines)
 
@@ -110,14 +114,12 @@ def real(result: dict[str, Any]) -> str:
             f"| {case['what']} | {case['completion']} | `{case['alignment']}` | {case['seconds']:.2f} | "
             f"{case['time_x_floor']:.2f} | {case['time_x_transcode']:.2f} | {read} |"
         )
-    machine = result["machine"]
     lines += [
         "",
         f"{result['augmenting']} inside {result['anchor']} in {result['dtype']}. A training step reads "
         f"{result['batch']} texts; decoding writes the first tokens of an answer one by one. Medians of "
-        f"{result['rounds']} rounds in one process, all in turn, on {machine['processor']} ({machine['cores']} cores, "
-        f"{machine['device']}): "
-        f"`{result['command']}`. Both models alone: their forward passes, m_A without its head.",
+        f"{result['rounds']} rounds in one process, all in turn, {measured(result)}. Both models alone: "
+        "their forward passes, m_A without its head.",
     ]
     return "\n".join(lines)
 
@@ -155,7 +157,6 @@ def decoding(result: dict[str, Any]) -> str:
         f"{case['peak_x_floor']:.2f})"
         for case in result["prefill"]
     )
-    machine = result["machine"]
     lines += [
         "",
         f"Reading a prompt, relative to both models alone: {prefill}.",
@@ -168,8 +169,8 @@ def decoding(result: dict[str, Any]) -> str:
         "",
         f"Random weights: a Gemma-style anchor (512 wide, 12 layers) with an augmenting model (256, 6) and three "
         f"connections. Trained: an anchor of 16 layers that calculates and an augmenting model of 4 that knows keys. "
-        f"Medians of {result['rounds']} rounds in one process, all in turn, {threads}, on "
-        f"{machine['processor']} ({machine['cores']} cores, {machine['device']}): `{result['command']}`. "
+        f"Medians of {result['rounds']} rounds in one process, all in turn, {threads}, "
+        f"{measured(result)}. "
         + (
             "All tokens were those of decoding without a cache."
             if all(case["tokens_match"] for case in result["cases"])

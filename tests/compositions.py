@@ -61,6 +61,17 @@ def logits_of(model: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
     return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
 
 
+@torch.no_grad()
+def logits_in_pieces(model: Any, input_ids: Tensor, pieces: tuple[int, ...]) -> Tensor:
+    """The same, read in pieces of these lengths with a cache."""
+    cache, parts = None, []
+    for piece in input_ids.split(pieces, dim=1):
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Largest difference at most ``tolerance``, or that part of the largest value where values exceed one."""
     assert found.shape == expected.shape

@@ -41,6 +41,8 @@ OTHERS = 48
 AT_ONCE = 16  # logits that become float32 at a time, which fit into a cache
 
 Rows = Sequence[dict[str, list[int]]]
+Row = tuple[list[int], int]
+"""Tokens of one model, and where the completion begins among them."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,10 @@ def listen(
         with ExitStack() as stack:
             for ear in ears.values():
                 stack.enter_context(ear)
-            composition = _nats_of(model, texts, ears.values())
+            composition = _nats_of(model, [text.row for text in texts], ears=ears.values())
         with model.disable_composition():
-            anchor = _nats_of(model, texts)
-            other = _nats_of(model, swapped)
+            anchor = _nats_of(model, [text.row for text in texts])
+            other = _nats_of(model, [text.row for text in swapped])
         heard = {
             name: _listen_to(model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, few, swapped)
             for name in reading
@@ -256,6 +258,11 @@ class _Text:
             return None
         return cls(ids, start, size, sum(len(pieces[index] or b"") for index in ids))
 
+    @property
+    def row(self) -> Row:
+        """The anchor's tokens, and where the completion begins."""
+        return self.ids, self.start
+
     def behind(self, other: _Text) -> _Text:
         """This completion behind another row's prompt."""
         ids = [*other.ids[: other.start], *self.ids[self.start :]]
@@ -280,19 +287,27 @@ def _padded(rows: Iterable[Sequence[int]], fill: int, device: Any) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
-def _nats_of(model: Any, texts: Sequence[_Text], ears: Iterable[_Ear] = ()) -> list[float]:
-    """The completions' negative log-probabilities by the composition, or by the anchor where it is disabled."""
-    found = [0.0] * len(texts)
-    for batch in _batches([len(text.ids) for text in texts]):
-        chosen = [texts[index] for index in batch]
+def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told: bool = True) -> list[float]:
+    """The completions' negative log-probabilities by a model.
+
+    Args:
+        model: a composition, or a model alone.
+        rows: ids of each, and where its completion begins.
+        ears: hear what augmenting models make of them meanwhile.
+        told: whether the model is told which tokens were given.
+    """
+    found = [0.0] * len(rows)
+    for batch in _batches([len(ids) for ids, _ in rows]):
+        chosen = [rows[index] for index in batch]
         for ear in ears:
-            ear.texts = chosen
-        ids = _padded([text.ids for text in chosen], 0, model.device)
-        mask = _padded([[1] * len(text.ids) for text in chosen], 0, model.device)
-        labels = _padded([[IGNORE] * text.start + text.ids[text.start :] for text in chosen], IGNORE, model.device)
-        first = min(text.start for text in chosen) - 1
-        given = {"prompt_mask": labels == IGNORE, "use_cache": False, **_keeping(model, first, ids)}
-        logits = model(input_ids=ids, attention_mask=mask, **given).logits
+            ear.rows = chosen
+        ids = _padded([ids for ids, _ in chosen], 0, model.device)
+        mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, model.device)
+        labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, model.device)
+        given = _keeping(model, min(start for _, start in chosen) - 1, ids)
+        if told:
+            given["prompt_mask"] = labels == IGNORE
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
         for index, nats in zip(batch, _nats(logits, labels), strict=True):
             found[index] = nats
     return found
@@ -328,9 +343,10 @@ def _listen_to(
     if entry["reads"] == "text" and writer is None:
         return Listening(None, None, None, None)
     opening = opening_of(entry)
-    alone = _alone(base, [_own(text, writer, opening) for text in texts])
-    other = _alone(base, [_own(text, writer, opening) for text in swapped])
-    tokens = sum(len(_own(text, writer, [])[0]) for text in texts)
+    own = [_own(text, writer, opening) for text in texts]
+    alone = _nats_of(base, own, told=False)
+    other = _nats_of(base, [_own(text, writer, opening) for text in swapped], told=False)
+    tokens = sum(len(ids) - len(opening) for ids, _ in own)
     return Listening(
         _bits(sum(alone), sum(text.size for text in texts)),
         None,
@@ -362,8 +378,8 @@ def _writer(
         return None
 
 
-def _own(text: _Text, writer: OwnWriter | None, opening: Sequence[int]) -> tuple[list[int], int]:
-    """The text in a model's own tokens behind ``opening``, and how many of them stand before the completion."""
+def _own(text: _Text, writer: OwnWriter | None, opening: Sequence[int]) -> Row:
+    """The text in a model's own tokens behind ``opening``."""
     if writer is None:
         return [*opening, *text.ids], len(opening) + text.start
     stream = OwnStream(writer)
@@ -372,21 +388,6 @@ def _own(text: _Text, writer: OwnWriter | None, opening: Sequence[int]) -> tuple
     ] + stream.pending()
     before = sum(owner < text.start for _, owner, _ in tokens)
     return [*opening, *(index for index, _, _ in tokens)], len(opening) + before
-
-
-def _alone(base: Any, rows: Sequence[tuple[list[int], int]]) -> list[float]:
-    """The completions' negative log-probabilities by a model alone."""
-    found = [0.0] * len(rows)
-    for batch in _batches([len(ids) for ids, _ in rows]):
-        chosen = [rows[index] for index in batch]
-        ids = _padded([ids for ids, _ in chosen], 0, base.device)
-        mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, base.device)
-        labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, base.device)
-        given = {"use_cache": False, **_keeping(base, min(start for _, start in chosen) - 1, ids)}
-        logits = base(input_ids=ids, attention_mask=mask, **given).logits
-        for index, nats in zip(batch, _nats(logits, labels), strict=True):
-            found[index] = nats
-    return found
 
 
 def _keeping(model: Any, first: int, ids: Tensor) -> dict[str, Tensor]:
@@ -408,7 +409,7 @@ class _Ear:
 
     def __init__(self, model: Any, name: str) -> None:
         self.base, self.reader = model.augmenting[name], model.model.reader(name)
-        self.texts: Sequence[_Text] = ()
+        self.rows: Sequence[Row] = ()
         self.nats = 0.0
 
     def __enter__(self) -> _Ear:
@@ -426,10 +427,10 @@ class _Ear:
 
     def _run(self, ids: Tensor, past: Past, stream: Stream, **given: Any) -> None:
         rows, columns, wanted = [], [], []
-        for row, text in enumerate(self.texts):
-            tokens, owners, places = _stream(past.frontier, row, len(text.ids), ids)
+        for row, (own, start) in enumerate(self.rows):
+            tokens, owners, places = _stream(past.frontier, row, len(own), ids)
             for place in range(1, len(tokens)):
-                if owners[place] >= text.start:
+                if owners[place] >= start:
                     rows.append(row)
                     columns.append(places[place - 1])
                     wanted.append(tokens[place])

@@ -20,7 +20,7 @@ from calmlm.config import NONE, CalmConfig, ConnectorConfig, check_names, resolv
 from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, check_words, word_map
+from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
@@ -179,6 +179,7 @@ def compose(
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
     alignments: dict[str, Alignment | Rewriting] = {}
+    anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, words_text)
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
@@ -230,9 +231,7 @@ def compose(
         if speaks is not None:
             check_words(speaks, entry["reads"], role)
             entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": train_map}
-            maps[name] = word_map(
-                (anchor_model, anchor_backbone), (model, backbone), alignments.get(name), tokenizer, words_text, role
-            )
+            maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
         elif not pairs:
             raise ConfigError(
                 f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or give "

@@ -19,7 +19,7 @@ from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.speaking import expected_tokens
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.vocabularies import frequencies, shared_pieces
-from compositions import assert_close, greedy_without_cache, logits_of, pad, tiny_composition
+from compositions import assert_close, greedy_without_cache, logits_in_pieces, logits_of, pad, tiny_composition
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer, with_beginning
 
@@ -233,13 +233,7 @@ def test_steps_equal_teacher_forcing(model: calmlm.CalmForCausalLM) -> None:
     with model.disable_composition():
         assert not torch.allclose(logits_of(model, ids), expected, atol=1e-2)
     for pieces in ((1,) * 10, (4, 1, 5)):
-        cache, parts = None, []
-        with torch.no_grad():
-            for piece in ids.split(pieces, dim=1):
-                output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                parts.append(output.logits)
-        assert_close(torch.cat(parts, dim=1), expected, 1e-4)
+        assert_close(logits_in_pieces(model, ids, pieces), expected, 1e-4)
 
 
 def test_nothing_of_later_text_is_said(model: calmlm.CalmForCausalLM) -> None:

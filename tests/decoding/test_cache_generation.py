@@ -10,7 +10,15 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import calmlm
-from compositions import Streamer, assert_close, greedy_without_cache, logits_of, pad, tiny_composition
+from compositions import (
+    Streamer,
+    assert_close,
+    greedy_without_cache,
+    logits_in_pieces,
+    logits_of,
+    pad,
+    tiny_composition,
+)
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer, with_beginning
 
@@ -95,13 +103,7 @@ def test_cached_logits_equal_uncached_ones_token_by_token(model: calmlm.CalmForC
 @pytest.mark.parametrize("pieces", [(5, 7), (1, 4, 4, 3), (11, 1)], ids=str)
 def test_a_prompt_may_come_in_pieces(model: calmlm.CalmForCausalLM, pieces: tuple[int, ...]) -> None:
     ids = tiny_tokens(2, 12)
-    cache, parts = None, []
-    with torch.no_grad():
-        for piece in ids.split(pieces, dim=1):
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            parts.append(output.logits)
-    assert_close(torch.cat(parts, dim=1), logits_of(model, ids), 1e-4)
+    assert_close(logits_in_pieces(model, ids, pieces), logits_of(model, ids), 1e-4)
 
 
 def test_each_model_keeps_its_own_cache_and_the_cross_attention_its_own() -> None:

@@ -307,6 +307,11 @@ class Backbone:
         # The first layer tells, and is the one that rounding reaches least.
         return bool(differences[0].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the decoder computes; float32 where nothing tells."""
+        return next((p.dtype for p in self.decoder.parameters() if p.is_floating_point()), torch.float32)
+
     @cached_property
     def branches(self) -> bool:
         """Whether several continuations of a text can be read in one call, each as if alone; tried out once."""
@@ -321,8 +326,7 @@ class Backbone:
         for token, parent in enumerate(parents):
             if parent >= 0:
                 seen[token] |= seen[parent]
-        dtype = next(p.dtype for p in self.decoder.parameters() if p.is_floating_point())
-        mask = tree_mask(config, seen[None], place[:, :, None] - place[:, None], dtype)
+        mask = tree_mask(config, seen[None], place[:, :, None] - place[:, None], self.dtype)
         try:
             together = self._layer_outputs(ids, "model", mask, place)
             for branch in ([0, 1, 2, 4], [0, 1, 3, 5]):

@@ -40,9 +40,8 @@ def output_matrix(model: PreTrainedModel, backbone: Backbone, role: str) -> tupl
         matrix, bias = weight.float().cpu(), None if head.bias is None else head.bias.float().cpu()
     else:
         device, width = execution_device(head), backbone.size
-        dtype = next((p.dtype for p in backbone.decoder.parameters() if p.is_floating_point()), torch.float32)
-        zero = head(torch.zeros(1, width, dtype=dtype, device=device))[0].float().cpu()
-        rows = [head(part.to(device, dtype)).float().cpu() - zero for part in torch.eye(width).split(ROWS)]
+        zero = head(torch.zeros(1, width, dtype=backbone.dtype, device=device))[0].float().cpu()
+        rows = [head(part.to(device, backbone.dtype)).float().cpu() - zero for part in torch.eye(width).split(ROWS)]
         matrix, bias = torch.cat(rows).T.contiguous(), zero if bool(zero.any()) else None
     scale = _scale(model, backbone, matrix, bias, role)
     return matrix * scale, None if bias is None else bias * scale

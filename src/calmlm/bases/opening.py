@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calmlm.bases.origins import check_folder, check_whole
 from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, ModelError, first_line
+from calmlm.tokens.gguf_files import about_to_read
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -108,6 +109,7 @@ def saved_config(source: str, **hub: Any) -> PreTrainedConfig:
     place, file = split_gguf(source)
     if file is None:
         return AutoConfig.from_pretrained(source, **hub)
+    about_to_read()
     try:
         return AutoConfig.from_pretrained(place, gguf_file=file, **hub)
     except (OSError, ValueError, KeyError, ImportError):
@@ -136,6 +138,7 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
     if file is None:
         check_folder(source, role)
     else:
+        about_to_read()
         options["gguf_file"] = file
     try:
         model, report = auto.from_pretrained(place, output_loading_info=True, **options)

@@ -14,12 +14,9 @@ from typing import Any, TypeAlias
 from calmlm.connectors.cross_attention import CrossAttention
 from calmlm.connectors.flamingo import Flamingo
 from calmlm.connectors.legonn import LegoNN
-from calmlm.connectors.word_map import WordMap
 
 Connector: TypeAlias = CrossAttention | Flamingo | LegoNN
 """Reads states of one layer into another."""
-
-Connection: TypeAlias = Connector | WordMap
 
 CONNECTORS: dict[str, Any] = {"cross_attention": CrossAttention, "flamingo": Flamingo, "legonn": LegoNN}
 

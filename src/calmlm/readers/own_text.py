@@ -13,7 +13,7 @@ from calmlm.bases.trees import tree_mask
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY, Frontier, Shift
-from calmlm.state.hooks import Stream, last_seen
+from calmlm.state.hooks import Stream
 from calmlm.state.past import Announced, Past
 from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST
@@ -140,9 +140,8 @@ class OwnReader(Common):
         for place in range(start, len(ids)):
             fresh += stream.read(int(ids[place]), bool(told[place]))
             if place + 1 == len(ids) and told[place] and len(coming):
-                whole = writer.given(
-                    np.concatenate((ids, coming)), np.pad(told, (0, len(coming)), constant_values=True)
-                )
+                all_told = np.pad(told, (0, len(coming)), constant_values=True)
+                whole = writer.given(np.concatenate((ids, coming)), all_told, branches=self.backbone.branches)
                 targets[place] = [token for token in whole[settled:] if token[1] <= place]
                 steady[place] = len(targets[place])
             elif place + 1 == len(ids) or not told[place + 1]:
@@ -250,7 +249,7 @@ class OwnReader(Common):
         self.backbone.check_length(f"augmenting model {self.name!r}", int(place.max()) + 1, place)
         config = text_config(self.model)  # type: ignore[arg-type]
         mask = tree_mask(
-            config, self.on_device(sees), self.on_device(place[:, :, None] - before[:, None]), self.compute_dtype
+            config, self.on_device(sees), self.on_device(place[:, :, None] - before[:, None]), self.backbone.dtype
         )
         self.run(
             stream,
@@ -264,15 +263,10 @@ class OwnReader(Common):
         )
         return stream
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """In which the model computes."""
-        return next(p.dtype for p in self.backbone.decoder.parameters() if p.is_floating_point())
-
     def _stream(self, visible: Tensor, frontier: Frontier, queries: int, new: int, past: Past) -> Stream:
         mask, seeing, attention = self.masked(visible[:, None])
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, last_seen(visible[:, None]))
+        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible[:, None])
 
     def room(self, ids: Tensor, past: Past) -> int:
         """How many of the next tokens (1, T) the model has positions for, behind what it has read."""

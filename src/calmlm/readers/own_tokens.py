@@ -10,7 +10,7 @@ from torch import Tensor
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY
-from calmlm.state.hooks import Stream, last_seen
+from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Block, Transcoder
@@ -34,7 +34,7 @@ class AlignedReader(Common):
         visible = frontier.mask(queries)
         mask, seeing, attention = self.masked(visible)
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        stream = Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, last_seen(visible))
+        stream = Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible)
         if new:
             assert frontier.owner is not None
             assert frontier.tokens is not None

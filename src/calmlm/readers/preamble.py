@@ -82,8 +82,7 @@ class Opening:
         if not has_window(config) or not takes_trees(config):
             self.backbone.check_gaps("augmenting model", longer)
             return longer
-        dtype = next(p.dtype for p in self.backbone.decoder.parameters() if p.is_floating_point())
-        return padded_mask(config, longer, new, dtype, length)
+        return padded_mask(config, longer, new, self.backbone.dtype, length)
 
     def positions(self, positions: Tensor | None) -> Tensor | None:
         """Positions of the text behind the opening."""

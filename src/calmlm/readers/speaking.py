@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ WORDS_BIAS = -2.0  # of a gate beside connections, which come first
 WRITTEN = (48, 40)  # texts and tokens that the anchor writes, to find out which tokens are frequent
 SMOOTHING = 0.1
 FEWEST = 16  # tokens that two vocabularies have to share
-
-Pair = tuple[PreTrainedModel, Backbone]
 
 
 def check_words(words: str, reads: str, role: str) -> None:
@@ -73,38 +72,71 @@ def expected_tokens(model: PreTrainedModel, backbone: Backbone) -> Tensor:
     return total + SMOOTHING * total.mean()
 
 
+class AnchorWords:
+    """What all maps into one anchor begin with, found out when the first of them asks.
+
+    Args:
+        model: the anchor.
+        backbone: its decoder.
+        tokenizer: its own, or None.
+        texts: in which its tokens are counted; None for what it writes itself.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: Sequence[str] | None,
+    ) -> None:
+        self.model, self.backbone, self.tokenizer, self.texts = model, backbone, tokenizer, texts
+
+    @cached_property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Its output embeddings and their bias, see ``output_matrix``."""
+        return output_matrix(self.model, self.backbone, "anchor")
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """How much each of its tokens counts, (V_B,).
+
+        Raises:
+            ConfigError: for texts without a tokenizer.
+        """
+        if self.texts is None:
+            return expected_tokens(self.model, self.backbone)
+        if self.tokenizer is None:
+            raise ConfigError("words_text needs the anchor's tokenizer, but there is none: pass tokenizer.")
+        return frequencies(len(self.head[0]), self.tokenizer, self.texts)
+
+
 def word_map(
-    anchor: Pair,
-    augmenting: Pair,
+    anchor: AnchorWords,
+    model: PreTrainedModel,
+    backbone: Backbone,
     alignment: Alignment | Rewriting | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str] | None,
     role: str,
 ) -> tuple[Tensor, Tensor]:
     """The matrix W (D_B, D_A) and the offset w (D_B,) of a ``WordMap``, in float32.
 
     Args:
-        anchor, augmenting: each a model and its decoder.
+        anchor: into whose words.
+        model, backbone: the augmenting model and its decoder.
         alignment: of their tokenizers; None where they share ids.
-        tokenizer: the anchor's.
-        texts: in which tokens are counted; None for what the anchor itself writes.
         role: what to call the augmenting model in messages.
 
     Raises:
+        ConfigError: for texts to count tokens in, without a tokenizer.
         ModelError: for heads that are no matrix, or vocabularies that share next to nothing.
     """
-    ours, our_bias = output_matrix(*anchor, "anchor")
-    theirs, their_bias = output_matrix(*augmenting, role)
+    (ours, our_bias), (theirs, their_bias) = anchor.head, output_matrix(model, backbone, role)
     own, other = shared_pieces(alignment, len(ours), len(theirs))
     if len(own) < FEWEST:
         raise ModelError(
             f"words need vocabularies that share tokens, but those of the anchor and the {role} share {len(own)}: "
             f"leave words out."
         )
-    if texts is not None and tokenizer is None:
-        raise ConfigError("words_text needs the anchor's tokenizer, but there is none: pass tokenizer.")
-    counted = frequencies(len(ours), tokenizer, texts) if texts is not None and tokenizer is not None else None
-    weights = (expected_tokens(*anchor) if counted is None else counted)[own]
+    weights = anchor.weights[own]
     matrix = fit_map(ours[own], theirs[other], weights)
     if our_bias is None and their_bias is None:
         return matrix, torch.zeros(len(matrix))

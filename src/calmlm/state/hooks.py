@@ -34,8 +34,8 @@ class Stream:
         cache: keys and values of earlier positions, one layer per connection, or None.
         attention: the attention function.
         seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
-        last: (B, T) int64, the last augmenting position that each anchor position sees, -1 for none; None where each
-            sees the one that stands beside it.
+        visible: (B, 1, T, S) bool, which augmenting positions each anchor position sees; None where each sees the one
+            that stands beside it, and those before.
         hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
     """
 
@@ -45,7 +45,7 @@ class Stream:
     cache: Cache | None
     attention: Attention
     seeing: Tensor | None = None
-    last: Tensor | None = None
+    visible: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -185,7 +185,7 @@ class WordsHook(InjectHook):
         assert words is not None
         states = stream.hidden.get(LAST)
         states = states if states is None else states.to(anchor.device)
-        if stream.last is None:  # one state for each position
+        if stream.visible is None:  # one state for each position
             if stream.cache is not None and states is not None:
                 little = states[:, None, :, :1]  # so that the cache counts these positions
                 stream.cache.update(little, little, place)
@@ -197,7 +197,7 @@ class WordsHook(InjectHook):
                 states = stream.cache.layers[place].keys[:, 0]
         if states is None or states.shape[1] == 0:
             return None
-        last = stream.last.to(anchor.device)
+        last = last_seen(stream.visible).to(anchor.device)
         chosen = states.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
         return words, chosen, last >= 0
 

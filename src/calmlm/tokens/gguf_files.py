@@ -15,21 +15,14 @@ from typing import Any
 _lock = threading.RLock()
 _read: dict[tuple[Any, ...], Any] = {}
 _depth = 0
+_package: Any = None  # while its class is replaced
 
 
 @contextmanager
 def reading_once() -> Iterator[None]:
     """Within this, a GGUF file is read once, however often it is opened; it stays as long as it does not change."""
-    global _depth
-    try:
-        gguf: Any = importlib.import_module("gguf")
-    except ImportError:  # whoever needs it says so
-        yield
-        return
+    global _depth, _package
     with _lock:
-        if _depth == 0:
-            reader = gguf.GGUFReader
-            gguf.GGUFReader = _Remembering(reader)
         _depth += 1
     try:
         yield
@@ -37,8 +30,22 @@ def reading_once() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                gguf.GGUFReader = gguf.GGUFReader.reader
+                if _package is not None:
+                    _package.GGUFReader, _package = _package.GGUFReader.reader, None
                 _read.clear()
+
+
+def about_to_read() -> None:
+    """Called before transformers opens a GGUF file; where there is none, the package is not even imported."""
+    global _package
+    with _lock:
+        if _depth == 0 or _package is not None:
+            return
+        try:
+            package: Any = importlib.import_module("gguf")
+        except ImportError:  # whoever needs it says so
+            return
+        package.GGUFReader, _package = _Remembering(package.GGUFReader), package
 
 
 class _Remembering:

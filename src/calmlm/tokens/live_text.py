@@ -98,13 +98,13 @@ class OwnWriter(Rewriter):
         """Keep where a text is, for ``resume``."""
         self._keep(_key(ids, told), copy.copy(stream), most)  # type: ignore[arg-type]
 
-    def given(self, ids: np.ndarray, told: np.ndarray) -> list[Token]:
+    def given(self, ids: np.ndarray, told: np.ndarray, *, branches: bool = True) -> list[Token]:
         """All tokens of a text (n,) whose end was given, which is read in several calls."""
         key = _key(ids, told)
         with self._lock:
             found = self._given.get(key)
         if found is None:
-            stream = OwnStream(self)
+            stream = OwnStream(self, branches=branches)
             found = [token for row in zip(ids.tolist(), told.tolist(), strict=True) for token in stream.read(*row)]
             found += stream.pending()
             with self._lock:

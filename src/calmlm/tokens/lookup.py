@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from calmlm.config import split_gguf
 from calmlm.errors import DataError
+from calmlm.tokens.gguf_files import about_to_read
 
 
 def find_tokenizer(source: str | Path, **options: Any) -> Any:
@@ -21,6 +22,7 @@ def find_tokenizer(source: str | Path, **options: Any) -> Any:
     """
     place, file = split_gguf(str(source))
     if file is not None:
+        about_to_read()
         options["gguf_file"] = file
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)

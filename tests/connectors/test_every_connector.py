@@ -19,6 +19,8 @@ from tiny import tiny_model, tiny_tokens
 OPTIONS: list[dict[str, Any]] = [{}, {"gate": True, "norm": False}, {"rotary": True, "null_key": True, "rank": 2}]
 
 every_connector = pytest.mark.parametrize("kind", CONNECTORS)
+# Those that take the state beside each position have their formula tested in a file of their own.
+every_attention = pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "graft"])
 
 
 def fresh(kind: str, options: dict[str, Any]) -> Connector:
@@ -48,7 +50,7 @@ def test_the_configuration_knows_every_connector() -> None:
     assert tuple(CONNECTORS) == KINDS
 
 
-@every_connector
+@every_attention
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_starts_as_the_identity_and_can_learn(kind: str, options: dict[str, Any]) -> None:
     connector, (anchor, augmenting) = fresh(kind, options), states()
@@ -60,7 +62,7 @@ def test_it_starts_as_the_identity_and_can_learn(kind: str, options: dict[str, A
     assert max(gradients) > 0, "a start from which no gradient leads away"
 
 
-@every_connector
+@every_attention
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_keys_and_values_can_be_made_piece_by_piece(kind: str, options: dict[str, Any]) -> None:
@@ -73,7 +75,7 @@ def test_keys_and_values_can_be_made_piece_by_piece(kind: str, options: dict[str
         assert_close(torch.cat(pieces, dim=2), at_once, 1e-6)
 
 
-@every_connector
+@every_attention
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_a_position_that_sees_nothing_is_left_alone(kind: str, options: dict[str, Any]) -> None:

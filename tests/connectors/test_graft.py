@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"connections": "aligned-99", "plain_text": TEXTS, **SHARED}, "ask for fewer"),
         ({"connector": "graft"}, "A graft must start from a map"),
         (
-            {"connector": "graft", "rotary": True, "opened": True},
+            {"connector": "graft", "rotary": True, "init": "aligned"},
             "the connector 'graft', but got rotary",
         ),
         ({"opened": True}, "must belong to the connector 'cross_attention', but got opened"),

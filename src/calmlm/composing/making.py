@@ -200,7 +200,7 @@ def compose(
     alignments: dict[str, Alignment | Rewriting] = {}
     anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
     searched: dict[str, int] = {}
-    freedom = None if adapters is None else build_adapters(anchor_backbone.decoder, adapters)
+    freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

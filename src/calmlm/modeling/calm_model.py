@@ -261,12 +261,19 @@ class CalmModel(CalmPreTrainedModel):
             base.eval()
         if mode:
             layers = self._backbones[""].layers
-            pairs = [pair for entry in self.config.augmenting.values() for pair in entry["connections"]]
-            first = min((j for _, j in pairs), default=len(layers) - 1)
-            if any(entry.get("adapters") for entry in self.config.augmenting.values()):
-                first = -1
-            checkpoint_frozen(layers[first + 1 :], self.slot)
+            checkpoint_frozen(layers[self._lowest() + 1 :], self.slot)
         return self
+
+    def _lowest(self) -> int:
+        """The lowest of the anchor's layers that something trained changes."""
+        backbone = self._backbones[""]
+        entries = self.config.augmenting.values()
+        found = [j for entry in entries for _, j in entry["connections"]]
+        targets = {name for entry in entries for name in (entry.get("adapters") or {}).get("targets", ())}
+        adapted = {backbone.decoder.get_submodule(name) for name in targets}
+        if adapted:
+            found += [place for place, layer in enumerate(backbone.layers) if adapted & set(layer.modules())]
+        return min(found, default=len(backbone.layers) - 1)
 
     @property
     def abilities(self) -> Abilities:

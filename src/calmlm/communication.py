@@ -445,7 +445,7 @@ class _Ear:
         finally:
             self.reader.slot.call = None
         if whole:
-            stream.hidden.update(dict.fromkeys(self.reader.layers, logits.softmax(-1, dtype=torch.float32)))
+            stream.hidden.update(dict.fromkeys(self.reader.layers, self.reader.said(logits)))
         self.nats += float(_losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).sum())
 
 

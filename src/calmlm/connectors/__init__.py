@@ -29,9 +29,12 @@ def build_connector(kind: str, augmenting_size: int, anchor_size: int, options: 
 
     Args:
         kind: a key of ``CONNECTORS``.
-        augmenting_size: width of what it reads: D_A, or the augmenting vocabulary for a distribution.
+        augmenting_size: width of what it reads: D_A; of a distribution the augmenting vocabulary, or the width of the
+            vectors that an ``AnchorIngestor`` made of it.
         anchor_size: D_B.
         options: the connector options of ``calmlm.config.ConnectorConfig`` other than its kind.
     """
-    given = options if kind == "graft" else {key: value for key, value in options.items() if key not in OF_GRAFTS}
+    own = {"graft": OF_GRAFTS, "legonn": ("ingestor",)}.get(kind, ())
+    others = {*OF_GRAFTS, "ingestor", "top_k"} - {*own}
+    given = {key: value for key, value in options.items() if key not in others}
     return CONNECTORS[kind](augmenting_size, anchor_size, **given)

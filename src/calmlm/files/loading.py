@@ -103,6 +103,7 @@ def load_composition(
         name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
     }
     for name, alignment in alignments.items():
+        _check_firsts(config.augmenting[name], alignment, name, source)
         _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
@@ -311,6 +312,20 @@ def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: s
         raise CheckpointError(
             f"{str(source)!r} must hold an alignment for the {size} tokens of {name!r}, but "
             f"{storage.alignment_name(name)} asks for token {alignment.highest}: it belongs to another composition."
+        )
+
+
+def _check_firsts(entry: dict[str, Any], alignment: Alignment | Rewriting, name: str, source: str | Path) -> None:
+    """Raise if an ingestor asks for the anchor's first tokens, and the alignment does not know them.
+
+    Raises:
+        CheckpointError: for such an alignment.
+    """
+    table = alignment if isinstance(alignment, Alignment) else alignment.alignment
+    if entry["connector"].get("ingestor") == "anchor" and not any(index is not None for index in table.firsts):
+        raise CheckpointError(
+            f"{str(source)!r} must hold the anchor's first tokens of those of {name!r}, but "
+            f"{storage.alignment_name(name)} has none: it belongs to another composition."
         )
 
 

@@ -42,6 +42,8 @@ class Alignment:
         unknown: the augmenting ids of a character that it does not know.
         fill: the augmenting id that stands where a row has no token.
         digest: sha256 over both tokenizers, and with a view over their chat templates.
+        firsts: for each augmenting id, the anchor's first token of its bytes, None where it has none; empty where no
+            connector asks for them.
     """
 
     body: list[list[int]]
@@ -52,6 +54,7 @@ class Alignment:
     unknown: list[int]
     fill: int
     digest: str
+    firsts: list[int | None] = dataclasses.field(default_factory=list)
 
     @classmethod
     def between(cls, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> Alignment:
@@ -154,7 +157,9 @@ class Alignment:
             unknown=checked_ids(data["unknown"]),
             fill=checked_ids([data["fill"]])[0],
             digest=str(data["digest"]),
+            firsts=data.get("firsts", []),
         )
+        checked_ids([index for index in made.firsts if index is not None])
         beyond = max((*made.start, *made.opens, *made.partial), default=-1)
         if beyond >= len(made.body):
             raise ValueError(f"it says nothing of token {beyond}")

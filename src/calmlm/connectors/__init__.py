@@ -5,7 +5,8 @@ cached, and ``forward(anchor, keys, values, mask, rotation, attention, seeing)``
 is the ``CrossAttention`` inside; ``before_layer`` tells whether a connection ``(i, j)`` works on the input of the
 anchor's layer ``j`` or on its output; ``reads_distribution`` whether it takes the augmenting model's output
 distribution instead of the states of its layer ``i``. A ``Graft`` takes the one state that stands beside each of the
-anchor's positions: ``forward(anchor, augmenting, where)``.
+anchor's positions: ``forward(anchor, augmenting, where)``. ``is_identity`` tells of each whether all of the anchor's
+states are left as they are, as at the start.
 """
 
 from __future__ import annotations

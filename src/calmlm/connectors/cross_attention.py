@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from calmlm.connectors.projections import ResidualProjection, linear
+from calmlm.connectors.projections import LowRank, ResidualProjection, linear
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary angles, each of shape (B or 1, 1, length, d), float32."""
@@ -152,6 +152,13 @@ class CrossAttention(nn.Module):
     def attention(self) -> CrossAttention:
         """The cross-attention inside a connector: this one."""
         return self
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves every state as it is, as a new one does."""
+        last = self.o_proj.up if isinstance(self.o_proj, LowRank) else self.o_proj
+        closed = self.gate is not None and not bool(self.gate)
+        return closed or (type(last) is nn.Linear and not bool(last.weight.any()))
 
     @property
     def dtype(self) -> torch.dtype:

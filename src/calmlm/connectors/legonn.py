@@ -45,6 +45,11 @@ class LegoNN(nn.Module):
             nn.init.normal_(self.ingestor.weight)
         self.attention = CrossAttention(width, anchor_size, num_heads, **options)
 
+    @property
+    def is_identity(self) -> bool:
+        """See ``CrossAttention.is_identity``."""
+        return self.attention.is_identity
+
     def keys_values(self, augmenting: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Keys and values of a distribution (B, S_new, V_A) or of E; see ``CrossAttention.keys_values``."""
         if self.ingestor is not None:

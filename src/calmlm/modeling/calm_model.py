@@ -304,6 +304,12 @@ class CalmModel(CalmPreTrainedModel):
         return self.reads_prompts or any(isinstance(self._readers[name], OwnReader) for name in self.active)
 
     @property
+    def says_anything(self) -> bool:
+        """Whether the composition's output may differ from the anchor's: it is on, and some connection has learned."""
+        joined: list[Any] = [connector for name in self.active for connector in self.connectors[name]]  # type: ignore[union-attr,attr-defined]
+        return self.enabled and not all(connector.is_identity for connector in joined)
+
+    @property
     def can_cache(self) -> bool:
         """Whether the anchor and every augmenting model that is switched on can carry their past in a cache."""
         return all(self._cacheable[name] for name in ("", *self.active))

@@ -20,6 +20,7 @@ from calmlm.config import READS, CalmConfig, ConnectorConfig, opening_of, resolv
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
@@ -285,6 +286,7 @@ def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig
         ) from error
 
 
+@without_collector()
 def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment | Rewriting:
     """The alignment of one augmenting model, as it was when the composition was made.
 

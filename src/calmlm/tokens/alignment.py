@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.pieces import Writer
 from calmlm.tokens.spelling import BYTE_TOKEN, Spelling, in_word, token_bytes
 
@@ -57,6 +58,7 @@ class Alignment:
     firsts: list[int | None] = dataclasses.field(default_factory=list)
 
     @classmethod
+    @without_collector()
     def between(cls, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> Alignment:
         """Make the table from the anchor's tokenizer to the augmenting model's.
 

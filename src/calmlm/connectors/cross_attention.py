@@ -143,7 +143,8 @@ class CrossAttention(nn.Module):
             size: root mean square of what it gives.
         """
         identity = torch.eye(len(weight))
-        starts: dict[str, Tensor] = {"f_proj": weight, "v_proj": identity, "o_proj": identity}
+        states = "f_proj.linear" if isinstance(self.f_proj, ResidualProjection) else "f_proj"
+        starts: dict[str, Tensor] = {states: weight, "v_proj": identity, "o_proj": identity}
         starts["k_proj"] = self.q_proj.get_parameter("weight") / size
         for name, start in starts.items():
             self.get_submodule(name).get_parameter("weight").copy_(start)

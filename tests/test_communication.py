@@ -12,7 +12,7 @@ import torch
 
 import calmlm
 from calmlm.cli import main
-from calmlm.communication import Communication, Listening, listen
+from calmlm.communication import Communication, Listening, _Ear, listen
 from compositions import awaken
 from tiny import tiny_model
 from tokenizers_tiny import tokenizer, with_beginning
@@ -88,6 +88,61 @@ def test_a_model_that_shares_the_ids_is_heard_as_it_is_alone() -> None:
     model = composed(ours, ours)
     heard = listen(model, ours, rows_of(ours)).augmenting["augmenting"]
     assert heard.inside == pytest.approx(heard.alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("alignment", ["own", "transcode", "retokenize"])
+def test_what_was_heard_is_not_measured_again(alignment: str) -> None:
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs, alignment=alignment)
+    whole, few = (
+        listen(model, ours, rows_of(ours), others=others, augmenting_tokenizers={"augmenting": theirs})
+        for others in (None, 2)
+    )
+    assert few.augmenting["augmenting"].alone == pytest.approx(whole.augmenting["augmenting"].alone, rel=1e-4)
+    assert few.augmenting["augmenting"].inside == pytest.approx(whole.augmenting["augmenting"].inside, rel=1e-6)
+    assert few.anchor == pytest.approx(whole.anchor, rel=1e-6)
+
+
+def test_what_was_heard_is_believed_only_where_it_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that hears its own tokens and is run otherwise inside the composition, here with another head."""
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs)
+    given: dict[str, Any] = {"others": 2, "augmenting_tokenizers": {"augmenting": theirs}}
+    right = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
+    heard = _Ear._run
+
+    def colder(self: _Ear, *args: Any, **options: Any) -> None:
+        head = self.base.get_output_embeddings().weight.data
+        head.mul_(0.5)
+        heard(self, *args, **options)
+        head.mul_(2)
+
+    monkeypatch.setattr(_Ear, "_run", colder)
+    found = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
+    assert found.alone == pytest.approx(right.alone, rel=1e-4)
+    assert found.inside != pytest.approx(right.inside, rel=0.02)
+
+
+@pytest.mark.parametrize("awake", [True, False])
+def test_an_untrained_composition_needs_one_pass_of_the_anchor(awake: bool) -> None:
+    ours = tokenizer("bytes")
+    anchor, own = (tiny_model(family, seed=1, vocab_size=len(ours)) for family in ("llama", "qwen2"))
+    model = calmlm.compose(anchor, own, 2)
+    if awake:
+        awaken(model)
+    seen: list[int] = []
+    anchor.register_forward_hook(lambda _, __, output: seen.append(len(output.logits)))
+    own_seen: list[int] = []
+    own.register_forward_hook(lambda _, __, output: own_seen.append(len(output.logits)))
+    found = listen(model, ours, rows_of(ours), others=2)
+    # The composition, the anchor, the anchor behind other rows' prompts; of m_A what is heard, two rows, two others.
+    assert sum(seen) == (4 + 4 + 2 if awake else 4 + 2)
+    assert sum(own_seen) == 4 + 2 + 2
+    completions = sum(len(completion.encode()) for _, completion in TEXTS)
+    tokens = [(row["input_ids"][:-1], row["labels"].count(-100)) for row in rows_of(ours)]
+    expected = bits(anchor, [(ids[:start], ids[start:]) for ids, start in tokens], completions)
+    assert found.anchor == pytest.approx(expected, rel=1e-4)
+    assert (found.composition == found.anchor) is not awake
 
 
 def test_what_is_spoiled_and_what_is_silent_is_warned_of() -> None:

@@ -37,7 +37,8 @@ from calmlm.tokens.spelling import token_bytes
 
 LOSS = 1.05  # a model that reads worse than this inside the composition is warned of
 BATCH_TOKENS = 512
-OTHERS = 48
+OTHERS = 32
+AGREES = 0.005  # how far a model alone may be from what was heard of it where it reads the same
 AT_ONCE = 16  # logits that become float32 at a time, which fit into a cache
 
 Rows = Sequence[dict[str, list[int]]]
@@ -193,23 +194,26 @@ def listen(
     was_training = model.training
     model.eval()
     inner = model.model
+    differs = inner.says_anything
     reading = [name for name, entry in model.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
-    ears = {name: _Ear(model, name) for name in reading if inner.enabled and name in inner.active}
+    ears = {name: _Ear(model, name, len(texts)) for name in reading if inner.enabled and name in inner.active}
     try:
         with ExitStack() as stack:
             for ear in ears.values():
                 stack.enter_context(ear)
             composition = _nats_of(model, [text.row for text in texts], ears=ears.values())
         with model.disable_composition():
-            anchor = _nats_of(model, [text.row for text in texts])
+            anchor = _nats_of(model, [text.row for text in texts]) if differs else composition
             other = _nats_of(model, [text.row for text in swapped])
         heard = {
-            name: _listen_to(model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, few, swapped)
+            name: _listen_to(
+                model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, swapped, ears.get(name)
+            )
             for name in reading
         }
         for name, ear in ears.items():
             if not model.config.augmenting[name].get("view"):
-                heard[name] = replace(heard[name], inside=_bits(ear.nats, size))
+                heard[name] = replace(heard[name], inside=_bits(sum(ear.nats), size))
     finally:
         model.train(was_training)
     tokens = sum(len(text.ids) for text in texts)
@@ -300,7 +304,7 @@ def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told
     for batch in _batches([len(ids) for ids, _ in rows]):
         chosen = [rows[index] for index in batch]
         for ear in ears:
-            ear.rows = chosen
+            ear.rows = list(zip(batch, chosen, strict=True))
         ids = _padded([ids for ids, _ in chosen], 0, model.device)
         mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, model.device)
         labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, model.device)
@@ -335,8 +339,8 @@ def _listen_to(
     tokenizer: PreTrainedTokenizerBase,
     theirs: PreTrainedTokenizerBase | None,
     texts: Sequence[_Text],
-    few: Sequence[_Text],
     swapped: Sequence[_Text],
+    ear: _Ear | None,
 ) -> Listening:
     entry, base = model.config.augmenting[name], model.augmenting[name]
     writer = _writer(model, name, tokenizer, theirs)
@@ -344,15 +348,37 @@ def _listen_to(
         return Listening(None, None, None, None)
     opening = opening_of(entry)
     own = [_own(text, writer, opening) for text in texts]
-    alone = _nats_of(base, own, told=False)
+    alone = _alone(base, own, len(swapped), ear, len(opening))
     other = _nats_of(base, [_own(text, writer, opening) for text in swapped], told=False)
     tokens = sum(len(ids) - len(opening) for ids, _ in own)
     return Listening(
         _bits(sum(alone), sum(text.size for text in texts)),
         None,
-        _gain(alone, other, few),
+        _gain(alone, other, texts[: len(swapped)]),
         tokens / sum(text.whole for text in texts),
     )
+
+
+def _alone(base: Any, own: Sequence[Row], count: int, ear: _Ear | None, opening: int) -> list[float]:
+    """The completions' negative log-probabilities by a model alone.
+
+    The first rows are measured. Where they confirm what an ear heard of the same tokens, it is believed of the others.
+
+    Args:
+        base: the model.
+        own: the rows in its tokens, behind ``opening`` tokens.
+        count: how many to measure.
+        ear: heard the model inside the composition, or None.
+    """
+    found = _nats_of(base, own[:count], told=False)
+    known = {} if ear is None else ear.known(own, opening)
+    both = [index for index in range(count) if index in known]
+    alone, heard = sum(found[index] for index in both), sum(known[index] for index in both)
+    if not both or abs(alone - heard) > AGREES * alone:
+        known = {}
+    left = [index for index in range(count, len(own)) if index not in known]
+    known |= zip(left, _nats_of(base, [own[index] for index in left], told=False), strict=True)
+    return found + [known[index] for index in range(count, len(own))]
 
 
 def _own_writing(model: Any, name: str) -> Rewriting | None:
@@ -405,12 +431,19 @@ class _Ear:
     Args:
         model: the composition.
         name: of the augmenting model.
+        count: how many rows there are.
+
+    Attributes:
+        rows: those of the next call, each with its place among all.
+        nats: the completions' negative log-probabilities.
+        tokens: what the model read of each row, and where the completion begins in it.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, count: int) -> None:
         self.base, self.reader = model.augmenting[name], model.model.reader(name)
-        self.rows: Sequence[Row] = ()
-        self.nats = 0.0
+        self.rows: Sequence[tuple[int, Row]] = ()
+        self.nats = [0.0] * count
+        self.tokens: list[Row | None] = [None] * count
 
     def __enter__(self) -> _Ear:
         self.reader.read = self._read
@@ -418,6 +451,14 @@ class _Ear:
 
     def __exit__(self, *_: Any) -> None:
         del self.reader.read  # the class's own again
+
+    def known(self, own: Sequence[Row], opening: int) -> dict[int, float]:
+        """What was heard of the rows of which the model has read these tokens, behind the first ``opening``."""
+        return {
+            index: self.nats[index]
+            for index, (ids, start) in enumerate(own)
+            if self.tokens[index] == (ids[opening:], start - opening)
+        }
 
     def _read(self, inputs: Inputs, past: Past) -> Stream:
         reader = copy.copy(self.reader)
@@ -427,8 +468,9 @@ class _Ear:
 
     def _run(self, ids: Tensor, past: Past, stream: Stream, **given: Any) -> None:
         rows, columns, wanted = [], [], []
-        for row, (own, start) in enumerate(self.rows):
+        for row, (index, (own, start)) in enumerate(self.rows):
             tokens, owners, places = _stream(past.frontier, row, len(own), ids)
+            self.tokens[index] = tokens, sum(owner < start for owner in owners)
             for place in range(1, len(tokens)):
                 if owners[place] >= start:
                     rows.append(row)
@@ -445,8 +487,10 @@ class _Ear:
         finally:
             self.reader.slot.call = None
         if whole:
-            stream.hidden.update(dict.fromkeys(self.reader.layers, logits.softmax(-1, dtype=torch.float32)))
-        self.nats += float(_losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).sum())
+            stream.hidden.update(dict.fromkeys(self.reader.layers, self.reader.said(logits)))
+        losses = _losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).tolist()
+        for row, loss in zip(rows, losses, strict=True):
+            self.nats[self.rows[row][0]] += loss
 
 
 def _stream(frontier: Any, row: int, length: int, ids: Tensor) -> tuple[list[int], list[int], list[int]]:

@@ -7,7 +7,8 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
+from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.adapters import Adapters
+from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
@@ -48,6 +51,7 @@ from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.vocabularies import first_tokens
 
 
 class CalmModel(CalmPreTrainedModel):
@@ -71,6 +75,7 @@ class CalmModel(CalmPreTrainedModel):
         self.anchor = anchor
         self.augmenting = nn.ModuleDict(augmenting)
         self.connectors = nn.ModuleDict()
+        self.ingestors = nn.ModuleDict()
         self.enabled = True
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
@@ -126,16 +131,25 @@ class CalmModel(CalmPreTrainedModel):
                 "config": self.config,
                 "slot": self.slot,
                 "opening": self._openings[name],
+                "ingest": self._ingest(name),
             }
             reads = self.config.augmenting[name]["reads"]
             transcoder, vocabulary = self.transcoders[name] if reads == "text" else None, self._backbones[""].vocab_size
             self._readers[name] = make_reader(reads, common, transcoder, vocabulary)
+
+    def _ingest(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What makes vectors of a model's logits for its connectors; None where they take something else."""
+        return partial(self.ingestors[name], embed=embed_with(self.anchor)) if name in self.ingestors else None
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
         options = vars(ConnectorConfig(**entry["connector"])).copy()
         kind = options.pop("kind")
         size = augmenting.vocab_size if CONNECTORS[kind].reads_distribution else augmenting.size
+        if options["ingestor"] == "anchor":
+            first = first_tokens(self.alignments.get(name), anchor.vocab_size, augmenting.vocab_size)
+            self.ingestors[name] = AnchorIngestor(first, options["top_k"]).to(execution_device(augmenting.decoder))
+            size = embedding_size(self.anchor)
         connectors = nn.ModuleList()
         for _, j in entry["connections"]:
             connector = build_connector(kind, size, anchor.size, options)
@@ -187,8 +201,9 @@ class CalmModel(CalmPreTrainedModel):
         """Take one augmenting model out, with its connectors and hooks: the others are as they were without it."""
         detach(self.slot, name, self.anchor, self.augmenting[name])  # type: ignore[arg-type]
         del self.config.augmenting[name], self.augmenting[name], self.connectors[name]
-        if name in self.transcoders:
-            del self.transcoders[name]
+        for parts in (self.transcoders, self.ingestors):
+            if name in parts:
+                del parts[name]
         self.active.discard(name)
         self._find_parts()
         self._make_readers()
@@ -294,6 +309,12 @@ class CalmModel(CalmPreTrainedModel):
     def wants_prompts(self) -> bool:
         """Whether it matters to a model that is switched on which tokens were given and not generated."""
         return self.reads_prompts or any(isinstance(self._readers[name], OwnReader) for name in self.active)
+
+    @property
+    def says_anything(self) -> bool:
+        """Whether the composition's output may differ from the anchor's: it is on, and some connection has learned."""
+        joined: list[Any] = [connector for name in self.active for connector in self.connectors[name]]  # type: ignore[union-attr,attr-defined]
+        return self.enabled and not all(connector.is_identity for connector in joined)
 
     @property
     def can_cache(self) -> bool:

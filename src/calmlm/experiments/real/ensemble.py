@@ -67,9 +67,9 @@ class Ensemble(Composed):
     def __init__(self, model: CalmForCausalLM, tokenizer: Any, augmenting_tokenizer: Any, weight: float = 0.5) -> None:
         super().__init__(model, tokenizer)
         self.weight = weight
-        self.head = model.augmenting[AUGMENTING].get_output_embeddings()
-        table = first_tokens(augmenting_tokenizer, tokenizer, self.head.weight.shape[0])
-        self.size = model.lm_head.weight.shape[0]
+        self.head: Any = model.augmenting[AUGMENTING].get_output_embeddings()
+        self.size = len(model.lm_head.weight)  # type: ignore[arg-type]
+        table = first_tokens(augmenting_tokenizer, tokenizer, len(self.head.weight))
         self.table = torch.where(table < self.size, table, -1).to(model.device)
         self.heard = torch.zeros(0)
         words: Any = model.model.connectors[AUGMENTING][-1]  # type: ignore[index]
@@ -107,7 +107,7 @@ class Ensemble(Composed):
     def choose(self, items: Sequence[Item]) -> dict[float, float]:
         """Set the weight with which these items take least; return bits per byte by weight."""
         texts = [text_of(item, self.tokenizer) for item in items]
-        nats = {weight: 0.0 for weight in WEIGHTS}
+        nats = dict.fromkeys(WEIGHTS, 0.0)
         for chosen in batches(texts):
             batch, width = laid_out([texts[index] for index in chosen], self.pad)
             ours, theirs = self.both(on_device(batch, self.model.device), width)

@@ -26,7 +26,17 @@ from calmlm.experiments.real.world import Item, World
 from calmlm.experiments.record import device
 from calmlm.tokens.lookup import load_tokenizer
 
-__all__ = ["Pair", "Trained", "composed", "fine_tuned", "fresh", "open_pair", "rows_of", "train_composition", "with_lora"]
+__all__ = [
+    "Pair",
+    "Trained",
+    "composed",
+    "fine_tuned",
+    "fresh",
+    "open_pair",
+    "rows_of",
+    "train_composition",
+    "with_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -159,9 +169,7 @@ def with_lora(pair: Pair, method: Method, world: World) -> Trained:
 
     model = copy.deepcopy(pair.anchor)
     set_seed(world.seed)
-    settings = LoraConfig(
-        r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    settings = LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, settings)  # the matrices live inside `model`, which is what trains and writes
     return _trained(model, rows_of(world.composition, pair.tokenizer), pair, method.stage, world.seed)
 

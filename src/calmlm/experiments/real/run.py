@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from calmlm.experiments.real.ensemble import Ensemble
 from calmlm.experiments.real.joined import Pair, Trained, composed, fine_tuned, open_pair, train_composition, with_lora
 from calmlm.experiments.real.measures import System, first_line_of, measure
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
-from calmlm.experiments.real.report import write_report
+from calmlm.experiments.real.report import INTERVAL, summarise, write_report
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
 from calmlm.experiments.real.world import World, read_sentences
 from calmlm.experiments.record import origin
@@ -86,9 +87,10 @@ def run(
         MissingExtraError: without PEFT or sacrebleu.
     """
     settings = load_settings(config).cut(steps, items)
-    for field, source in (("anchor", anchor), ("augmenting", augmenting)):
-        if source is not None:
-            settings = dataclasses.replace(settings, **{field: BaseModel(source)})
+    if anchor is not None:
+        settings = dataclasses.replace(settings, anchor=BaseModel(anchor))
+    if augmenting is not None:
+        settings = dataclasses.replace(settings, augmenting=BaseModel(augmenting))
     check_seeds(seeds)
     names, folder = settings.chosen(rows), Path(output)
     check_writable(folder / f"{settings.name}.json")
@@ -112,18 +114,22 @@ def run(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_result(path, to_json(cell) + "\n")
             report(f"{name}, seed {seed}: {cell['seconds']:.0f} s")
-    result = stored(settings, folder, seeds)
-    for path in write_report(settings, result, folder):
+    cells = stored(settings, folder, seeds)
+    result = {
+        "experiment": "real",
+        "name": settings.name,
+        "seeds": list(seeds),
+        "rows": summarise(settings, cells),
+        "interval": INTERVAL,
+        "settings": dataclasses.asdict(settings),
+    }
+    for path in write_report(settings, result, cells, folder):
         report(f"wrote {path}")
     return result
 
 
-def make_cell(
-    settings: Settings, name: str, pair: Pair, world: World, report: Callable[[str], None]
-) -> dict[str, Any]:
+def make_cell(settings: Settings, name: str, pair: Pair, world: World, report: Callable[[str], None]) -> dict[str, Any]:
     """Train and measure one method."""
-    import time
-
     start = time.perf_counter()
     method = settings.methods[name]
     system, about = prepared(pair, method, world, report)
@@ -141,9 +147,7 @@ def make_cell(
     }
 
 
-def prepared(
-    pair: Pair, method: Method, world: World, report: Callable[[str], None]
-) -> tuple[System, dict[str, Any]]:
+def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], None]) -> tuple[System, dict[str, Any]]:
     """The system of a method, and what is to be said of it."""
     shown = world.shown if method.examples else ""
     if method.system == "m_A":
@@ -182,9 +186,9 @@ def cascade(pair: Pair, method: Method, world: World) -> Cascade:
     return Cascade(translator, Alone(pair.anchor, pair.tokenizer, before), new_tokens, first_line_of)
 
 
-def stored(settings: Settings, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """All cells of these settings and seeds that are stored."""
-    cells: dict[str, dict[str, Any]] = {}
+def stored(settings: Settings, folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """All cells of these settings and seeds that are stored, by method and seed."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
     for name, method in settings.methods.items():
         paths = {seed: cell_path(folder, settings, name, seed) for seed in seeds_of(method, seeds)}
         found = {
@@ -192,4 +196,4 @@ def stored(settings: Settings, folder: Path, seeds: Sequence[int]) -> dict[str, 
         }
         if found:
             cells[name] = found
-    return {"experiment": "real", "name": settings.name, "seeds": list(seeds), "cells": cells}
+    return cells

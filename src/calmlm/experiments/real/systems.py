@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
@@ -103,6 +104,7 @@ class Alone:
             do_sample=False,
             pad_token_id=self.pad,
             eos_token_id=self.tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([_FirstLine(self.tokenizer, width)]),
             **self.writing(),
         )
         return self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
@@ -110,6 +112,22 @@ class Alone:
     def writing(self) -> dict[str, Any]:
         """Further arguments of ``generate``."""
         return {}
+
+
+class _FirstLine(StoppingCriteria):
+    """Ends a row where its first line ends, since no more of it is read.
+
+    Args:
+        tokenizer: of what is written.
+        width: of the prompts.
+    """
+
+    def __init__(self, tokenizer: Any, width: int) -> None:
+        self.tokenizer, self.width = tokenizer, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        return torch.tensor(["\n" in text.lstrip() for text in texts], device=input_ids.device)
 
 
 class Composed(Alone):
@@ -149,32 +167,19 @@ class Cascade:
 
     def nats(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
         """Each target's negative log-probability by m_B."""
-        return self.writer.nats(self.told(items))
+        return self.writer.nats(self.with_drafts(items))
 
     def write(self, items: Sequence[Item], new_tokens: int) -> list[str]:
         """m_B's answers."""
-        return self.writer.write(self.told(items), new_tokens)
+        return self.writer.write(self.with_drafts(items), new_tokens)
 
-    def told(self, items: Sequence[Item]) -> list[Item]:
+    def with_drafts(self, items: Sequence[Item]) -> list[Item]:
         """The items with m_A's translation in their prompts; plain text stays as it is."""
         new = [item for item in items if item.prompt and item.prompt not in self.drafts]
         for item, text in zip(new, self.translator.write(new, self.new_tokens), strict=True):
             self.drafts[item.prompt] = self.tidy(text)
         return [
-            replace(item, prompt=told(item.prompt, self.drafts[item.prompt])) if item.prompt else item
-            for item in items
-        ]
-
-
-def told(self, items: Sequence[Item]) -> list[Item]:
-        """The items with m_A's translation in their prompts; plain text stays as it is."""
-        asked = [item for item in items if item.prompt]
-        drafts = iter(self.translator.write(asked, self.new_tokens))
-        return [
-            Item(told(item.prompt, self.tidy(next(drafts))), item.target, item.variety, item.sentence)
-            if item.prompt
-            else item
-            for item in items
+            replace(item, prompt=told(item.prompt, self.drafts[item.prompt])) if item.prompt else item for item in items
         ]
 
 

@@ -26,7 +26,7 @@ from calmlm.tokens.alignment import Alignment
 __all__ = ["WEIGHTS", "Ensemble", "first_tokens", "sent"]
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-AT_ONCE = 16  # positions whose probabilities are there at a time
+AT_ONCE = 64  # positions whose probabilities are there at a time
 LEAST = 1e-12
 
 

@@ -17,8 +17,8 @@ from calmlm.data.labels import IGNORE
 from calmlm.errors import ConfigError, DataError, ModelError
 from calmlm.experiments.real.ensemble import Ensemble, first_tokens, sent
 from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
+from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
 from calmlm.experiments.real.measures import bits, first_line_of, text_of
-from calmlm.experiments.real.partners import AUGMENTING, Text, batches, laid_out, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties, load_settings
 from calmlm.experiments.real.report import goals, summarise
 from calmlm.experiments.real.resampling import Figures, bits_of, difference
@@ -43,7 +43,7 @@ METHODS = {
 }
 TINY = Settings(
     "tiny", BaseModel("anchor"), BaseModel("augmenting"), "no/data", VARIETIES, METHODS,
-    pairs=8, plain=3, shots=2, word_lines=12, align_lines=4, test=5, development=4, items=3, weighed=2,
+    pairs=8, plain=3, shots=2, plain_lines=12, test=5, development=4, items=3, weighed=2,
     english_items=3, written=2, new_tokens=3, swapped=False,
 )  # fmt: skip
 

@@ -17,8 +17,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.data.labels import IGNORE
+from calmlm.experiments.real.layout import AUGMENTING, batches, laid_out
 from calmlm.experiments.real.measures import bits, text_of
-from calmlm.experiments.real.partners import AUGMENTING, batches, laid_out
 from calmlm.experiments.real.systems import Composed, on_device
 from calmlm.experiments.real.world import Item
 from calmlm.tokens.alignment import Alignment

@@ -20,7 +20,7 @@ from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import Row, Stage, fit
-from calmlm.experiments.real.partners import AUGMENTING, reading_others
+from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method
 from calmlm.experiments.real.world import Item, World
 from calmlm.experiments.record import device
@@ -131,11 +131,9 @@ def rows_of(items: Sequence[Item], tokenizer: Any, others: bool = False) -> list
 
 def composed(pair: Pair, method: Method, world: World) -> calmlm.CalmForCausalLM:
     """The composition of a method, untrained."""
-    settings, arguments = world.settings, dict(method.compose)
-    if arguments.get("words"):
-        arguments["words_text"] = world.lines(settings.word_lines)
-    if arguments.get("init"):
-        arguments["align_text"] = world.lines(settings.align_lines)
+    arguments = dict(method.compose)
+    if "words" in arguments or "init" in arguments:
+        arguments["plain_text"] = world.lines(world.settings.plain_lines)
     if method.examples:
         arguments["augmenting_prefix"] = world.shown
     small = pair.augmenting if method.augmenting == "real" else fresh(pair.augmenting, 1000 + world.seed)

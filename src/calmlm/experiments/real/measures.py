@@ -12,7 +12,7 @@ from torch import Tensor
 from calmlm.data.conversations import common_prefix
 from calmlm.data.extras import require
 from calmlm.data.labels import IGNORE, encode_prompt
-from calmlm.experiments.real.partners import Text
+from calmlm.experiments.real.layout import Text
 from calmlm.experiments.real.world import Item
 
 __all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of", "token_nats"]

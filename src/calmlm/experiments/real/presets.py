@@ -35,7 +35,7 @@ class Method:
         system: what it is. ``m_A`` and ``m_B`` alone; ``cascade``: m_A translates, m_B is given that; ``ensemble``:
             both models' probabilities at one weight; ``lora`` and ``full`` train m_B; ``composed``: a composition.
         examples: whether some examples are read first: by the model alone, or in a composition or ensemble by m_A.
-        compose: arguments of ``calmlm.compose``. The texts for ``words`` and ``init`` are filled in.
+        compose: arguments of ``calmlm.compose``; ``plain_text`` is filled in.
         augmenting: ``real``, or ``random`` for fresh weights in the same architecture.
         reads: what m_A reads in training: its ``own`` row's prompt, or that of an ``other`` row of the same variety.
         rank: of LoRA's matrices.
@@ -99,7 +99,7 @@ class Settings:
         pairs: D_C's, spread evenly over its varieties; each is another sentence.
         plain: lines of plain English beside them in D_C, which m_A has nothing to add to.
         shots: examples that a method with ``examples`` reads first.
-        word_lines, align_lines: lines of plain English for ``words_text`` and ``align_text``.
+        plain_lines: lines of plain English that ``calmlm.compose`` takes as ``plain_text``.
         test, development: sentences that are kept for either.
         items: of the test sentences, how many are asked in each variety.
         weighed: of the development sentences, how many choose the ensemble's weight, in each variety of D_C.
@@ -120,8 +120,7 @@ class Settings:
     pairs: int = 1920
     plain: int = 192
     shots: int = 5
-    word_lines: int = 2000
-    align_lines: int = 500
+    plain_lines: int = 500
     test: int = 400
     development: int = 200
     items: int = 50

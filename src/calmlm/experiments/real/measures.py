@@ -13,7 +13,7 @@ from calmlm.data.conversations import common_prefix
 from calmlm.data.extras import require
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.real.layout import Text
-from calmlm.experiments.real.world import Item
+from calmlm.experiments.real.world import Item, World
 
 __all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of", "token_nats"]
 
@@ -85,12 +85,12 @@ def chrf(written: Sequence[str], items: Sequence[Item]) -> float:
 
 
 def measure(
-    system: System, world: Any, swapped: bool, report: Callable[[str], None] = lambda line: None
+    system: System, world: World, swapped: bool, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """All measures of a system.
 
     Returns:
-        ``nats`` and ``swapped_nats`` of each tested item (the second None where nothing can be swapped),
+        ``nats`` and ``swapped_nats`` of each tested item (the second None where m_A has no part or is not asked),
         ``english_nats`` of each plain line, and ``written`` texts with their ``chrf`` inside and outside D_C.
     """
     settings = world.settings

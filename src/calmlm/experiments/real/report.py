@@ -180,7 +180,7 @@ def _how(settings: Settings, cell: Mapping[str, Any] | None) -> str:
         f"pairs, each another sentence, and {settings.plain} lines of plain English; a seed draws them, their order, "
         f"the {settings.shots} examples and what a training starts from. {settings.items} sentences are asked in each "
         f"variety, {settings.english_items} lines of plain English, and {settings.written} sentences are translated in "
-        f"each of the first six. Bytes are those of the English text; its end does not count. The ensemble's weight is "
+        f"each but those apart. Bytes are those of the English text; its end does not count. The ensemble's weight is "
         f"chosen on {settings.weighed} development sentences in each variety of D_C; nothing else is. The base models "
         f"are in bfloat16, what is trained in float32. Seconds are those of the training."
     )

@@ -40,8 +40,8 @@ def cell_path(output: Path, settings: Settings, name: str, seed: int) -> Path:
 
 
 def seeds_of(method: Method, seeds: Sequence[int]) -> list[int]:
-    """The seeds that a method has cells for: one is enough where nothing depends on it."""
-    return list(seeds) if method.seeded else list(seeds[:1])
+    """The seeds that a method has cells for: 0 alone where nothing depends on it."""
+    return list(seeds) if method.seeded else [0]
 
 
 def run(
@@ -96,12 +96,10 @@ def run(
     check_writable(folder / f"{settings.name}.json")
     if threads is not None:
         torch.set_num_threads(threads)
-    missing = [
-        (name, seed)
-        for seed in seeds
-        for name in names
-        if seed in seeds_of(settings.methods[name], seeds) and not cell_path(folder, settings, name, seed).is_file()
-    ]
+    wanted = {
+        (name, seed if settings.methods[name].seeded else 0): None for seed in seeds for name in names
+    }  # a seed after the other, so that a run that is stopped has whole ones
+    missing = [key for key in wanted if not cell_path(folder, settings, *key).is_file()]
     if missing and not stored_only:
         sentences = read_sentences(data if data is not None else settings.data)
         World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded

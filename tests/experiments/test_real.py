@@ -15,7 +15,7 @@ import torch
 
 from calmlm.cli import main
 from calmlm.data.labels import IGNORE
-from calmlm.errors import ConfigError, DataError, ModelError
+from calmlm.errors import CalmError, ConfigError, DataError, ModelError
 from calmlm.experiments.real.ensemble import Ensemble, first_tokens, sent
 from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
 from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
@@ -482,6 +482,20 @@ def test_every_system_makes_a_cell(tmp_path: Path, pair: Pair, monkeypatch: pyte
     result = run("x.yaml", (0,), rows, tmp_path, data=tmp_path / "data.jsonl", threads=1, report=lambda line: None)
     assert list(result["rows"]) == rows
     assert 0 < result["rows"]["ensemble"]["weight"] <= 1
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_leaves_the_others(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calmlm.experiments.real import run as run_module
+
+    broken = dataclasses.replace(METHODS["words"], compose={"connections": "none", "words": "song"})
+    settings = dataclasses.replace(TINY, methods={"words": broken, "m_B": METHODS["m_B"]})
+    monkeypatch.setattr(run_module, "load_settings", lambda path: settings)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
+    with pytest.raises(CalmError, match=r"2 failed: words, seed 0 \(words must be one of .*'song'.*others are stored"):
+        run("x.yaml", (0, 1), None, tmp_path, data=tmp_path / "data.jsonl", report=lambda line: None)
+    assert json.loads((tmp_path / "tiny.json").read_text())["rows"].keys() == {"m_B"}
 
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from calmlm.bases.fingerprint import fingerprint
+from calmlm.errors import CalmError
 from calmlm.experiments.fitting import check_seeds
 from calmlm.experiments.real.ensemble import Ensemble
 from calmlm.experiments.real.joined import Pair, Trained, composed, fine_tuned, open_pair, train_composition, with_lora
@@ -84,7 +86,7 @@ def run(
     Raises:
         ConfigError: for a file with faults, unknown rows or seeds, or an output that cannot be written to.
         ModelError, DataError: models or data that cannot be loaded.
-        MissingExtraError: without PEFT or sacrebleu.
+        CalmError: rows that failed, after all others are made and the report is written.
     """
     settings = load_settings(config).cut(steps, items)
     if anchor is not None:
@@ -96,22 +98,28 @@ def run(
     check_writable(folder / f"{settings.name}.json")
     if threads is not None:
         torch.set_num_threads(threads)
-    wanted = {
-        (name, seed if settings.methods[name].seeded else 0): None for seed in seeds for name in names
-    }  # a seed after the other, so that a run that is stopped has whole ones
-    missing = [key for key in wanted if not cell_path(folder, settings, *key).is_file()]
-    if missing and not stored_only:
+    # A seed after the other, so that a run that is stopped has whole ones.
+    wanted = dict.fromkeys((name, seed if settings.methods[name].seeded else 0) for seed in seeds for name in names)
+    failed: list[str] = []
+    if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
         sentences = read_sentences(data if data is not None else settings.data)
         World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
         pair = open_pair(settings.anchor, settings.augmenting, models)
-        for name, seed in missing:
-            report(f"{name}, seed {seed} ...")
-            cell = make_cell(settings, name, pair, World(settings, seed, sentences), report)
-            cell |= {"method": name, "seed": seed, **origin(command)}
+        for name, seed in wanted:
             path = cell_path(folder, settings, name, seed)
+            if path.is_file():  # made before, or by another run meanwhile
+                continue
+            report(f"{name}, seed {seed} ...")
+            try:
+                cell = make_cell(settings, name, pair, World(settings, seed, sentences), report)
+            except CalmError as error:  # of one row; the others go on
+                report(f"{name}, seed {seed}: {error}")
+                failed.append(f"{name}, seed {seed} ({error})")
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_result(path, to_json(cell) + "\n")
+            write_result(path, to_json({"method": name, "seed": seed, **cell, **origin(command)}) + "\n")
             report(f"{name}, seed {seed}: {cell['seconds']:.0f} s")
+            gc.collect()  # a composition and its hooks hold each other
     cells = stored(settings, folder, seeds)
     result = {
         "experiment": "real",
@@ -123,6 +131,11 @@ def run(
     }
     for path in write_report(settings, result, cells, folder):
         report(f"wrote {path}")
+    if failed:
+        raise CalmError(
+            f"Expected to make all cells, but {len(failed)} failed: {'; '.join(failed)}; the others are stored, so "
+            f"correct these rows and run it again."
+        )
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,40 @@ def summarise(settings: Settings, cells: Cells) -> dict[str, dict[str, Any]]:
     """Each method's figures; a figure that its cells do not give is left out.
 
     ``inside``, ``outside`` and each variety are bits per byte. ``gain`` and ``gain_outside`` are what the right prompt
-    saves where m_A reads it. ``against_lora`` and ``against_ensemble`` are differences inside D_C, the second to the
-    ensemble that reads the same examples. ``english`` is bits per byte of plain English divided by m_B's.
+    saves where m_A reads it. ``against_lora`` and ``against_ensemble`` are differences, the second to the ensemble that
+    reads the same examples. ``english`` is bits per byte of plain English divided by m_B's.
     """
-    varieties = settings.varieties
-    groups = {"inside": varieties.inside, "outside": varieties.outside}
-    groups |= {variety: [variety] for variety in varieties.all}
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for name, by_seed in cells.items():
-        row: dict[str, Any] = {"title": settings.methods[name].title, "seeds": len(by_seed)}
-        for column, chosen in groups.items():
-            figures = Figures.of(by_seed, chosen)
-            assert figures is not None  # nats are always measured
+        method = settings.methods[name]
+        row: dict[str, Any] = {"title": method.title, "seeds": len(by_seed), "steps": method.steps}
+        for variety in settings.varieties.all:
+            row[variety] = bits_of(_figures(by_seed, [variety]))
+        rivals = {"against_lora": "lora", "against_ensemble": f"ensemble{'_examples' if method.examples else ''}"}
+        for column, suffix, chosen in (
+            ("inside", "", settings.varieties.inside),
+            ("outside", "_outside", settings.varieties.outside),
+        ):
+            figures = _figures(by_seed, chosen)
             row[column] = bits_of(figures)
-            swapped = Figures.of(by_seed, chosen, "swapped_nats")
-            if swapped is not None and column in ("inside", "outside"):
-                suffix = "" if column == "inside" else "_outside"
-                row[f"swapped{suffix}"] = bits_of(swapped)
-                row[f"gain{suffix}"] = difference(swapped, figures)
-            ensemble = "ensemble_examples" if settings.methods[name].examples else "ensemble"
-            for other, title in (("lora", "against_lora"), (ensemble, "against_ensemble")):
-                if other in cells and other != name and column in ("inside", "outside"):
-                    theirs = Figures.of(cells[other], chosen)
-                    assert theirs is not None
-                    row[title if column == "inside" else f"{title}_outside"] = difference(figures, theirs)
+            if all(cell["swapped_nats"] is not None for cell in by_seed.values()):
+                swapped = _figures(by_seed, chosen, "swapped_nats")
+                row |= {f"swapped{suffix}": bits_of(swapped), f"gain{suffix}": difference(swapped, figures)}
+            for title, rival in rivals.items():
+                if rival in cells and rival != name:
+                    row[f"{title}{suffix}"] = difference(figures, _figures(cells[rival], chosen))
         if "m_B" in cells:
             row["english"] = _english(by_seed) / _english(cells["m_B"])
         for key in ("chrf_inside", "chrf_outside", "parameters", "training_seconds", "seconds", "weight"):
             values = [cell[key] for cell in by_seed.values() if cell.get(key) is not None]
             if values:
                 row[key] = sum(values) / len(values)
-        row["steps"] = settings.methods[name].steps
         found[name] = row
     return found
+
+
+def _figures(by_seed: Mapping[str, Mapping[str, Any]], varieties: Sequence[str], measure: str = "nats") -> Figures:
+    return Figures.of(list(by_seed.values()), varieties, measure)
 
 
 def _english(by_seed: Mapping[str, Mapping[str, Any]]) -> float:
@@ -125,24 +126,19 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
         f"# Two real models, `{settings.name}`",
         "",
         f"m_B is {settings.anchor.id}, m_A is {settings.augmenting.id}. Bits per byte of the English sentence behind "
-        f"`{{source}}\\nEnglish:`, on sentences that D_C shows in no language: in the varieties of D_C "
-        f"({', '.join(varieties.inside)}) and in others ({', '.join(varieties.outside)}). *Swapped*: m_A alone reads "
+        f"`{{source}}\\nEnglish:`, on sentences that D_C shows in no language, in its varieties "
+        f"({', '.join(varieties.inside)}). *Swapped*: m_A alone reads "
         f"another sentence of the same variety. *Gain*: swapped minus right. *LoRA*, *ensemble*: the difference to "
-        f"them inside D_C; the ensemble has read the same examples. *English*: bits per byte of plain English divided "
+        f"them; the ensemble has read the same examples. *English*: bits per byte of plain English divided "
         f"by m_B's. chrF inside / outside D_C, greedy. {INTERVAL}",
         "",
-        "| | in D_C | outside | swapped | gain | LoRA | ensemble | English | chrF | trained | steps | seconds |",
-        "|---" + "|---:" * 11 + "|",
+        "| | bits per byte | swapped | gain | LoRA | ensemble | English | chrF | trained | steps | seconds |",
+        "|---" + "|---:" * 10 + "|",
     ]
     for row in rows.values():
         chrf = " / ".join(f"{row[key]:.1f}" for key in ("chrf_inside", "chrf_outside") if key in row)
         parts = [
-            _shown(row.get("inside")),
-            _shown(row.get("outside")),
-            _shown(row.get("swapped")),
-            _shown(row.get("gain")),
-            _shown(row.get("against_lora"), sign=True),
-            _shown(row.get("against_ensemble"), sign=True),
+            *_compared(row, "inside", ""),
             f"{row['english']:.3f}" if "english" in row else "-",
             chrf or "-",
             f"{row['parameters']:,.0f}" if "parameters" in row else "-",
@@ -150,6 +146,10 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
             f"{row['training_seconds']:.0f}" if "training_seconds" in row else "-",
         ]
         lines.append(f"| {_title(row, result)} | " + " | ".join(parts) + " |")
+    lines += ["", f"## Outside D_C ({', '.join(varieties.outside)})", ""]
+    lines += ["| | bits per byte | swapped | gain | LoRA | ensemble |", "|---" + "|---:" * 5 + "|"]
+    for row in rows.values():
+        lines.append(f"| {_title(row, result)} | " + " | ".join(_compared(row, "outside", "_outside")) + " |")
     lines += ["", "## By variety", "", "The last ones are apart: m_A knows little of them.", ""]
     lines += ["| | " + " | ".join(varieties.all) + " |", "|---" + "|---:" * len(varieties.all) + "|"]
     for row in rows.values():
@@ -164,6 +164,17 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
         commits = sorted({cell["commit"][:7] for by_seed in cells.values() for cell in by_seed.values()})
         lines += ["", f"Made at commit {', '.join(commits)} on {'; '.join(machines)}{made}."]
     return "\n".join([*lines, ""])
+
+
+def _compared(row: Mapping[str, Any], column: str, suffix: str) -> list[str]:
+    """Bits per byte, and what they are beside controls and rivals."""
+    return [
+        _shown(row.get(column)),
+        _shown(row.get(f"swapped{suffix}")),
+        _shown(row.get(f"gain{suffix}")),
+        _shown(row.get(f"against_lora{suffix}"), sign=True),
+        _shown(row.get(f"against_ensemble{suffix}"), sign=True),
+    ]
 
 
 def _title(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -37,23 +37,18 @@ class Figures:
     sizes: Tensor
 
     @classmethod
-    def of(
-        cls, cells: Mapping[str, Mapping[str, Any]], varieties: Sequence[str], measure: str = "nats"
-    ) -> Figures | None:
-        """Those of a method's cells by seed; None where a cell lacks the measure.
+    def of(cls, cells: Sequence[Mapping[str, Any]], varieties: Sequence[str], measure: str = "nats") -> Figures:
+        """Those of a method's cells.
 
         Args:
-            cells: as ``calmlm.experiments.real.run.stored`` gives them.
+            cells: one for each seed, as ``calmlm.experiments.real.run`` stores them.
             varieties: over which to add up: the same sentences stand in each.
             measure: ``nats`` or ``swapped_nats``.
         """
-        if any(cell[measure] is None for cell in cells.values()):
-            return None
-        first = next(iter(cells.values()))
-        chosen = [[i for i, found in enumerate(first["varieties"]) if found == variety] for variety in varieties]
-        nats = torch.tensor([cell[measure] for cell in cells.values()], dtype=torch.float64)
-        sizes = torch.tensor(first["sizes"]["tested"], dtype=torch.float64)
-        return cls(sum((nats[:, i] for i in chosen), torch.zeros(())), sum((sizes[i] for i in chosen), torch.zeros(())))
+        chosen = [[i for i, found in enumerate(cells[0]["varieties"]) if found == variety] for variety in varieties]
+        nats = torch.tensor([cell[measure] for cell in cells], dtype=torch.float64)
+        sizes = torch.tensor(cells[0]["sizes"]["tested"], dtype=torch.float64)
+        return cls(torch.stack([nats[:, i] for i in chosen]).sum(0), torch.stack([sizes[i] for i in chosen]).sum(0))
 
     @property
     def bits(self) -> float:

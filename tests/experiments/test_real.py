@@ -451,6 +451,7 @@ def test_a_run_reports_and_resumes(tmp_path: Path, pair: Pair, monkeypatch: pyte
     stored = json.loads(cell_path(output, TINY, "words", 1).read_text())
     assert stored["seed"] == 1
     assert stored["command"] == "calmlm repro real"
+    assert stored["measuring_seconds"].keys() == {"tested", "english", "written"}
     assert len(stored["nats"]) == len(stored["varieties"]) == 12
     page = (output / "tiny.md").read_text()
     assert "| Words |" in page

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from calmlm.experiments.real.world import Item, World
 
 __all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of", "token_nats"]
 
+T = TypeVar("T")
 AT_ONCE = 64  # positions whose logits become float32 at a time
 
 
@@ -91,16 +93,26 @@ def measure(
 
     Returns:
         ``nats`` and ``swapped_nats`` of each tested item (the second None where m_A has no part or is not asked),
-        ``english_nats`` of each plain line, and ``written`` texts with their ``chrf`` inside and outside D_C.
+        ``english_nats`` of each plain line, ``written`` texts with their ``chrf`` inside and outside D_C, and how many
+        seconds each took.
     """
     settings = world.settings
     tested, english, asked = world.tested, world.english, world.written
-    found: dict[str, Any] = {"nats": _rounded(system.nats(tested))}
+    seconds: dict[str, float] = {}
+
+    def timed(what: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = work()
+        seconds[what] = round(time.perf_counter() - start, 1)
+        return result
+
+    found: dict[str, Any] = {"nats": timed("tested", lambda: _rounded(system.nats(tested)))}
     report(f"{bits(found['nats'], tested):.3f} bits per byte over {len(tested)} rows")
-    found["swapped_nats"] = _rounded(system.nats(tested, swapped=True)) if swapped and system.hears else None
-    found["english_nats"] = _rounded(system.nats(english))
-    written = [first_line_of(text) for text in system.write(asked, settings.new_tokens)]
-    found["written"] = written
+    heard = swapped and system.hears
+    found["swapped_nats"] = timed("swapped", lambda: _rounded(system.nats(tested, swapped=True))) if heard else None
+    found["english_nats"] = timed("english", lambda: _rounded(system.nats(english)))
+    written = timed("written", lambda: [first_line_of(text) for text in system.write(asked, settings.new_tokens)])
+    found |= {"written": written, "measuring_seconds": seconds}
     for column, varieties in (("inside", settings.varieties.inside), ("outside", settings.varieties.outside)):
         chosen = [index for index, item in enumerate(asked) if item.variety in varieties]
         if chosen:

@@ -24,6 +24,7 @@ from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method
 from calmlm.experiments.real.world import Item, World
 from calmlm.experiments.record import device
+from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import load_tokenizer
 
 __all__ = [
@@ -66,6 +67,7 @@ class Trained:
     losses: list[tuple[int, float]]
 
 
+@reading_once()
 def open_pair(anchor: BaseModel, augmenting: BaseModel, models: str | Path) -> Pair:
     """Load both models and their tokenizers.
 

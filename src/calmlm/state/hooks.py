@@ -189,7 +189,7 @@ class WordsHook(InjectHook):
             if stream.cache is not None and states is not None:
                 little = states[:, None, :, :1]  # so that the cache counts these positions
                 stream.cache.update(little, little, place)
-            return None if states is None else (words, states, None)
+            return None if states is None else (words, states, _on(anchor.device, stream.seeing))
         if stream.cache is not None:
             if states is not None:
                 states = stream.cache.update(states[:, None], states[:, None, :, :0], place)[0][:, 0]

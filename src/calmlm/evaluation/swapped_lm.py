@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import StoppingCriteria
 
-from calmlm.controls import beside, listening, partners
-from calmlm.data.context import EndOfContext, OwnContext, own_contexts
+from calmlm.controls import EndOfOther, beside, listening, partners
+from calmlm.data.context import own_contexts
 from calmlm.errors import ConfigError
 from calmlm.evaluation.lm_eval_model import ComposedLM, Ending
 from calmlm.evaluation.truncation import kept
@@ -68,8 +67,8 @@ class SwappedLM(ComposedLM):
                 contexts.append(request.args[0])
         for found in documents.values():
             lengths = {key: sum(len(self.tok_encode(text)) for text in key) for key in map(tuple, found.values())}
-            for contexts, others in partners(lengths).items():
-                for place, context in enumerate(contexts):
+            for own, others in partners(lengths).items():
+                for place, context in enumerate(own):
                     self._contexts[context] = others[min(place, len(others) - 1)]
 
     # Probabilities
@@ -135,28 +134,10 @@ class SwappedLM(ComposedLM):
             ids = batch.pop("input_ids")
             model: Any = self._model  # type: ignore[has-type]
             if size == 1:
-                self._model = Ending(model, _EndOfOther(limits, others[start], ids.shape[1]))
+                self._model = Ending(model, EndOfOther(limits, others[start], ids.shape[1]))
             try:
                 found = HFLM._model_generate(self, ids, ids.shape[1] + new, stop, **batch, **options)
             finally:
                 self._model = model
             written += list(torch.cat((context[chosen], found[:, ids.shape[1] :]), dim=1))
         return torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-
-
-class _EndOfOther(StoppingCriteria):
-    """Ends a text where an augmenting model has no room for what it reads in its place.
-
-    Args:
-        limits: the contexts of the models.
-        other: what is read in place of the prompt.
-        width: columns of the prompt.
-    """
-
-    def __init__(self, limits: Sequence[OwnContext], other: list[int], width: int) -> None:
-        self.end, self.other, self.width = EndOfContext(limits, len(other)), other, width
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows of (B, T) ids end, (B,) bool."""
-        other = input_ids.new_tensor(self.other).expand(len(input_ids), -1)
-        return self.end(torch.cat((other, input_ids[:, self.width :]), dim=1), scores)

@@ -1,9 +1,4 @@
-"""Whether anything is communicated: the same items, but the augmenting models read another item's prompt.
-
-What a composition gains over its anchor may come from more parameters and more training alone. The *pairing gain* is
-what it loses when everything stays as it is but what its augmenting models read: the figure with the right prompt,
-against the figure with another one of the same task.
-"""
+"""Another item's prompt for each item, and batches in which the anchor and its augmenting models read one each."""
 
 from __future__ import annotations
 
@@ -11,15 +6,13 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from calmlm.errors import DataError
 
-__all__ = ["beside", "listening", "paired", "partners"]
+__all__ = ["beside", "listening", "partners"]
 
 K = TypeVar("K", bound=Hashable)
-DRAWS = 2000
 
 
 def partners(lengths: Mapping[K, int], seed: int = 0) -> dict[K, K]:
@@ -55,7 +48,7 @@ def partners(lengths: Mapping[K, int], seed: int = 0) -> dict[K, K]:
 
 def listening(model: Any) -> list[str]:
     """The augmenting models of a composition that are switched on and read the text as it grows."""
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     if not getattr(inner, "enabled", False) or not hasattr(inner, "reads_text"):
         return []
     return [name for name in model.config.augmenting if name in inner.active and inner.reads_text(name)]
@@ -89,17 +82,3 @@ def beside(
         }
 
     return {**padded(rows), "augmenting_inputs": {name: padded(others) for name in names}}
-
-
-def paired(gains: Sequence[float], sizes: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """The mean gain and its 95 % interval, by a bootstrap over items.
-
-    Args:
-        gains: of each item, with the right prompt and another one.
-        sizes: what they are gains over; the mean is the sum of the gains by the sum of these. 1 each by default.
-    """
-    top = np.asarray(gains, dtype=float)
-    below = np.ones_like(top) if sizes is None else np.asarray(sizes, dtype=float)
-    drawn = np.random.default_rng(0).integers(len(top), size=(DRAWS, len(top)))
-    low, high = np.quantile(top[drawn].sum(1) / below[drawn].sum(1), [0.025, 0.975])
-    return float(top.sum() / below.sum()), float(low), float(high)

@@ -41,7 +41,7 @@ class Swapped:
     def __call__(self, prompts: Sequence[str], tokens: int | None = None) -> list[str]:
         """The completions; the same for a prompt that comes several times."""
         ids = {prompt: self.domain.encode(prompt) for prompt in prompts}
-        pairs = partners({prompt: len(found) for prompt, found in ids.items()}, self.domain.seed)
+        pairs = partners({prompt: len(found) for prompt, found in ids.items()}, self.domain.seed) if ids else {}
         order = sorted(pairs, key=lambda prompt: len(ids[prompt]))
         limits, size = own_contexts(self.model), self.domain.evaluation_batch_size
         size = 1 if any(each.learned for each in limits) else size

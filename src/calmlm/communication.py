@@ -82,7 +82,7 @@ class Communication:
         anchor_tokens_per_byte: of the anchor's tokens in prompts and completions.
         augmenting: by name of the augmenting model.
         swapped: bits per byte by the composition where its augmenting models read another row's prompt, on the rows of
-            the gains; None where no model reads the text, or one cannot read it so.
+            the gains; None where no model reads the text, one cannot read it so, or the composition is as untrained.
         pairing_gain: bits per byte that the right prompt saves then, with the ends of its 95 % interval.
     """
 
@@ -220,10 +220,11 @@ def listen(
             for ear in ears.values():
                 stack.enter_context(ear)
             composition = _nats_of(model, [text.row for text in texts], ears=ears.values())
-        beside_others = _nats_beside(model, few, swapped)
         with model.disable_composition():
             anchor = _nats_of(model, [text.row for text in texts])
             other = _nats_of(model, [text.row for text in swapped])
+        changed = not math.isclose(sum(composition), sum(anchor), rel_tol=1e-6)
+        beside_others = _nats_beside(model, few, swapped) if changed else None
         heard = {
             name: _listen_to(model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, few, swapped)
             for name in reading

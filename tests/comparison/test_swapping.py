@@ -170,6 +170,6 @@ def test_a_comparison_with_the_controls(domain: str, tmp_path: Path) -> None:
     assert result["cells"]["finished"] == 4
     assert {row["method"] for row in result["pairing"][domain]} == {"swapped", "swapped_trained"}
     assert any("follow" in row for row in result["pairing"][domain])
-    X
+    stored = list((tmp_path / "cells").rglob("*swapped*.json"))
     assert len(stored) == 2
     assert all("follows" in json.loads(path.read_text(encoding="utf-8")) for path in stored)

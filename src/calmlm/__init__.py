@@ -14,7 +14,7 @@ from calmlm.errors import CalmError, CheckpointError, ConfigError, DataError, Mi
 
 if TYPE_CHECKING:
     from calmlm.causal_lm import CalmForCausalLM
-    from calmlm.composing import compose
+    from calmlm.composing.making import compose
     from calmlm.config import CalmConfig
     from calmlm.decoding.drafting import DraftConfig
     from calmlm.modeling import CalmModel
@@ -44,7 +44,7 @@ _HOMES = {
     "CalmForCausalLM": "calmlm.causal_lm",
     "CalmModel": "calmlm.modeling",
     "DraftConfig": "calmlm.decoding.drafting",
-    "compose": "calmlm.composing",
+    "compose": "calmlm.composing.making",
 }
 
 

@@ -31,7 +31,12 @@ NONE = "none"
 WORDS = ("map",)
 """What may join two models in the anchor's last state; see ``calmlm.connectors.word_map``."""
 
-KINDS = ("cross_attention", "flamingo", "legonn")
+KINDS = ("cross_attention", "flamingo", "graft", "legonn")
+
+OF_GRAFTS = ("opened", "train_map")
+"""Options that a graft alone has; it has none of the others."""
+
+ALIGNED = "aligned-"
 
 EVERY = 4  # N_A / n in all experiments of the paper
 
@@ -70,8 +75,8 @@ def resolve_connections(
         if connections == "top":
             return tuple((augmenting_layers - count + k, anchor_layers - count + k) for k in range(count))
         raise ConfigError(
-            f"connections must be 'every-{EVERY}', 'top', a number or pairs (augmenting_layer, anchor_layer), "
-            f"but got {connections!r}: use one of these."
+            f"connections must be 'every-{EVERY}', 'top', 'aligned-1', a number or pairs (augmenting_layer, "
+            f"anchor_layer), but got {connections!r}: use one of these."
         )
     if isinstance(connections, int) and not isinstance(connections, bool):
         if not 1 <= connections <= min(augmenting_layers, anchor_layers):
@@ -180,7 +185,9 @@ class ConnectorConfig:
         query_key_bias: start of a learned bias on queries and keys; with ``rotary`` it favours nearby positions.
         null_key: one learned key with a zero value, so that a position may attend to nothing.
         rank: width of the middle of low-rank projections; None for full ones.
-        kind: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``; see ``calmlm.connectors``.
+        kind: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``; see ``calmlm.connectors``.
+        opened: of a graft, whether its gate is open at the start.
+        train_map: of a graft, whether a correction of its map is trained as well.
     """
 
     num_heads: int
@@ -191,6 +198,8 @@ class ConnectorConfig:
     null_key: bool = False
     rank: int | None = None
     kind: str = "cross_attention"
+    opened: bool = False
+    train_map: bool = True
 
     @classmethod
     def build(cls, options: dict[str, Any], anchor_size: int, default_heads: int) -> ConnectorConfig:
@@ -225,6 +234,14 @@ class ConnectorConfig:
             raise ConfigError(
                 f"The connector must be one of {', '.join(KINDS)}, but got {config.kind!r}: use one of these."
             )
+        default = cls(config.num_heads, kind=config.kind)
+        others = [name for name in _OPTION_TYPES if (name in OF_GRAFTS) != (config.kind == "graft") and name != "kind"]
+        strange = [name for name in others if getattr(config, name) != getattr(default, name)]
+        if strange:
+            raise ConfigError(
+                f"Connector options must belong to the connector {config.kind!r}, but got {', '.join(strange)}: leave "
+                f"them out, or choose another connector."
+            )
         if config.rank is not None and not 1 <= config.rank <= anchor_size:
             raise ConfigError(
                 f"rank must lie between 1 and the anchor's width {anchor_size}, but got {config.rank}: leave it out "
@@ -238,7 +255,7 @@ class ConnectorConfig:
 
 
 _OPTION_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("norm", "gate", "rotary", "null_key"), (bool,)),
+    **dict.fromkeys(("norm", "gate", "rotary", "null_key", *OF_GRAFTS), (bool,)),
     "query_key_bias": (float, int),
     "rank": (int,),
     "kind": (str,),

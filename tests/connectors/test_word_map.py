@@ -14,7 +14,8 @@ from torch import Tensor
 import calmlm
 from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
-from calmlm.connectors.word_map import GATE, OPENING, WordMap, fit_map, mix
+from calmlm.connectors.gate import GATE, OPENING
+from calmlm.connectors.word_map import WordMap, fit_map, mix
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.speaking import expected_tokens
 from calmlm.tokens.alignment import Alignment

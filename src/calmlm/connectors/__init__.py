@@ -1,24 +1,27 @@
 """The connectors that a user can choose from; each one's formula stands in its own file.
 
-All follow one small protocol: ``keys_values(hidden, rotation)`` of new augmenting positions, which can be cached, and
-``forward(anchor, keys, values, mask, rotation, attention, seeing)``, the new anchor states. ``attention`` is the
-``CrossAttention`` inside; ``before_layer`` tells whether a connection ``(i, j)`` works on the input of the anchor's
-layer ``j`` or on its output; ``reads_distribution`` whether it takes the augmenting model's output distribution
-instead of the states of its layer ``i``.
+Those that attend follow one small protocol: ``keys_values(hidden, rotation)`` of new augmenting positions, which can be
+cached, and ``forward(anchor, keys, values, mask, rotation, attention, seeing)``, the new anchor states. ``attention``
+is the ``CrossAttention`` inside; ``before_layer`` tells whether a connection ``(i, j)`` works on the input of the
+anchor's layer ``j`` or on its output; ``reads_distribution`` whether it takes the augmenting model's output
+distribution instead of the states of its layer ``i``. A ``Graft`` takes the one state that stands beside each of the
+anchor's positions: ``forward(anchor, augmenting, where)``.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from calmlm.config import OF_GRAFTS
 from calmlm.connectors.cross_attention import CrossAttention
 from calmlm.connectors.flamingo import Flamingo
+from calmlm.connectors.graft import Graft
 from calmlm.connectors.legonn import LegoNN
 
-Connector: TypeAlias = CrossAttention | Flamingo | LegoNN
+Connector: TypeAlias = CrossAttention | Flamingo | Graft | LegoNN
 """Reads states of one layer into another."""
 
-CONNECTORS: dict[str, Any] = {"cross_attention": CrossAttention, "flamingo": Flamingo, "legonn": LegoNN}
+CONNECTORS: dict[str, Any] = {"cross_attention": CrossAttention, "flamingo": Flamingo, "graft": Graft, "legonn": LegoNN}
 
 
 def build_connector(kind: str, augmenting_size: int, anchor_size: int, options: dict[str, Any]) -> Connector:
@@ -30,4 +33,5 @@ def build_connector(kind: str, augmenting_size: int, anchor_size: int, options: 
         anchor_size: D_B.
         options: the connector options of ``calmlm.config.ConnectorConfig`` other than its kind.
     """
-    return CONNECTORS[kind](augmenting_size, anchor_size, **options)
+    given = options if kind == "graft" else {key: value for key, value in options.items() if key not in OF_GRAFTS}
+    return CONNECTORS[kind](augmenting_size, anchor_size, **given)

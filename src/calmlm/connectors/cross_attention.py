@@ -145,6 +145,20 @@ class CrossAttention(nn.Module):
                 if name in ("o_proj", "o_proj.up") and self.gate is None:
                     nn.init.zeros_(module.weight)
 
+    @torch.no_grad()
+    def align(self, weight: Tensor, size: float) -> None:
+        """Start from a map between the models' states: values are what it gives, keys what is alike to them.
+
+        Args:
+            weight: the map, (D_B, D_A), of normed states.
+            size: root mean square of what it gives.
+        """
+        identity = torch.eye(len(weight))
+        starts: dict[str, Tensor] = {"f_proj": weight, "v_proj": identity, "o_proj": identity}
+        starts["k_proj"] = self.q_proj.get_parameter("weight") / size
+        for name, start in starts.items():
+            self.get_submodule(name).get_parameter("weight").copy_(start)
+
     @property
     def attention(self) -> CrossAttention:
         """The cross-attention inside a connector: this one."""

@@ -233,6 +233,8 @@ def _is_whole(data: dict[str, Any]) -> bool:
             or type(words.get("train_map", False)) is not bool
         ):
             return False
+        if not _are_adapters(entry.get("adapters")):
+            return False
         for part in ("beginning", "prefix"):
             before = entry.get(part, [])
             if not isinstance(before, list) or not all(type(index) is int and index >= 0 for index in before):
@@ -248,6 +250,21 @@ def _is_whole(data: dict[str, Any]) -> bool:
         if not named or not marked or type(entry.get("dequantize", False)) is not bool:
             return False
     return True
+
+
+def _are_adapters(found: Any) -> bool:
+    """Whether this describes adapters, or none."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or set(found) != {"rank", "scaling", "dropout", "targets"}:
+        return False
+    targets = found["targets"]
+    return (
+        type(found["rank"]) is int
+        and all(type(found[key]) in (int, float) for key in ("scaling", "dropout"))
+        and isinstance(targets, dict)
+        and all(isinstance(size, list) and [type(width) for width in size] == [int, int] for size in targets.values())
+    )
 
 
 def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig | None:
@@ -346,11 +363,20 @@ def _check_entry(
         if entry["connections"] or not entry.get("words"):
             resolve_connections(entry["connections"], len(below.layers), len(above.layers))
         ConnectorConfig.build(entry["connector"], above.size, above.num_heads)
+        for target in (entry.get("adapters") or {}).get("targets", ()):
+            _check_target(above.decoder, target)
     except ConfigError as error:
         raise CheckpointError(
             f"{str(source)!r} must hold connections that fit its models, but its config.json is damaged "
             f"({first_line(error)}): save the composition again or fetch it anew."
         ) from error
+
+
+def _check_target(decoder: Any, target: str) -> None:
+    try:
+        decoder.get_submodule(target)
+    except AttributeError:
+        raise ConfigError(f"there is no {target!r} in the anchor") from None
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:

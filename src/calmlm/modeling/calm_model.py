@@ -20,6 +20,7 @@ from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
+from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
@@ -42,7 +43,7 @@ from calmlm.readers import (
     positions_for,
 )
 from calmlm.state.cache import CalmCache
-from calmlm.state.hooks import Call, Slot, attach, attach_words, checkpoint_quietly, detach
+from calmlm.state.hooks import Call, Slot, attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
@@ -146,6 +147,9 @@ class CalmModel(CalmPreTrainedModel):
         if entry.get("words"):
             connectors.append(WordMap(augmenting.size, anchor.size, **entry["words"]).to(execution_device(self.anchor)))
             attach_words(self.slot, name, self.connectors, anchor.decoder, augmenting.decoder)
+        if entry.get("adapters"):
+            connectors.append(Adapters(**entry["adapters"]).to(execution_device(self.anchor)))
+            attach_adapters(self.slot, name, connectors, anchor.decoder, entry["adapters"]["targets"])
         self.connectors[name] = connectors
 
     def add(
@@ -265,7 +269,9 @@ class CalmModel(CalmPreTrainedModel):
             layers = self._backbones[""].layers
             pairs = [pair for entry in self.config.augmenting.values() for pair in entry["connections"]]
             first = min((j for _, j in pairs), default=len(layers) - 1)
-            checkpoint_quietly(layers[first + 1 :], text_config(self.anchor))
+            if any(entry.get("adapters") for entry in self.config.augmenting.values()):
+                first = -1
+            checkpoint_frozen(layers[first + 1 :], self.slot)
         return self
 
     @property
@@ -311,7 +317,7 @@ class CalmModel(CalmPreTrainedModel):
         cache = CalmCache.around(
             anchor_cache,
             {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]
-            {name: len(self.connectors[name]) for name in entries},  # type: ignore[arg-type]
+            {name: len(entry["connections"]) + bool(entry.get("words")) for name, entry in entries.items()},
             length,
             apart,
             {name: len(self._openings[name]) for name in reading},

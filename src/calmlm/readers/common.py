@@ -15,6 +15,7 @@ from calmlm.bases.placement import execution_device
 from calmlm.bases.structure import accepts
 from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
+from calmlm.connectors.gate import ConvexGate
 from calmlm.readers.inputs import Inputs
 from calmlm.readers.preamble import Opening
 from calmlm.state.hooks import Call, Slot, Stream
@@ -50,7 +51,7 @@ class Common:
         """Nothing, for most."""
 
     @property
-    def connector(self) -> CrossAttention:
+    def connector(self) -> CrossAttention | ConvexGate:
         """The cross-attention of the first connection; all have the same options."""
         return self.first.attention
 

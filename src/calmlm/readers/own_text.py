@@ -264,9 +264,11 @@ class OwnReader(Common):
         return stream
 
     def _stream(self, visible: Tensor, frontier: Frontier, queries: int, new: int, past: Past) -> Stream:
+        assert frontier.owner is not None
         mask, seeing, attention = self.masked(visible[:, None])
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible[:, None])
+        owner = frontier.owner, frontier.length
+        return Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible[:, None], owner)
 
     def room(self, ids: Tensor, past: Past) -> int:
         """How many of the next tokens (1, T) the model has positions for, behind what it has read."""

@@ -34,9 +34,10 @@ class AlignedReader(Common):
         visible = frontier.mask(queries)
         mask, seeing, attention = self.masked(visible)
         rotations = frontier.rotations(queries, new, self.connector.head_dim) if self.connector.rotary else (None, None)
-        stream = Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible)
+        assert frontier.owner is not None
+        owner = frontier.owner, frontier.length
+        stream = Stream(mask, rotations[0], rotations[1], past.cross, attention, seeing, visible, owner)
         if new:
-            assert frontier.owner is not None
             assert frontier.tokens is not None
             filled = (frontier.owner >= 0).long()
             positions = self.on_device((filled.cumsum(1) - 1).clamp(min=0)[:, -new:])

@@ -34,10 +34,19 @@ def check_words(words: str, reads: str, role: str) -> None:
     """
     if words not in WORDS:
         raise ConfigError(f"words must be one of {', '.join(WORDS)}, or None, but got {words!r}: use one of these.")
+    check_grows(reads, role, "words need", "no words for it")
+
+
+def check_grows(reads: str, role: str, need: str, instead: str) -> None:
+    """Raise unless an augmenting model has a state beside each of the anchor's positions.
+
+    Raises:
+        ConfigError: for a model that does not read the text as it grows.
+    """
     if reads not in ("tokens", "text"):
         raise ConfigError(
-            f"words need an augmenting model that reads the text as it grows, but the {role} reads its "
-            f"{'inputs' if reads == 'inputs' else 'prompt'} alone: leave words out for it."
+            f"{need} an augmenting model that reads the text as it grows, but the {role} reads its "
+            f"{'inputs' if reads == 'inputs' else 'prompt'} alone: use {instead}."
         )
 
 
@@ -106,7 +115,7 @@ class AnchorWords:
         if self.texts is None:
             return expected_tokens(self.model, self.backbone)
         if self.tokenizer is None:
-            raise ConfigError("words_text needs the anchor's tokenizer, but there is none: pass tokenizer.")
+            raise ConfigError("plain_text needs the anchor's tokenizer, but there is none: pass tokenizer.")
         return frequencies(len(self.head[0]), self.tokenizer, self.texts)
 
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from calmlm.bases.structure import last_state, state_of, with_last_state, with_state
 from calmlm.connectors import Connector
+from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.cross_attention import Attention, Rotation
+from calmlm.connectors.graft import Graft
 from calmlm.connectors.word_map import WordMap, mix
+from calmlm.errors import ModelError
+from calmlm.state.beside import states_beside
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Stream:
         seeing: (B, T) bool, which anchor positions see anything at all; None where all do.
         visible: (B, 1, T, S) bool, which augmenting positions each anchor position sees; None where each sees the one
             that stands beside it, and those before.
+        owner: the anchor positions that own the augmenting ones, (B, S) int64, and how many anchor positions there
+            are; None where each has its own.
         hidden: outputs of the model's connected layers, by layer, each (B, S_new, D_A); empty when it read nothing new.
     """
 
@@ -46,6 +51,7 @@ class Stream:
     attention: Attention
     seeing: Tensor | None = None
     visible: Tensor | None = None
+    owner: tuple[Tensor, int] | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -106,6 +112,12 @@ class InjectHook:
             return None
         stream = call.streams[self.name]
         device = state.device
+        if isinstance(self.connector, Graft):
+            found = states_beside(stream, self.layer, self.connection, device)
+            if found is None:
+                return self._unread(state)
+            parts = [part for part in (found.seen, found.ends, _on(device, call.composed)) if part is not None]
+            return self.connector(state, found.states, _all(parts))
         if self.layer in stream.hidden:
             hidden = stream.hidden[self.layer].to(device)
             keys, values = self.connector.keys_values(hidden, _on(device, stream.key_rotation))
@@ -159,8 +171,8 @@ class WordsHook(InjectHook):
     def words(self, name: str) -> tuple[WordMap | None, int]:
         """A model's map, or None, and its place: it is the last of its connections."""
         connectors: Any = self.joined[name]
-        found = connectors[-1]
-        return found if isinstance(found, WordMap) else None, len(connectors) - 1
+        place = next((index for index, found in enumerate(connectors) if isinstance(found, WordMap)), -1)
+        return (None, place) if place < 0 else (connectors[place], place)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         call = self.slot.call
@@ -183,23 +195,30 @@ class WordsHook(InjectHook):
         """A model's map, its last state at each of the anchor's new positions, and where it has read anything."""
         words, place = self.words(name)
         assert words is not None
-        states = stream.hidden.get(LAST)
-        states = states if states is None else states.to(anchor.device)
-        if stream.visible is None:  # one state for each position
-            if stream.cache is not None and states is not None:
-                little = states[:, None, :, :1]  # so that the cache counts these positions
-                stream.cache.update(little, little, place)
-            return None if states is None else (words, states, _on(anchor.device, stream.seeing))
-        if stream.cache is not None:
-            if states is not None:
-                states = stream.cache.update(states[:, None], states[:, None, :, :0], place)[0][:, 0]
-            elif stream.cache.get_seq_length(place):
-                states = stream.cache.layers[place].keys[:, 0]
-        if states is None or states.shape[1] == 0:
+        found = states_beside(stream, LAST, place, anchor.device)
+        return None if found is None else (words, found.states, found.seen)
+
+
+class AdaptHook:
+    """On a linear map of the anchor's decoder: adds what an adapter makes of the map's input to its output."""
+
+    def __init__(self, slot: Slot, name: str, target: str, connectors: nn.ModuleList) -> None:
+        self.slot, self.name, self.target, self.connectors = slot, name, target, connectors
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        call = self.slot.call
+        if call is None or self.name not in call.streams:
             return None
-        last = last_seen(stream.visible).to(anchor.device)
-        chosen = states.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1]))
-        return words, chosen, last >= 0
+        adapters = next(found for found in self.connectors if isinstance(found, Adapters))
+        new = output + adapters.of(self.target)(args[0]).to(output.dtype)
+        if call.composed is None:
+            return new
+        if output.ndim != 3 or len(output) != len(call.composed):
+            raise ModelError(
+                f"composition_mask needs adapters on maps that take whole rows, but {self.target!r} of the anchor "
+                f"takes tokens alone: leave it out, or choose other target_modules."
+            )
+        return torch.where(_on(output.device, call.composed), new, output)
 
 
 class InjectBeforeHook(InjectHook):
@@ -248,13 +267,12 @@ def attach_words(slot: Slot, name: str, connectors: nn.ModuleDict, anchor: nn.Mo
     augmenting.register_forward_hook(CaptureLastHook(slot, name))
 
 
-def last_seen(visible: Tensor) -> Tensor:
-    """The last of the positions that each one sees, -1 for none: (B, 1, T, S) bool to (B, T) int64."""
-    width = visible.shape[-1]
-    if not width:
-        return visible.new_full((visible.shape[0], visible.shape[2]), -1, dtype=torch.long)
-    columns = torch.arange(1, width + 1, device=visible.device)
-    return (visible[:, 0] * columns).amax(-1) - 1
+def attach_adapters(
+    slot: Slot, name: str, connectors: nn.ModuleList, anchor: nn.Module, targets: Iterable[str]
+) -> None:
+    """Put the hooks of an augmenting model's adapters on the maps of the anchor's decoder."""
+    for target in targets:
+        anchor.get_submodule(target).register_forward_hook(AdaptHook(slot, name, target, connectors))
 
 
 def detach(slot: Slot, name: str, *models: nn.Module) -> None:
@@ -268,7 +286,16 @@ def detach(slot: Slot, name: str, *models: nn.Module) -> None:
 
 
 def _belongs(hook: Any, slot: Slot, name: str) -> bool:
-    return isinstance(hook, (CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+    return isinstance(hook, (AdaptHook, CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+
+
+def _all(parts: Sequence[Tensor]) -> Tensor | None:
+    """Where all of these hold, (B, T) bool; None for everywhere."""
+    found = None
+    for part in parts:
+        part = part[..., 0] if part.ndim == 3 else part
+        found = part if found is None else found & part
+    return found
 
 
 def _on(device: torch.device, value: Any) -> Any:
@@ -277,34 +304,43 @@ def _on(device: torch.device, value: Any) -> Any:
     return value if value is None else value.to(device)
 
 
-class QuietCheckpoint:
-    """A checkpointing function for a layer that applies dropout in its own forward: runs it in evaluation mode."""
+class Checkpoint:
+    """A checkpointing function for a frozen layer: its hooks find their call when it is run again, its dropout is off.
 
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
-        self.layer, self.checkpoint = layer, checkpoint
+    Args:
+        layer: one that takes the training flag to be checkpointed.
+        slot: of the composition.
+        checkpoint: transformers' own function.
+    """
+
+    def __init__(self, layer: nn.Module, slot: Slot, checkpoint: Callable[..., Any]) -> None:
+        self.layer, self.slot, self.checkpoint = layer, slot, checkpoint
 
     def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
-        def quiet(*inner: Any) -> Any:
+        call = self.slot.call
+
+        def again(*inner: Any) -> Any:
+            before, self.slot.call = self.slot.call, call
             self.layer.training = False
             try:
                 return forward(*inner)
             finally:
                 self.layer.training = True
+                self.slot.call = before
 
-        return self.checkpoint(quiet, *args)
+        return self.checkpoint(again, *args)
 
 
-def checkpoint_quietly(layers: Iterable[nn.Module], config: PreTrainedConfig) -> None:
+def checkpoint_frozen(layers: Iterable[nn.Module], slot: Slot) -> None:
     """Let transformers checkpoint the activations of frozen layers, whose dropout stays off all the same.
 
     Args:
         layers: those that keep a graph; only layers with ``gradient_checkpointing`` are changed.
-        config: of the decoder that they belong to.
+        slot: of the composition.
     """
-    dropout = any(isinstance(value, float) and value > 0 for key, value in vars(config).items() if "drop" in key)
     for layer in layers:
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = True
             checkpoint: Any = layer._gradient_checkpointing_func
-            if dropout and not isinstance(checkpoint, QuietCheckpoint):
-                vars(layer)["_gradient_checkpointing_func"] = QuietCheckpoint(layer, checkpoint)
+            if not isinstance(checkpoint, Checkpoint):
+                vars(layer)["_gradient_checkpointing_func"] = Checkpoint(layer, slot, checkpoint)

@@ -16,11 +16,15 @@ from calmlm.bases.forms import SAME, Form, forms, recorded
 from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.config import NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
+from calmlm.composing.aligning import aligned_count, check_alignable, middle, search, start_aligned
+from calmlm.composing.low_rank import build_adapters
+from calmlm.config import ALIGNED, NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
 from calmlm.connectors import CONNECTORS
+from calmlm.connectors.adapters import Adapters
+from calmlm.connectors.word_map import WordMap
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_words, word_map
+from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
@@ -52,8 +56,12 @@ def compose(
     rank: int | None = None,
     connector: str = "cross_attention",
     words: str | Mapping[str, str] | None = None,
-    words_text: Sequence[str] | None = None,
-    train_map: bool = False,
+    adapters: Any = None,
+    init: str | None = None,
+    opened: bool = False,
+    train_map: bool | None = None,
+    plain_text: Sequence[str] | None = None,
+    development: Sequence[Mapping[str, Any]] | None = None,
     refresh: bool = True,
     alignment: Choice = "own",
     augmenting_view: Choice | None = None,
@@ -88,16 +96,27 @@ def compose(
             (a text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
         connections: ``"every-4"`` (the paper's), ``"top"``, a number, or pairs ``(augmenting_layer, anchor_layer)``,
             0-based: the output of the first layer is read into the output of the second. See
-            ``calmlm.config.resolve_connections``. Several augmenting models may have their own, by name.
+            ``calmlm.config.resolve_connections``. ``"aligned-2"`` looks for the two that communicate most before any
+            training, on ``development``. Several augmenting models may have their own, by name.
         num_heads: heads of the cross-attentions; by default the anchor's own number.
         norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
-        connector: ``"cross_attention"`` (CALM), ``"flamingo"`` or ``"legonn"``, see ``calmlm.connectors``.
+        connector: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
+            ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
             from both vocabularies, see ``calmlm.connectors.word_map``; with ``connections="none"`` there alone. Several
             augmenting models may have their own, by name.
-        words_text: plain texts from which the map takes how often tokens stand in text, a few hundred sentences of what
-            the anchor is to write; by default it takes that from text that the anchor writes itself.
-        train_map: whether the map is trained as well.
+        adapters: the rank of low-rank adapters on the anchor, or settings of ``peft.LoraConfig``. They belong to the
+            composition: they train and are saved with it, and are off with it.
+        init: ``"aligned"`` lets connections start from maps between both models' states that are fitted on
+            ``plain_text``, see ``calmlm.composing.aligning``; by default they start from noise.
+        opened: of grafts, whether their gates are open at the start, so that they speak before they are trained.
+        train_map: whether maps are trained as well as gates; by default those of grafts are corrected by training, and
+            those of words stay.
+        plain_text: a few hundred sentences of what the anchor is to write, without labels: of these maps of states are
+            made, and maps of words take from them how often tokens stand in text (by default from text that the anchor
+            writes itself).
+        development: a few dozen examples with prompts and completions, as ``calmlm train`` takes them, by which
+            ``"aligned-2"`` chooses; without them it takes the middle of both models.
         refresh: whether augmenting decoders read generated tokens too; False is the paper's ablation "m_A as encoder".
         tokenizer, augmenting_tokenizer: the models' tokenizers. Those that lie beside a model's id are found by
             themselves; two models without tokenizers are taken to share token ids if their vocabularies are equally
@@ -179,7 +198,11 @@ def compose(
     models: dict[str, PreTrainedModel] = {}
     entries: dict[str, dict[str, Any]] = {}
     alignments: dict[str, Alignment | Rewriting] = {}
-    anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, words_text)
+    anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
+    searched: dict[str, int] = {}
+    freedom = None if adapters is None else build_adapters(anchor_backbone.decoder, adapters)
+    if init not in (None, "aligned"):
+        raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
@@ -226,11 +249,16 @@ def compose(
                     f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
-        pairs = resolve_connections(wanted, len(backbone.layers), len(anchor_backbone.layers))
+        sizes = len(backbone.layers), len(anchor_backbone.layers)
+        if isinstance(wanted, str) and wanted.startswith(ALIGNED):
+            searched[name] = aligned_count(wanted)
+            pairs = middle(*sizes, searched[name])
+        else:
+            pairs = resolve_connections(wanted, *sizes)
         speaks = words.get(name) if isinstance(words, Mapping) else words
         if speaks is not None:
             check_words(speaks, entry["reads"], role)
-            entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": train_map}
+            entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": bool(train_map)}
             maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
         elif not pairs:
             raise ConfigError(
@@ -246,7 +274,19 @@ def compose(
             "null_key": null_key,
             "rank": rank,
             "kind": connector,
-        }
+            "opened": opened,
+        } | ({"train_map": train_map is not False} if connector == "graft" else {})
+        if init is not None or name in searched:
+            options = check_alignable(connector, options)
+        if connector == "graft":
+            check_grows(entry["reads"], role, "a graft needs", "another connector")
+            if pairs and init is None and name not in searched:
+                raise ConfigError(
+                    "A graft must start from a map between both models' states, but got no init: set init='aligned' "
+                    "and give plain_text."
+                )
+        if freedom is not None:
+            entry["adapters"] = freedom[0]
         entry["connections"] = [list(pair) for pair in pairs]
         entry["connector"] = vars(ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads))
         models[name], entries[name] = model, entry
@@ -256,13 +296,31 @@ def compose(
         anchor=anchor_entry,
         augmenting=entries,
     )
+    for name, count in searched.items():
+        if development is not None:
+            pairs, tried = search(
+                config,
+                anchor_model,
+                name,
+                models[name],
+                alignments.get(name),
+                tokenizer,
+                plain_text,
+                development,
+                count,
+            )
+            config.augmenting[name] |= {"connections": [list(pair) for pair in pairs], "tried": tried}
     composed = CalmForCausalLM(config, anchor_model, models, alignments)
     composed.model.connectors.to(composition_dtype)
-    for name, (weight, offset) in maps.items():
-        found = composed.model.connectors[name][-1].map  # type: ignore[index,union-attr]
-        with torch.no_grad():
-            found.weight.copy_(weight)
-            found.bias.copy_(offset)
+    for name in entries:
+        parts: Any = composed.model.connectors[name]
+        for part in parts:
+            if isinstance(part, WordMap):
+                part.start(*maps[name])
+            elif isinstance(part, Adapters) and freedom is not None:
+                part.load_state_dict(freedom[1])
+        if init is not None or name in searched:
+            start_aligned(composed.model, name, tokenizer, plain_text)
     return composed.eval()
 
 

@@ -1,0 +1,1 @@
+"""Making compositions from pretrained models."""

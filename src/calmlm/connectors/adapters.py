@@ -1,0 +1,58 @@
+"""Low-rank adapters beside the anchor's frozen weights, which belong to a composition and are off with it.
+
+    y = x W^T + b + (alpha / r) dropout(x) A^T B^T
+
+B is zero at the start (Hu et al., 2021, section 4.1). The anchor needs some freedom to read what a connection brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+JOINT = "__"  # in the place of the dots of a layer's name, which no module of torch may have
+
+
+class Adapter(nn.Module):
+    """What is added to the output of one linear map.
+
+    Args:
+        inputs, outputs: widths of the map.
+        rank: r.
+        scaling: alpha / r.
+        dropout: of its input.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (..., inputs), any float dtype, to (..., outputs)."""
+        return self.up(self.down(self.dropout(x.to(self.down.weight.dtype)))) * self.scaling
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one augmenting model, by the names of the linear maps of the anchor's decoder.
+
+    Args:
+        targets: inputs and outputs of each map, by name.
+        rank, scaling, dropout: see ``Adapter``.
+    """
+
+    def __init__(self, targets: Mapping[str, tuple[int, int]], rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(
+            {
+                name.replace(".", JOINT): Adapter(inputs, outputs, rank, scaling, dropout)
+                for name, (inputs, outputs) in targets.items()
+            }
+        )
+
+    def of(self, name: str) -> nn.Module:
+        """The adapter of the map with this name."""
+        return self[name.replace(".", JOINT)]

@@ -20,6 +20,7 @@ KINDS = ["shared", "shared-null", "transcode", "own"]
 PROMPTS = ["the cat is", "12 + 34 = 46 and", "hello"]
 OTHERS = ["naïve foxes are", "hello", "a dog, a cat, a fox"]
 COMPLETIONS = [" a fox.", " 46 dogs", " world"]
+GRAFT = {"connector": "graft", "init": "aligned", "plain_text": [*PROMPTS, *OTHERS, *COMPLETIONS] * 8}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -170,11 +171,18 @@ def test_pieces_with_a_cache(kind: str) -> None:
     assert_close(torch.cat(parts, dim=1)[real], whole[real], 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "words"), [*((kind, None) for kind in KINDS), ("shared", "map"), ("own", "map")])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in KINDS),
+        *((kind, {"words": "map"}) for kind in ("shared", "own")),
+        *((kind, GRAFT) for kind in ("shared", "own")),
+    ],
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_position_beside_padding_sees_nothing(kind: str, attention: str, words: str | None) -> None:
+def test_a_position_beside_padding_sees_nothing(kind: str, attention: str, options: dict[str, Any]) -> None:
     """There the anchor's states are its own, forwards and backwards without a number that is none."""
-    model, made = composed(kind, attention, words=words), batch()
+    model, made = composed(kind, attention, **options), batch()
     model.train()
     output = model(made["ids"], attention_mask=made["mask"], labels=made["labels"], augmenting_inputs=made["given"])
     output.loss.backward()

@@ -83,6 +83,50 @@ def test_figures_equal_slow_references(alignment: str) -> None:
         assert heard.inside != pytest.approx(heard.alone, rel=1e-3)
 
 
+@pytest.mark.parametrize("alignment", ["own", "transcode", "tokens"])
+def test_the_pairing_gain_is_what_another_prompt_costs(alignment: str) -> None:
+    """The anchor reads each row as it is, the augmenting model the next row's prompt; one row at a time."""
+    ours = tokenizer("bytes")
+    theirs = ours if alignment == "tokens" else with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs, alignment="own" if alignment == "tokens" else alignment)
+    found = listen(model, ours, rows_of(ours), augmenting_tokenizers={"augmenting": theirs})
+    parts = [[ours(part, add_special_tokens=False).input_ids for part in text] for text in TEXTS]
+    costs: list[list[float]] = []
+    for (prompt, completion), (other, _) in zip(parts, [*parts[1:], parts[0]], strict=True):
+        width = max(len(prompt), len(other))
+        ids, theirs_ids = ([0] * (width - len(part)) + part + completion for part in (prompt, other))
+        masks = [[0] * (width - len(part)) + [1] * (len(part) + len(completion)) for part in (prompt, other)]
+        told = torch.arange(len(ids))[None] < width
+        given = {"input_ids": torch.tensor([theirs_ids]), "attention_mask": torch.tensor(masks[1:])}
+        costs.append([])
+        for swap in ({}, {"augmenting_inputs": {"augmenting": given}}):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), attention_mask=torch.tensor(masks[:1]), prompt_mask=told, **swap)
+            likely = logits.logits[0].log_softmax(-1)
+            costs[-1].append(-sum(float(likely[width + k - 1, index]) for k, index in enumerate(completion)))
+    size = sum(len(completion.encode()) for _, completion in TEXTS)
+    right, other = (sum(cost[k] for cost in costs) / size / math.log(2) for k in (0, 1))
+    assert abs(other - right) > 0.01
+    assert found.swapped == pytest.approx(other, rel=1e-4)
+    assert found.pairing_gain is not None
+    assert found.pairing_gain[0] == pytest.approx(other - right, abs=1e-3)
+    assert found.pairing_gain[1] < found.pairing_gain[0] < found.pairing_gain[2]
+    assert any(title == "composition, another prompt read" for title, _ in found.lines())
+
+
+def test_a_composition_that_hears_nothing_is_warned_of() -> None:
+    ours = tokenizer("bytes")
+    size = {"vocab_size": len(ours)}
+    model = calmlm.compose(tiny_model("llama", seed=1, **size), tiny_model("qwen2", seed=2, **size), 2)
+    untrained = listen(model, ours, rows_of(ours))
+    assert untrained.pairing_gain is None and not any("Nothing is shown" in line for line in untrained.warnings())
+    silent = Communication(4, 1.5, 1.4, 0.1, 0.5, swapped=1.4, pairing_gain=(0.0, -0.01, 0.01))
+    (warning,) = silent.warnings()
+    assert "0.000 (-0.010 to 0.010)" in warning
+    model = awaken(calmlm.compose(tiny_model("llama", seed=1, **size), tiny_model("gpt2", **size), 2, refresh=False))
+    assert listen(model, ours, rows_of(ours)).pairing_gain is None
+
+
 def test_a_model_that_shares_the_ids_is_heard_as_it_is_alone() -> None:
     ours = tokenizer("bytes")
     model = composed(ours, ours)

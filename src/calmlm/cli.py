@@ -235,6 +235,9 @@ def evaluate(
         Path | None, typer.Option(help="A JSON file for the results.", show_default=False, callback=expanded)
     ] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    swapped: Annotated[
+        bool, typer.Option("--swapped", help="Augmenting models read another document's context: a control.")
+    ] = False,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; the task's own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
@@ -267,6 +270,7 @@ def evaluate(
         folder,
         names,
         anchor_only=anchor_only,
+        swapped=swapped,
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,

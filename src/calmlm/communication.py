@@ -2,7 +2,8 @@
 
 Everything is measured in bits per byte of the completions, so that models with different tokens can be compared. What a
 model gets out of a prompt is its *gain*: bits per byte behind another row's prompt, minus bits per byte behind the
-right one.
+right one. What arrives of it is the composition's *pairing gain*: the same where its augmenting models alone read
+another row's prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.answering import TextModel
 from calmlm.bases.structure import accepts
 from calmlm.config import opening_of
+from calmlm.controls import beside, listening, paired
 from calmlm.data.context import context_length
 from calmlm.data.labels import IGNORE, encode_examples
 from calmlm.data.sources import load_examples
@@ -80,6 +82,9 @@ class Communication:
         anchor_gain: bits per byte that the right prompt saves the anchor, against another row's.
         anchor_tokens_per_byte: of the anchor's tokens in prompts and completions.
         augmenting: by name of the augmenting model.
+        swapped: bits per byte by the composition where its augmenting models read another row's prompt, on the rows of
+            the gains; None where no model reads the text, one cannot read it so, or the composition is as untrained.
+        pairing_gain: bits per byte that the right prompt saves then, with the ends of its 95 % interval.
     """
 
     rows: int
@@ -88,6 +93,8 @@ class Communication:
     anchor_gain: float | None
     anchor_tokens_per_byte: float
     augmenting: dict[str, Listening] = field(default_factory=dict)
+    swapped: float | None = None
+    pairing_gain: tuple[float, float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -108,6 +115,12 @@ class Communication:
                     f"There is nothing to communicate here: the augmenting model {name!r} gets {heard.gain:.3f} bits "
                     f"per byte out of these prompts, and the anchor {self.anchor_gain:.3f} by itself."
                 )
+        if self.pairing_gain is not None and self.pairing_gain[1] <= 0:
+            found.append(
+                f"Nothing is shown to be communicated: the right prompt saves the composition "
+                f"{_interval(self.pairing_gain)} bits per byte against another row's in its augmenting models alone. "
+                f"Look at more rows, or train on texts of which they know more than the anchor."
+            )
         return found
 
     def lines(self) -> list[tuple[str, str]]:
@@ -117,12 +130,19 @@ class Communication:
             ("anchor", _figures(self.anchor, self.anchor_gain, self.anchor_tokens_per_byte)),
             ("composition", f"{self.composition:.3f} bits per byte"),
         ]
+        if self.swapped is not None and self.pairing_gain is not None:
+            swapped = f"{self.swapped:.3f} bits per byte, {_interval(self.pairing_gain)} more"
+            shown.append(("composition, another prompt read", swapped))
         for name, heard in self.augmenting.items():
             shown += [
                 (f"{name}, alone", _figures(heard.alone, heard.gain, heard.tokens_per_byte)),
                 (f"{name}, inside", _figures(heard.inside, None, None)),
             ]
         return shown
+
+
+def _interval(figure: tuple[float, float, float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*figure)
 
 
 def _figures(bits: float | None, gain: float | None, tokens: float | None) -> str:
@@ -205,6 +225,8 @@ def listen(
         with model.disable_composition():
             anchor = _nats_of(model, [text.row for text in texts]) if differs else composition
             other = _nats_of(model, [text.row for text in swapped])
+        changed = not math.isclose(sum(composition), sum(anchor), rel_tol=1e-6)
+        beside_others = _nats_beside(model, few, swapped) if changed else None
         heard = {
             name: _listen_to(
                 model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, swapped, ears.get(name)
@@ -224,6 +246,7 @@ def listen(
         _gain(anchor, other, few),
         tokens / sum(text.whole for text in texts),
         heard,
+        *_pairing(composition, beside_others, few),
     )
 
 
@@ -235,6 +258,17 @@ def _bits(nats: float, size: int) -> float:
 def _gain(right: Sequence[float], other: Sequence[float], texts: Sequence[_Text]) -> float | None:
     """How many bits per byte of the first completions the right prompts save; None where there are no others."""
     return _bits(sum(other) - sum(right[: len(other)]), sum(text.size for text in texts)) if other else None
+
+
+def _pairing(
+    right: Sequence[float], other: Sequence[float] | None, texts: Sequence[_Text]
+) -> tuple[float | None, tuple[float, float, float] | None]:
+    """Bits per byte of completions where augmenting models read other prompts, and what the right prompts save."""
+    if not other:
+        return None, None
+    sizes = [text.size for text in texts]
+    gains = [_bits(b - a, 1) for a, b in zip(right, other, strict=False)]
+    return _bits(sum(other), sum(sizes)), paired(gains, sizes)
 
 
 @dataclass(frozen=True)
@@ -312,6 +346,30 @@ def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told
         if told:
             given["prompt_mask"] = labels == IGNORE
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        for index, nats in zip(batch, _nats(logits, labels), strict=True):
+            found[index] = nats
+    return found
+
+
+def _nats_beside(model: Any, texts: Sequence[_Text], others: Sequence[_Text]) -> list[float] | None:
+    """The completions' negative log-probabilities by a composition whose augmenting models read them behind others.
+
+    None where no augmenting model reads the text, or one of the models cannot read rows that stand beside each other.
+    """
+    names, found = listening(model), [0.0] * len(others)
+    if not names or not others:
+        return None
+    for batch in _batches([max(len(one.ids), len(two.ids)) for one, two in zip(texts, others, strict=True)]):
+        chosen = [texts[index] for index in batch]
+        given = beside(names, [text.ids for text in chosen], [others[index].ids for index in batch], 0, model.device)
+        ids = given["input_ids"]
+        new = [text.ids[text.start :] for text in chosen]
+        labels = torch.tensor([[IGNORE] * (ids.shape[1] - len(part)) + part for part in new], device=ids.device)
+        given |= _keeping(model, ids.shape[1] - max(map(len, new)) - 1, ids)
+        try:
+            logits = model(**given, prompt_mask=labels == IGNORE, use_cache=False).logits
+        except CalmError:
+            return None
         for index, nats in zip(batch, _nats(logits, labels), strict=True):
             found[index] = nats
     return found

@@ -36,6 +36,8 @@ from calmlm.readers import (
     SharedReader,
     base_arguments,
     check_inputs,
+    check_text,
+    in_place,
     length_of,
     make_reader,
     mask_of,
@@ -222,8 +224,12 @@ class CalmModel(CalmPreTrainedModel):
         """Those that go on with every token: the anchor, and the augmenting models that speak and read the text."""
         yield self.anchor
         for name in self.active:
-            if self.config.augmenting[name]["reads"] in ("tokens", "text"):
+            if self.reads_text(name):
                 yield self.augmenting[name]  # type: ignore[misc]
+
+    def reads_text(self, name: str) -> bool:
+        """Whether the augmenting model ``name`` reads the text as it grows, in the anchor's tokens or its own."""
+        return self.config.augmenting.get(name, {}).get("reads") in ("tokens", "text")
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -374,7 +380,10 @@ class CalmModel(CalmPreTrainedModel):
         Raises:
             DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        streams = {name: self._readers[name].read(inputs, past) for name, past in pasts.items()}
+        streams = {}
+        for name, past in pasts.items():
+            given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
+            streams[name] = self._readers[name].read(*given)
         return Call(streams, None if inputs.composed is None else inputs.composed.bool()[:, None, None])
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
@@ -446,6 +455,9 @@ class CalmModel(CalmPreTrainedModel):
                 "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
             )
         check_inputs(inputs, {name: entry["reads"] for name, entry in self.config.augmenting.items()})
+        for name, text in (inputs.augmenting or {}).items():
+            if self.reads_text(name):
+                check_text(text, name, inputs.ids.shape[0])
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)

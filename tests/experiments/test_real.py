@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +266,6 @@ def test_swapping_gives_m_a_the_other_prompt(pair: Pair, world: World) -> None:
     assert m_a.nats(items, swapped=True) == m_a.nats(turned) != m_a.nats(items)
 
 
-@pytest.mark.skipif(find_spec("calmlm.controls") is None, reason="augmenting models cannot read another text yet")
 def test_swapping_gives_a_composition_that_only_hears_m_a_the_other_prompt(pair: Pair, world: World) -> None:
     model = composed(pair, METHODS["words"], world)
     words = model.model.connectors[AUGMENTING][-1]

@@ -163,6 +163,8 @@ def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "four_bits": TorchAoConfig(Int8WeightOnlyConfig()),
             "chat_model": "big-model",
             "specialist": "small-model",
+            "lines": (lines := [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(12)]),
+            "examples": [{"prompt": line[:20], "completion": line[20:]} for line in lines[:4]],
             "coder": others[0],
             "speaker": others[1],
             "input_ids": ids,

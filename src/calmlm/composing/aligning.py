@@ -8,7 +8,7 @@ state y stand for the same text. The map between them is a ridge regression, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -156,7 +156,7 @@ def middle(augmenting_layers: int, anchor_layers: int, count: int) -> Pairs:
 def candidates(augmenting_layers: int, anchor_layers: int) -> Pairs:
     """The connections that ``choose`` tries."""
     found = [(_layer(i, augmenting_layers), _layer(j, anchor_layers)) for i in DEPTHS[0] for j in DEPTHS[1]]
-    return _distinct(found, len(found))
+    return _ordered(dict.fromkeys(found))
 
 
 def _layer(depth: float, layers: int) -> int:
@@ -170,7 +170,11 @@ def _distinct(pairs: Sequence[tuple[int, int]], count: int) -> Pairs:
             f"There are {len(unique)} connections that can start aligned in these models, but {count} were asked for: "
             f"ask for fewer, or give pairs."
         )
-    return tuple(sorted(unique[:count], key=lambda pair: (pair[1], pair[0])))
+    return _ordered(unique[:count])
+
+
+def _ordered(pairs: Iterable[tuple[int, int]]) -> Pairs:
+    return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))
 
 
 def search(
@@ -234,7 +238,7 @@ def choose(model: Any, name: str, rows: Sequence[dict[str, list[int]]], count: i
         the pairs, and for each set of them that was tried the mean loss (nats per token), ``""`` for the anchor alone.
     """
     entry = model.config.augmenting[name]
-    pairs = [tuple(pair) for pair in entry["connections"]]
+    pairs: list[tuple[int, int]] = [(i, j) for i, j in entry["connections"]]
     grafts: list[Graft] = list(model.model.connectors[name])[: len(pairs)]
     tried = {"": _loss(model, rows)}
     chosen: list[int] = []
@@ -247,7 +251,7 @@ def choose(model: Any, name: str, rows: Sequence[dict[str, list[int]]], count: i
                 losses[index] = _loss(model, rows)
             tried[" ".join(f"{i}-{j}" for i, j in sorted(pairs[place] for place in (*chosen, index)))] = losses[index]
         chosen.append(min(losses, key=lambda index: (losses[index], index)))
-    return tuple(sorted((pairs[index] for index in chosen), key=lambda pair: (pair[1], pair[0]))), tried  # type: ignore[return-value]
+    return _ordered(pairs[index] for index in chosen), tried
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.forms import SAME, Form, forms, recorded
+from calmlm.bases.heads import head_scale
 from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
@@ -21,10 +22,11 @@ from calmlm.composing.low_rank import build_adapters
 from calmlm.config import ALIGNED, NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
 from calmlm.connectors import CONNECTORS
 from calmlm.connectors.adapters import Adapters
+from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_words, word_map
+from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_words, token_table, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
@@ -103,8 +105,9 @@ def compose(
         connector: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
             ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
-            from both vocabularies, see ``calmlm.connectors.word_map``; with ``connections="none"`` there alone. Several
-            augmenting models may have their own, by name.
+            from both vocabularies, see ``calmlm.connectors.word_map``; ``"pointer"`` mixes their probabilities into the
+            anchor's, see ``calmlm.connectors.pointer``. With ``connections="none"`` there alone. Several augmenting
+            models may have their own, by name.
         adapters: the rank of low-rank adapters on the anchor, or settings of ``peft.LoraConfig``. They belong to the
             composition: they train and are saved with it, and are off with it.
         init: ``"aligned"`` lets connections start from maps between both models' states that are fitted on
@@ -202,7 +205,7 @@ def compose(
     freedom = None if adapters is None else build_adapters(anchor_backbone.decoder, adapters)
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
-    maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    starts: dict[str, tuple[torch.Tensor, ...]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model, origin = _opened(source, role, load_any, own_forms[name], hub, shared)
@@ -257,12 +260,21 @@ def compose(
         speaks = words.get(name) if isinstance(words, Mapping) else words
         if speaks is not None:
             check_words(speaks, entry["reads"], role)
-            entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": bool(train_map)}
-            maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
+            entry["words"] = {"kind": speaks, "bias": WORDS_BIAS if pairs else 0.0}
+            if speaks == "map":
+                entry["words"]["train_map"] = bool(train_map)
+                starts[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
+            else:
+                entry["words"]["scale"] = head_scale(model, backbone, role)
+            if speaks == "pointer" and name in alignments:
+                assert tokenizer is not None
+                assert theirs is not None
+                token_sizes = anchor_backbone.vocab_size, backbone.vocab_size
+                starts[name] = (token_table(tokenizer, theirs, token_sizes, role),)
         elif not pairs:
             raise ConfigError(
-                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or give "
-                f"connections."
+                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or "
+                f"'pointer', or give connections."
             )
         options = {
             "num_heads": num_heads,
@@ -309,8 +321,8 @@ def compose(
     for name in entries:
         parts: Any = composed.model.connectors[name]
         for part in parts:
-            if isinstance(part, WordMap):
-                part.start(*maps[name])
+            if isinstance(part, (WordMap, Pointer)) and name in starts:
+                part.start(*starts[name])
             elif isinstance(part, Adapters) and freedom is not None:
                 part.load_state_dict(freedom[1])
         if init is not None or name in searched:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -16,7 +18,8 @@ from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
-from calmlm.config import READS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
+from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
+from calmlm.connectors.pointer import NOTHING
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
@@ -112,6 +115,7 @@ def load_composition(
         for name, alignment in alignments.items():
             _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
         tensors = storage.read_tensors(weights, expected.items(), str(source))
+        _check_tables(tensors, model.model.backbone().vocab_size, source)
     except CheckpointError:
         for name in augmenting_models:  # an anchor that was passed stays as it was
             model.model.remove(name)
@@ -225,15 +229,7 @@ def _is_whole(data: dict[str, Any]) -> bool:
             return False
         if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
             return False
-        words = entry.get("words")
-        if words is not None and (
-            not isinstance(words, dict)
-            or set(words) - {"bias", "train_map"}
-            or type(words.get("bias", 0.0)) not in (int, float)
-            or type(words.get("train_map", False)) is not bool
-        ):
-            return False
-        if not _are_adapters(entry.get("adapters")):
+        if not _are_words(entry.get("words")) or not _are_adapters(entry.get("adapters")):
             return False
         for part in ("beginning", "prefix"):
             before = entry.get(part, [])
@@ -250,6 +246,22 @@ def _is_whole(data: dict[str, Any]) -> bool:
         if not named or not marked or type(entry.get("dequantize", False)) is not bool:
             return False
     return True
+
+
+def _are_words(found: Any) -> bool:
+    """Whether this describes words, or none; those without a kind are maps."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or found.get("kind", "map") not in WORDS:
+        return False
+    own = "train_map" if found.get("kind", "map") == "map" else "scale"
+    numbers = (found.get("bias", 0.0), found.get("scale", 1.0))
+    return (
+        not set(found) - {"kind", "bias", own}
+        and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+        and (own == "train_map" or "scale" in found)
+        and type(found.get("train_map", False)) is bool
+    )
 
 
 def _are_adapters(found: Any) -> bool:
@@ -312,6 +324,23 @@ def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: s
             f"{str(source)!r} must hold an alignment for the {size} tokens of {name!r}, but "
             f"{storage.alignment_name(name)} asks for token {alignment.highest}: it belongs to another composition."
         )
+
+
+def _check_tables(tensors: dict[str, Tensor], size: int, source: str | Path) -> None:
+    """Raise if a table of tokens leads to one that the anchor does not have.
+
+    Raises:
+        CheckpointError: for such a table.
+    """
+    for name, table in tensors.items():
+        if table.dtype != storage.TABLE_DTYPE or not table.numel():
+            continue
+        lowest, highest = int(table.min()), int(table.max())
+        if lowest < NOTHING or highest >= size:
+            raise CheckpointError(
+                f"{str(source)!r} must hold tables for the {size} tokens of its anchor, but {name!r} leads to token "
+                f"{highest if highest >= size else lowest}: it belongs to another composition."
+            )
 
 
 def _check_opening(entry: dict[str, Any], name: str, size: int, source: str | Path) -> None:

@@ -188,7 +188,7 @@ class ConnectorConfig:
         rank: width of the middle of low-rank projections; None for full ones.
         kind: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``; see ``calmlm.connectors``.
         opened: of a graft, whether its gate is open at the start.
-        train_map: of a graft, whether its map is trained as well.
+        train_map: of a graft, whether a correction of its map is trained as well.
     """
 
     num_heads: int

@@ -14,13 +14,20 @@ from calmlm.config import KINDS
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.cross_attention import rotary_angles
 from compositions import assert_close, awaken, greedy_without_cache, logits_of, tiny_composition
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
 OPTIONS: list[dict[str, Any]] = [{}, {"gate": True, "norm": False}, {"rotary": True, "null_key": True, "rank": 2}]
 
 every_connector = pytest.mark.parametrize("kind", CONNECTORS)
 # Those that take the state beside each position have their formula tested in a file of their own.
 every_attention = pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "graft"])
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """What a composition with such connectors needs besides."""
+    texts = [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(9)]
+    both = {"tokenizer": tiny_tokenizer(), "augmenting_tokenizer": tiny_tokenizer()}
+    return {"init": "aligned", "plain_text": texts, **both} if kind == "graft" else {}
 
 
 def fresh(kind: str, options: dict[str, Any]) -> Connector:
@@ -92,7 +99,7 @@ def test_a_position_that_sees_nothing_is_left_alone(kind: str, options: dict[str
 @every_connector
 def test_a_whole_composition(kind: str, tmp_path: Path) -> None:
     anchor, augmenting, ids = tiny_model("llama", seed=1), tiny_model("gpt2", seed=2), tiny_tokens(2, 8)
-    model = calmlm.compose(anchor, augmenting, 2, connector=kind)
+    model = calmlm.compose(anchor, augmenting, 2, connector=kind, **options_of(kind))
     assert torch.equal(logits_of(model, ids), logits_of(anchor, ids))
     full = logits_of(awaken(model), ids)
     assert not torch.allclose(full, logits_of(anchor, ids), atol=1e-3)
@@ -109,7 +116,7 @@ def test_a_whole_composition(kind: str, tmp_path: Path) -> None:
 
 @every_connector
 def test_a_later_token_changes_no_earlier_logit(kind: str) -> None:
-    model, ids = tiny_composition(connector=kind), tiny_tokens(2, 8)
+    model, ids = tiny_composition(connector=kind, **options_of(kind)), tiny_tokens(2, 8)
     changed = ids.clone()
     changed[:, 5:] = (ids[:, 5:] - 3 + 17) % 94 + 3
     difference = (logits_of(model, changed) - logits_of(model, ids)).abs().amax(-1)
@@ -119,7 +126,7 @@ def test_a_later_token_changes_no_earlier_logit(kind: str) -> None:
 
 @every_connector
 def test_an_anchor_of_another_family_goes_on_from_its_cache(kind: str) -> None:
-    model, ids = tiny_composition("gpt2", "llama", connector=kind), tiny_tokens(2, 6)
+    model, ids = tiny_composition("gpt2", "llama", connector=kind, **options_of(kind)), tiny_tokens(2, 6)
     with torch.no_grad():
         first = model(ids[:, :4], use_cache=True)
         second = model(ids[:, 4:], past_key_values=first.past_key_values)

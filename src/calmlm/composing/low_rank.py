@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from calmlm.connectors.adapters import JOINT
 from calmlm.data.extras import require
@@ -38,6 +40,8 @@ def build_adapters(decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dic
     from peft.tuners.lora import LoraLayer
 
     settings = _settings(wanted, LoraConfig)
+    # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
+    settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in decoder.modules()))
     strange = [name for name in LATER if getattr(settings, name, None)]
     strange += ["bias"] if settings.bias != "none" else []
     if strange:

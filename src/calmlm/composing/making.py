@@ -113,7 +113,8 @@ def compose(
         init: ``"aligned"`` lets connections start from maps between both models' states that are fitted on
             ``plain_text``, see ``calmlm.composing.aligning``; by default they start from noise.
         opened: of grafts, whether their gates are open at the start, so that they speak before they are trained.
-        train_map: whether maps are trained as well as gates; by default those of grafts are, and those of words not.
+        train_map: whether maps are trained as well as gates; by default those of grafts are corrected by training, and
+            those of words stay.
         plain_text: a few hundred sentences of what the anchor is to write, without labels: of these maps of states are
             made, and maps of words take from them how often tokens stand in text (by default from text that the anchor
             writes itself).
@@ -291,6 +292,11 @@ def compose(
             options = check_alignable(connector, options)
         if connector == "graft":
             check_grows(entry["reads"], role, "a graft needs", "another connector")
+            if pairs and init is None and name not in searched:
+                raise ConfigError(
+                    "A graft must start from a map between both models' states, but got no init: set init='aligned' "
+                    "and give plain_text."
+                )
         if freedom is not None:
             entry["adapters"] = freedom[0]
         entry["connections"] = [list(pair) for pair in pairs]

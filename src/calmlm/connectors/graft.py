@@ -2,11 +2,12 @@
 
 ::
 
-    h = (1 - g) h_B + g (W (h_A - m) / s + w)
+    h = h_B + g [o (W x + w - h_B) + V x]      x = (h_A - m) / s
 
-behind the gate g of ``calmlm.connectors.gate``, with the mean m and deviation s of h_A in plain text. With
-``init="aligned"`` the map W comes from a ridge regression between both models' states over plain text, see
-``calmlm.readers.aligning``: what the augmenting model understands reaches the anchor before anything is trained.
+with the mean m and deviation s of h_A in plain text, the gate g = sigmoid(u h_B + v h_A + b) and the opening o of
+``calmlm.connectors.gate``. The map W comes from a ridge regression between both models' states over plain text, see
+``calmlm.composing.aligning``: what the augmenting model understands reaches the anchor before anything is trained. It
+stays as it is; what is trained is its correction V, 0 at the start. At the start o is 0 as well, or 1 on request.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Graft(ConvexGate):
         augmenting_size: D_A.
         anchor_size: D_B.
         opened: whether the gate is open at the start; otherwise the graft starts as the identity.
-        train_map: whether W is trained as well as the gate.
+        train_map: whether there is a correction V beside the gate.
         options: of other connectors.
     """
 
@@ -39,14 +40,12 @@ class Graft(ConvexGate):
         self.map = nn.Linear(augmenting_size, anchor_size)
         nn.init.normal_(self.map.weight, std=augmenting_size**-0.5)
         nn.init.zeros_(self.map.bias)
-        self.map.requires_grad_(train_map)
+        self.map.requires_grad_(False)
+        self.correction = nn.Linear(augmenting_size, anchor_size, bias=False) if train_map else None
+        if self.correction is not None:
+            nn.init.zeros_(self.correction.weight)
         self.mean = nn.Parameter(torch.zeros(augmenting_size), requires_grad=False)
         self.deviation = nn.Parameter(torch.ones(augmenting_size), requires_grad=False)
-
-    def said(self, augmenting: Tensor) -> Tensor:
-        """The augmenting model's states (B, T, D_A) as states of the anchor's, (B, T, D_B) float32."""
-        standard = (augmenting.to(self.dtype) - self.mean) / self.deviation
-        return self.map(standard).float()
 
     def forward(self, anchor: Tensor, augmenting: Tensor, where: Tensor | None) -> Tensor:
         """The anchor's new states.
@@ -57,13 +56,17 @@ class Graft(ConvexGate):
             where: (B, T) bool, which positions are changed; None for all.
 
         Returns:
-            (B, T, D_B) in the dtype of ``anchor``; its own values where the gate is 0.
+            (B, T, D_B) in the dtype of ``anchor``; its own values where the gate is 0, or ``where`` says so.
         """
-        gate = self.opened() * self.gate(anchor, augmenting).sigmoid()
+        gate = self.gate(anchor, augmenting).sigmoid()
         if where is not None:
             gate = gate * where[..., None]
         own = anchor.float()
-        return (own + gate * (self.said(augmenting) - own)).to(anchor.dtype)
+        standard = (augmenting.to(self.dtype) - self.mean) / self.deviation
+        change = self.opened() * (self.map(standard).float() - own)
+        if self.correction is not None:
+            change = change + self.correction(standard).float()
+        return (own + gate * change).to(anchor.dtype)
 
     @torch.no_grad()
     def align(self, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor) -> None:

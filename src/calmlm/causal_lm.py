@@ -29,7 +29,7 @@ from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
-from calmlm.modeling.pointing import needed_for, pointed_logits
+from calmlm.modeling.probabilities import needed_for, pointed_logits
 from calmlm.readers import Inputs, given_of, prompt_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting

@@ -19,7 +19,7 @@ from calmlm.connectors.gate import GATE, OPENING
 from calmlm.connectors.pointer import MOST, NOTHING, Pointer, point
 from calmlm.errors import CheckpointError, ModelError
 from calmlm.files.inspection import describe
-from calmlm.modeling import pointing
+from calmlm.modeling import probabilities
 from calmlm.tokens.first_tokens import first_tokens
 from calmlm.tokens.spelling import token_bytes
 from compositions import assert_close, assert_helpful, logits_of, tiny_composition
@@ -244,8 +244,8 @@ def test_a_few_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = ids.clone()
     labels[:, :3] = -100
     results = []
-    for most in (pointing.AT_ONCE, 1, 700):
-        monkeypatch.setattr(pointing, "AT_ONCE", most)
+    for most in (probabilities.AT_ONCE, 1, 700):
+        monkeypatch.setattr(probabilities, "AT_ONCE", most)
         model.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         grads = [p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]

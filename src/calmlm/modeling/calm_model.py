@@ -28,7 +28,7 @@ from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
-from calmlm.modeling.pointing import Head
+from calmlm.modeling.probabilities import Head
 from calmlm.readers import (
     Inputs,
     Opening,

@@ -458,3 +458,11 @@ class TestHome:
         assert found["args"][2:] == (home / "o", home / "c")
         assert packed[2:] == ([home / "c", home / "e"] if packed else [])
         assert bool(packed) == (experiment == "kv_arithmetic")
+
+    def test_repro_real(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        options = [f"--{name}=~/{name}" for name in ("config", "data", "models", "anchor", "augmenting", "output")]
+        options += ["--rows=lora, m_B", "--seeds=1,2"]
+        found = self.caught(monkeypatch, "calmlm.experiments.real.run.run", "repro", "real", *options)
+        assert found["args"] == (home / "config", [1, 2], ["lora", "m_B"], home / "output", home / "models")
+        assert found["data"] == home / "data"
+        assert (found["anchor"], found["augmenting"]) == (f"{home}/anchor", f"{home}/augmenting")

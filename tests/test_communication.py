@@ -12,7 +12,7 @@ import torch
 
 import calmlm
 from calmlm.cli import main
-from calmlm.communication import Communication, Listening, listen
+from calmlm.communication import Communication, Listening, _Ear, listen
 from compositions import awaken
 from tiny import tiny_model
 from tokenizers_tiny import tokenizer, with_beginning
@@ -83,11 +83,110 @@ def test_figures_equal_slow_references(alignment: str) -> None:
         assert heard.inside != pytest.approx(heard.alone, rel=1e-3)
 
 
+@pytest.mark.parametrize("alignment", ["own", "transcode", "tokens"])
+def test_the_pairing_gain_is_what_another_prompt_costs(alignment: str) -> None:
+    """The anchor reads each row as it is, the augmenting model the next row's prompt; one row at a time."""
+    ours = tokenizer("bytes")
+    theirs = ours if alignment == "tokens" else with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs, alignment="own" if alignment == "tokens" else alignment)
+    found = listen(model, ours, rows_of(ours), augmenting_tokenizers={"augmenting": theirs})
+    parts = [[ours(part, add_special_tokens=False).input_ids for part in text] for text in TEXTS]
+    costs: list[list[float]] = []
+    for (prompt, completion), (other, _) in zip(parts, [*parts[1:], parts[0]], strict=True):
+        width = max(len(prompt), len(other))
+        ids, theirs_ids = ([0] * (width - len(part)) + part + completion for part in (prompt, other))
+        masks = [[0] * (width - len(part)) + [1] * (len(part) + len(completion)) for part in (prompt, other)]
+        told = torch.arange(len(ids))[None] < width
+        given = {"input_ids": torch.tensor([theirs_ids]), "attention_mask": torch.tensor(masks[1:])}
+        costs.append([])
+        for swap in ({}, {"augmenting_inputs": {"augmenting": given}}):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), attention_mask=torch.tensor(masks[:1]), prompt_mask=told, **swap)
+            likely = logits.logits[0].log_softmax(-1)
+            costs[-1].append(-sum(float(likely[width + k - 1, index]) for k, index in enumerate(completion)))
+    size = sum(len(completion.encode()) for _, completion in TEXTS)
+    right, other = (sum(cost[k] for cost in costs) / size / math.log(2) for k in (0, 1))
+    assert abs(other - right) > 0.01
+    assert found.swapped == pytest.approx(other, rel=1e-4)
+    assert found.pairing_gain is not None
+    assert found.pairing_gain[0] == pytest.approx(other - right, abs=1e-3)
+    assert found.pairing_gain[1] < found.pairing_gain[0] < found.pairing_gain[2]
+    assert any(title == "composition, another prompt read" for title, _ in found.lines())
+
+
+def test_a_composition_that_hears_nothing_is_warned_of() -> None:
+    ours = tokenizer("bytes")
+    size = {"vocab_size": len(ours)}
+    model = calmlm.compose(tiny_model("llama", seed=1, **size), tiny_model("qwen2", seed=2, **size), 2)
+    untrained = listen(model, ours, rows_of(ours))
+    assert untrained.pairing_gain is None and not any("Nothing is shown" in line for line in untrained.warnings())
+    silent = Communication(4, 1.5, 1.4, 0.1, 0.5, swapped=1.4, pairing_gain=(0.0, -0.01, 0.01))
+    (warning,) = silent.warnings()
+    assert "0.000 (-0.010 to 0.010)" in warning
+    model = awaken(calmlm.compose(tiny_model("llama", seed=1, **size), tiny_model("gpt2", **size), 2, refresh=False))
+    assert listen(model, ours, rows_of(ours)).pairing_gain is None
+
+
 def test_a_model_that_shares_the_ids_is_heard_as_it_is_alone() -> None:
     ours = tokenizer("bytes")
     model = composed(ours, ours)
     heard = listen(model, ours, rows_of(ours)).augmenting["augmenting"]
     assert heard.inside == pytest.approx(heard.alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("alignment", ["own", "transcode", "retokenize"])
+def test_what_was_heard_is_not_measured_again(alignment: str) -> None:
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs, alignment=alignment)
+    whole, few = (
+        listen(model, ours, rows_of(ours), others=others, augmenting_tokenizers={"augmenting": theirs})
+        for others in (None, 2)
+    )
+    assert few.augmenting["augmenting"].alone == pytest.approx(whole.augmenting["augmenting"].alone, rel=1e-4)
+    assert few.augmenting["augmenting"].inside == pytest.approx(whole.augmenting["augmenting"].inside, rel=1e-6)
+    assert few.anchor == pytest.approx(whole.anchor, rel=1e-6)
+
+
+def test_what_was_heard_is_believed_only_where_it_is_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that hears its own tokens and is run otherwise inside the composition, here with another head."""
+    ours, theirs = tokenizer("bytes"), with_beginning(tokenizer("bytes-large"))
+    model = composed(ours, theirs)
+    given: dict[str, Any] = {"others": 2, "augmenting_tokenizers": {"augmenting": theirs}}
+    right = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
+    heard = _Ear._run
+
+    def colder(self: _Ear, *args: Any, **options: Any) -> None:
+        head = self.base.get_output_embeddings().weight.data
+        head.mul_(0.5)
+        heard(self, *args, **options)
+        head.mul_(2)
+
+    monkeypatch.setattr(_Ear, "_run", colder)
+    found = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
+    assert found.alone == pytest.approx(right.alone, rel=1e-4)
+    assert found.inside != pytest.approx(right.inside, rel=0.02)
+
+
+@pytest.mark.parametrize("awake", [True, False])
+def test_an_untrained_composition_needs_one_pass_of_the_anchor(awake: bool) -> None:
+    ours = tokenizer("bytes")
+    anchor, own = (tiny_model(family, seed=1, vocab_size=len(ours)) for family in ("llama", "qwen2"))
+    model = calmlm.compose(anchor, own, 2)
+    if awake:
+        awaken(model)
+    seen: list[int] = []
+    anchor.register_forward_hook(lambda _, __, output: seen.append(len(output.logits)))
+    own_seen: list[int] = []
+    own.register_forward_hook(lambda _, __, output: own_seen.append(len(output.logits)))
+    found = listen(model, ours, rows_of(ours), others=2)
+    # The composition, the anchor, the anchor behind other rows' prompts; of m_A what is heard, two rows, two others.
+    assert sum(seen) == (4 + 4 + 2 if awake else 4 + 2)
+    assert sum(own_seen) == 4 + 2 + 2
+    completions = sum(len(completion.encode()) for _, completion in TEXTS)
+    tokens = [(row["input_ids"][:-1], row["labels"].count(-100)) for row in rows_of(ours)]
+    expected = bits(anchor, [(ids[:start], ids[start:]) for ids, start in tokens], completions)
+    assert found.anchor == pytest.approx(expected, rel=1e-4)
+    assert (found.composition == found.anchor) is not awake
 
 
 def test_what_is_spoiled_and_what_is_silent_is_warned_of() -> None:

@@ -122,9 +122,27 @@ def test_the_number_of_heads_is_the_anchors_where_it_divides() -> None:
     assert ConnectorConfig.build({"num_heads": 12}, 48, 6).num_heads == 12
 
 
+def test_the_anchors_ingestor_takes_sixteen_tokens_unless_told() -> None:
+    assert ConnectorConfig.build({"kind": "legonn", "ingestor": "anchor"}, 48, 6).top_k == 16
+    assert ConnectorConfig.build({"kind": "legonn", "ingestor": "anchor", "top_k": 3}, 48, 6).top_k == 3
+    assert ConnectorConfig.build({"kind": "legonn"}, 48, 6).top_k is None
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"num_heads": 7}, {"num_heads": 0}, {"num_heads": 2.0}, {"num_heads": True}, {"heads": 3}, {"rotary": True}],
+    [
+        {"num_heads": 7},
+        {"num_heads": 0},
+        {"num_heads": 2.0},
+        {"num_heads": True},
+        {"heads": 3},
+        {"rotary": True},
+        {"projection": "bent"},
+        {"kind": "legonn", "ingestor": "mine"},
+        {"kind": "flamingo", "ingestor": "anchor"},
+        {"kind": "legonn", "top_k": 3},
+        {"kind": "legonn", "ingestor": "anchor", "top_k": 0},
+    ],
     ids=str,
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
@@ -135,7 +153,17 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": "a"}, {"rank": 1.5}, {"query_key_bias": "x"}, {"norm": 3}, {"gate": "on"}, {"rank": True}],
+    [
+        {"rank": "a"},
+        {"rank": 1.5},
+        {"query_key_bias": "x"},
+        {"norm": 3},
+        {"gate": "on"},
+        {"rank": True},
+        {"projection": 1},
+        {"ingestor": True},
+        {"top_k": 2.0},
+    ],
     ids=str,
 )
 def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:

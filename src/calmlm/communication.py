@@ -2,7 +2,8 @@
 
 Everything is measured in bits per byte of the completions, so that models with different tokens can be compared. What a
 model gets out of a prompt is its *gain*: bits per byte behind another row's prompt, minus bits per byte behind the
-right one.
+right one. What arrives of it is the composition's *pairing gain*: the same where its augmenting models alone read
+another row's prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.answering import TextModel
 from calmlm.bases.structure import accepts
 from calmlm.config import opening_of
+from calmlm.controls import beside, listening, paired
 from calmlm.data.context import context_length
 from calmlm.data.labels import IGNORE, encode_examples
 from calmlm.data.sources import load_examples
@@ -37,7 +39,8 @@ from calmlm.tokens.spelling import token_bytes
 
 LOSS = 1.05  # a model that reads worse than this inside the composition is warned of
 BATCH_TOKENS = 512
-OTHERS = 48
+OTHERS = 32
+AGREES = 0.005  # how far a model alone may be from what was heard of it where it reads the same
 AT_ONCE = 16  # logits that become float32 at a time, which fit into a cache
 
 Rows = Sequence[dict[str, list[int]]]
@@ -79,6 +82,9 @@ class Communication:
         anchor_gain: bits per byte that the right prompt saves the anchor, against another row's.
         anchor_tokens_per_byte: of the anchor's tokens in prompts and completions.
         augmenting: by name of the augmenting model.
+        swapped: bits per byte by the composition where its augmenting models read another row's prompt, on the rows of
+            the gains; None where no model reads the text, one cannot read it so, or the composition is as untrained.
+        pairing_gain: bits per byte that the right prompt saves then, with the ends of its 95 % interval.
     """
 
     rows: int
@@ -87,6 +93,8 @@ class Communication:
     anchor_gain: float | None
     anchor_tokens_per_byte: float
     augmenting: dict[str, Listening] = field(default_factory=dict)
+    swapped: float | None = None
+    pairing_gain: tuple[float, float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -107,6 +115,12 @@ class Communication:
                     f"There is nothing to communicate here: the augmenting model {name!r} gets {heard.gain:.3f} bits "
                     f"per byte out of these prompts, and the anchor {self.anchor_gain:.3f} by itself."
                 )
+        if self.pairing_gain is not None and self.pairing_gain[1] <= 0:
+            found.append(
+                f"Nothing is shown to be communicated: the right prompt saves the composition "
+                f"{_interval(self.pairing_gain)} bits per byte against another row's in its augmenting models alone. "
+                f"Look at more rows, or train on texts of which they know more than the anchor."
+            )
         return found
 
     def lines(self) -> list[tuple[str, str]]:
@@ -116,12 +130,19 @@ class Communication:
             ("anchor", _figures(self.anchor, self.anchor_gain, self.anchor_tokens_per_byte)),
             ("composition", f"{self.composition:.3f} bits per byte"),
         ]
+        if self.swapped is not None and self.pairing_gain is not None:
+            swapped = f"{self.swapped:.3f} bits per byte, {_interval(self.pairing_gain)} more"
+            shown.append(("composition, another prompt read", swapped))
         for name, heard in self.augmenting.items():
             shown += [
                 (f"{name}, alone", _figures(heard.alone, heard.gain, heard.tokens_per_byte)),
                 (f"{name}, inside", _figures(heard.inside, None, None)),
             ]
         return shown
+
+
+def _interval(figure: tuple[float, float, float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*figure)
 
 
 def _figures(bits: float | None, gain: float | None, tokens: float | None) -> str:
@@ -193,23 +214,28 @@ def listen(
     was_training = model.training
     model.eval()
     inner = model.model
+    differs = inner.says_anything
     reading = [name for name, entry in model.config.augmenting.items() if entry["reads"] in ("tokens", "text")]
-    ears = {name: _Ear(model, name) for name in reading if inner.enabled and name in inner.active}
+    ears = {name: _Ear(model, name, len(texts)) for name in reading if inner.enabled and name in inner.active}
     try:
         with ExitStack() as stack:
             for ear in ears.values():
                 stack.enter_context(ear)
             composition = _nats_of(model, [text.row for text in texts], ears=ears.values())
         with model.disable_composition():
-            anchor = _nats_of(model, [text.row for text in texts])
+            anchor = _nats_of(model, [text.row for text in texts]) if differs else composition
             other = _nats_of(model, [text.row for text in swapped])
+        changed = not math.isclose(sum(composition), sum(anchor), rel_tol=1e-6)
+        beside_others = _nats_beside(model, few, swapped) if changed else None
         heard = {
-            name: _listen_to(model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, few, swapped)
+            name: _listen_to(
+                model, name, tokenizer, (augmenting_tokenizers or {}).get(name), texts, swapped, ears.get(name)
+            )
             for name in reading
         }
         for name, ear in ears.items():
             if not model.config.augmenting[name].get("view"):
-                heard[name] = replace(heard[name], inside=_bits(ear.nats, size))
+                heard[name] = replace(heard[name], inside=_bits(sum(ear.nats), size))
     finally:
         model.train(was_training)
     tokens = sum(len(text.ids) for text in texts)
@@ -220,6 +246,7 @@ def listen(
         _gain(anchor, other, few),
         tokens / sum(text.whole for text in texts),
         heard,
+        *_pairing(composition, beside_others, few),
     )
 
 
@@ -231,6 +258,17 @@ def _bits(nats: float, size: int) -> float:
 def _gain(right: Sequence[float], other: Sequence[float], texts: Sequence[_Text]) -> float | None:
     """How many bits per byte of the first completions the right prompts save; None where there are no others."""
     return _bits(sum(other) - sum(right[: len(other)]), sum(text.size for text in texts)) if other else None
+
+
+def _pairing(
+    right: Sequence[float], other: Sequence[float] | None, texts: Sequence[_Text]
+) -> tuple[float | None, tuple[float, float, float] | None]:
+    """Bits per byte of completions where augmenting models read other prompts, and what the right prompts save."""
+    if not other:
+        return None, None
+    sizes = [text.size for text in texts]
+    gains = [_bits(b - a, 1) for a, b in zip(right, other, strict=False)]
+    return _bits(sum(other), sum(sizes)), paired(gains, sizes)
 
 
 @dataclass(frozen=True)
@@ -300,7 +338,7 @@ def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told
     for batch in _batches([len(ids) for ids, _ in rows]):
         chosen = [rows[index] for index in batch]
         for ear in ears:
-            ear.rows = chosen
+            ear.rows = list(zip(batch, chosen, strict=True))
         ids = _padded([ids for ids, _ in chosen], 0, model.device)
         mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, model.device)
         labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, model.device)
@@ -308,6 +346,30 @@ def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told
         if told:
             given["prompt_mask"] = labels == IGNORE
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+        for index, nats in zip(batch, _nats(logits, labels), strict=True):
+            found[index] = nats
+    return found
+
+
+def _nats_beside(model: Any, texts: Sequence[_Text], others: Sequence[_Text]) -> list[float] | None:
+    """The completions' negative log-probabilities by a composition whose augmenting models read them behind others.
+
+    None where no augmenting model reads the text, or one of the models cannot read rows that stand beside each other.
+    """
+    names, found = listening(model), [0.0] * len(others)
+    if not names or not others:
+        return None
+    for batch in _batches([max(len(one.ids), len(two.ids)) for one, two in zip(texts, others, strict=True)]):
+        chosen = [texts[index] for index in batch]
+        given = beside(names, [text.ids for text in chosen], [others[index].ids for index in batch], 0, model.device)
+        ids = given["input_ids"]
+        new = [text.ids[text.start :] for text in chosen]
+        labels = torch.tensor([[IGNORE] * (ids.shape[1] - len(part)) + part for part in new], device=ids.device)
+        given |= _keeping(model, ids.shape[1] - max(map(len, new)) - 1, ids)
+        try:
+            logits = model(**given, prompt_mask=labels == IGNORE, use_cache=False).logits
+        except CalmError:
+            return None
         for index, nats in zip(batch, _nats(logits, labels), strict=True):
             found[index] = nats
     return found
@@ -335,8 +397,8 @@ def _listen_to(
     tokenizer: PreTrainedTokenizerBase,
     theirs: PreTrainedTokenizerBase | None,
     texts: Sequence[_Text],
-    few: Sequence[_Text],
     swapped: Sequence[_Text],
+    ear: _Ear | None,
 ) -> Listening:
     entry, base = model.config.augmenting[name], model.augmenting[name]
     writer = _writer(model, name, tokenizer, theirs)
@@ -344,15 +406,37 @@ def _listen_to(
         return Listening(None, None, None, None)
     opening = opening_of(entry)
     own = [_own(text, writer, opening) for text in texts]
-    alone = _nats_of(base, own, told=False)
+    alone = _alone(base, own, len(swapped), ear, len(opening))
     other = _nats_of(base, [_own(text, writer, opening) for text in swapped], told=False)
     tokens = sum(len(ids) - len(opening) for ids, _ in own)
     return Listening(
         _bits(sum(alone), sum(text.size for text in texts)),
         None,
-        _gain(alone, other, few),
+        _gain(alone, other, texts[: len(swapped)]),
         tokens / sum(text.whole for text in texts),
     )
+
+
+def _alone(base: Any, own: Sequence[Row], count: int, ear: _Ear | None, opening: int) -> list[float]:
+    """The completions' negative log-probabilities by a model alone.
+
+    The first rows are measured. Where they confirm what an ear heard of the same tokens, it is believed of the others.
+
+    Args:
+        base: the model.
+        own: the rows in its tokens, behind ``opening`` tokens.
+        count: how many to measure.
+        ear: heard the model inside the composition, or None.
+    """
+    found = _nats_of(base, own[:count], told=False)
+    known = {} if ear is None else ear.known(own, opening)
+    both = [index for index in range(count) if index in known]
+    alone, heard = sum(found[index] for index in both), sum(known[index] for index in both)
+    if not both or abs(alone - heard) > AGREES * alone:
+        known = {}
+    left = [index for index in range(count, len(own)) if index not in known]
+    known |= zip(left, _nats_of(base, [own[index] for index in left], told=False), strict=True)
+    return found + [known[index] for index in range(count, len(own))]
 
 
 def _own_writing(model: Any, name: str) -> Rewriting | None:
@@ -405,12 +489,19 @@ class _Ear:
     Args:
         model: the composition.
         name: of the augmenting model.
+        count: how many rows there are.
+
+    Attributes:
+        rows: those of the next call, each with its place among all.
+        nats: the completions' negative log-probabilities.
+        tokens: what the model read of each row, and where the completion begins in it.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, count: int) -> None:
         self.base, self.reader = model.augmenting[name], model.model.reader(name)
-        self.rows: Sequence[Row] = ()
-        self.nats = 0.0
+        self.rows: Sequence[tuple[int, Row]] = ()
+        self.nats = [0.0] * count
+        self.tokens: list[Row | None] = [None] * count
 
     def __enter__(self) -> _Ear:
         self.reader.read = self._read
@@ -418,6 +509,14 @@ class _Ear:
 
     def __exit__(self, *_: Any) -> None:
         del self.reader.read  # the class's own again
+
+    def known(self, own: Sequence[Row], opening: int) -> dict[int, float]:
+        """What was heard of the rows of which the model has read these tokens, behind the first ``opening``."""
+        return {
+            index: self.nats[index]
+            for index, (ids, start) in enumerate(own)
+            if self.tokens[index] == (ids[opening:], start - opening)
+        }
 
     def _read(self, inputs: Inputs, past: Past) -> Stream:
         reader = copy.copy(self.reader)
@@ -427,8 +526,9 @@ class _Ear:
 
     def _run(self, ids: Tensor, past: Past, stream: Stream, **given: Any) -> None:
         rows, columns, wanted = [], [], []
-        for row, (own, start) in enumerate(self.rows):
+        for row, (index, (own, start)) in enumerate(self.rows):
             tokens, owners, places = _stream(past.frontier, row, len(own), ids)
+            self.tokens[index] = tokens, sum(owner < start for owner in owners)
             for place in range(1, len(tokens)):
                 if owners[place] >= start:
                     rows.append(row)
@@ -445,8 +545,10 @@ class _Ear:
         finally:
             self.reader.slot.call = None
         if whole:
-            stream.hidden.update(dict.fromkeys(self.reader.layers, logits.softmax(-1, dtype=torch.float32)))
-        self.nats += float(_losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).sum())
+            stream.hidden.update(dict.fromkeys(self.reader.layers, self.reader.said(logits)))
+        losses = _losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).tolist()
+        for row, loss in zip(rows, losses, strict=True):
+            self.nats[self.rows[row][0]] += loss
 
 
 def _stream(frontier: Any, row: int, length: int, ids: Tensor) -> tuple[list[int], list[int], list[int]]:

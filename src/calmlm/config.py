@@ -39,6 +39,11 @@ OF_GRAFTS = ("opened", "train_map")
 
 ALIGNED = "aligned-"
 
+PROJECTIONS = ("linear", "residual")
+
+INGESTORS = ("learned", "anchor")
+TOP_K = 16
+
 EVERY = 4  # N_A / n in all experiments of the paper
 
 
@@ -186,6 +191,11 @@ class ConnectorConfig:
         query_key_bias: start of a learned bias on queries and keys; with ``rotary`` it favours nearby positions.
         null_key: one learned key with a zero value, so that a position may attend to nothing.
         rank: width of the middle of low-rank projections; None for full ones.
+        projection: how states come to the anchor's width, ``"linear"`` or ``"residual"``; see
+            ``calmlm.connectors.projections``.
+        ingestor: what turns the distribution that ``"legonn"`` reads into vectors: a ``"learned"`` table, or the
+            ``"anchor"``'s own input embeddings, see ``calmlm.connectors.ingestor``.
+        top_k: how many of the likeliest tokens the ingestor ``"anchor"`` takes; None for 16.
         kind: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``; see ``calmlm.connectors``.
         opened: of a graft, whether its gate is open at the start.
         train_map: of a graft, whether a correction of its map is trained as well.
@@ -198,6 +208,9 @@ class ConnectorConfig:
     query_key_bias: float | None = None
     null_key: bool = False
     rank: int | None = None
+    projection: str = "linear"
+    ingestor: str = "learned"
+    top_k: int | None = None
     kind: str = "cross_attention"
     opened: bool = False
     train_map: bool = True
@@ -252,14 +265,38 @@ class ConnectorConfig:
             raise ConfigError(
                 f"rotary needs an even width per head, but {anchor_size} / {heads} is odd: choose another num_heads."
             )
-        return config
+        if config.projection not in PROJECTIONS:
+            raise ConfigError(
+                f"projection must be one of {', '.join(PROJECTIONS)}, but got {config.projection!r}: use one of these."
+            )
+        return config._with_ingestor()
+
+    def _with_ingestor(self) -> ConnectorConfig:
+        """Check what belongs to the ingestor, and fill in how many tokens it takes."""
+        if self.ingestor not in INGESTORS:
+            raise ConfigError(
+                f"ingestor must be one of {', '.join(INGESTORS)}, but got {self.ingestor!r}: use one of these."
+            )
+        if self.ingestor == "anchor" and self.kind != "legonn":
+            raise ConfigError(
+                f"ingestor='anchor' needs the connector 'legonn', which reads a distribution, but got {self.kind!r}: "
+                f"use connector='legonn', or leave ingestor out."
+            )
+        if self.top_k is None:
+            return dataclasses.replace(self, top_k=TOP_K) if self.ingestor == "anchor" else self
+        if self.ingestor != "anchor" or self.top_k < 1:
+            raise ConfigError(
+                f"top_k needs ingestor='anchor' and must be at least 1, but got {self.top_k} with {self.ingestor!r}: "
+                f"leave it out."
+            )
+        return self
 
 
 _OPTION_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("norm", "gate", "rotary", "null_key", *OF_GRAFTS), (bool,)),
     "query_key_bias": (float, int),
-    "rank": (int,),
-    "kind": (str,),
+    **dict.fromkeys(("rank", "top_k"), (int,)),
+    **dict.fromkeys(("kind", "projection", "ingestor"), (str,)),
 }
 
 

@@ -43,14 +43,20 @@ def load(folder: Path, offloaded: tuple[str, ...]) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=str(folder / "offload"))
 
 
-@pytest.mark.parametrize("connector", ["cross_attention", "flamingo", "legonn"])
+CONNECTORS: dict[str, dict[str, Any]] = {
+    **{kind: {"connector": kind} for kind in ("cross_attention", "flamingo", "legonn")},
+    "legonn with the anchor's embeddings": {"connector": "legonn", "ingestor": "anchor"},
+}
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
 @pytest.mark.parametrize("families", [("llama", "mistral"), ("mistral", "gpt2")], ids="+".join)
 def test_offloaded_layers_give_the_same_logits(folders: Path, families: tuple[str, str], connector: str) -> None:
     anchor, augmenting = families
-    plain = awaken(calmlm.compose(folders / anchor, folders / augmenting, [(0, 1), (3, 3)], connector=connector))
+    plain = awaken(calmlm.compose(folders / anchor, folders / augmenting, [(0, 1), (3, 3)], **CONNECTORS[connector]))
     pieces = (".1", ".3", "embed")  # GPT-2's embeddings are its head as well: accelerate keeps such in one place
     given = load(folders / anchor, pieces), load(folders / augmenting, pieces)
-    model = awaken(calmlm.compose(*given, [(0, 1), (3, 3)], connector=connector))
+    model = awaken(calmlm.compose(*given, [(0, 1), (3, 3)], **CONNECTORS[connector]))
     assert not any(parameter.is_meta for parameter in model.model.connectors.parameters())
     ids = tiny_tokens(2, 9)
     assert_close(logits_of(model, ids), logits_of(plain, ids), 1e-5)

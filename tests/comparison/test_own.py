@@ -17,10 +17,13 @@ from calmlm.baselines.given import losses_of
 from calmlm.comparison.domains.own import OwnModels, _size
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.selection import CompareConfig, load_config
+from calmlm.comparison.swapping import SWAPPED, Swapped, fit_swapped
 from calmlm.comparison.workers import _make_group, run
 from calmlm.data.labels import encode_prompt
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Stage, fit
+from calmlm.experiments.flops import Meter
+from compositions import awaken
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers_tiny import tokenizer as tokenizer_of
 
@@ -144,7 +147,7 @@ def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], cap
         rows = {row["task"]: row for row in result["rows"] if row["method"] == method}
         assert {"law/both", "law/near", "law/kept"} <= set(rows)
         assert all(math.isfinite(row["mean"]) for row in rows.values())
-        assert ("law/bits" in rows) == (method not in ("router", "confidence_cascade", "text_tool"))
+        assert ("law/bits" in rows) == (method not in ("router", "confidence_cascade", "text_tool", *SWAPPED))
     assert (tmp_path / "out" / "mine.json").is_file()
     page = (tmp_path / "out" / "mine.md").read_text(encoding="utf-8")
     assert "## law" in page and str(tmp_path / "anchor") in page and "calmlm's own experiments" not in page
@@ -155,6 +158,23 @@ def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], cap
     }
     assert "size of D_C" not in page and "5 items of both stand in D_C" in page
     assert {answer["method"] for answer in result["answers"]["law"]} == methods - {"composed", "flamingo", "legonn"}
+
+
+@pytest.mark.parametrize("theirs", ["bytes", "unigram"])
+def test_another_prompt_in_tokens_of_its_own(theirs: str, tmp_path: Path, values: dict[str, Any]) -> None:
+    """m_A with learned positions, for which rows are asked one by one, and bits per byte behind prompts."""
+    own(values)["model"]["anchor"] = save(tmp_path / "a", "llama", tokenizer_of("bytes"))
+    own(values)["model"]["augmenting"] = save(tmp_path / "b", "gpt2", tokenizer_of(theirs))
+    own(values)["tasks"]["bits_behind"] = {**own(values)["tasks"]["bits"], "data": own(values)["tasks"]["both"]["data"]}
+    domain = domain_of(tmp_path, values)
+    model = awaken(domain.compose(domain.base("augmenting"))).eval()
+    swapped = Swapped(domain, model)
+    found, plain = domain.score(swapped, swapped), domain.score(domain.answerer(model), model)
+    assert set(found) == {"both", "near", "kept", "bits_behind"} == set(plain) - {"bits"}
+    assert len(found["bits_behind"]) == 5 and found["bits_behind"] != pytest.approx(plain["bits_behind"], rel=1e-4)
+    assert len(swapped.read) == 3
+    fit_swapped(domain, model.train(), Meter())
+    assert all(bool(p.isfinite().all()) for p in model.model.connectors.parameters())
 
 
 @pytest.mark.slow
@@ -319,6 +339,7 @@ def test_what_cannot_be_asked_of_a_method_is_left_out(tmp_path: Path, values: di
     assert {"router", "text_tool", "composed_encoder"} <= methods()
     own(values)["loss_on"] = "all"
     assert methods() & ANCHORS_TOKENS == {"text_tool"}
+    assert methods() & set(SWAPPED) == {"swapped"}  # a text without a prompt has no other one to train on
     own(values)["tasks"] = {"bits": own(values)["tasks"]["bits"]}
     assert not methods() & ANCHORS_TOKENS
     own(values)["loss_on"] = "completion"

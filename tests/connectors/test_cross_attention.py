@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from calmlm.connectors import build_connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention, rotary_angles, rotate
+from calmlm.connectors.projections import ResidualProjection
 from compositions import assert_close, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
@@ -195,6 +197,41 @@ def test_the_size_is_the_papers() -> None:
     model = tiny_composition("llama", "gpt2", connections=3, norm=False)
     assert model.get_nb_trainable_parameters()[0] == 3 * (35 * 48 + 4 * 48 * 48)
     assert sum(t.numel() for t in model.composition_tensors().values()) == 3 * (35 * 48 + 4 * 48 * 48)
+
+
+# A residual projection
+
+
+def test_a_residual_projection_by_hand() -> None:
+    found = ResidualProjection(2, 3, None)
+    with torch.no_grad():
+        found.linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        found.gate.weight.copy_(torch.tensor([[math.log(3), 0.0], [0.0, 0.0], [0.0, math.log(3)]]))
+        found.up.weight.copy_(torch.tensor([[0.0, 2.0], [7.0, 7.0], [1.0, 0.0]]))
+        found.out.weight.copy_(torch.tensor([[4.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 9.0, 8.0]]))
+        # x = (1, 1): silu(ln 3) = 3/4 ln 3, so the layer is 3/4 ln 3 (2, 0, 1), and W_out makes (8, 0, 8) of (2, 0, 1).
+        ours = found(torch.ones(1, 2))[0]
+    assert_close(ours, torch.tensor([1.0, 1.0, 2.0]) + 0.75 * math.log(3) * torch.tensor([8.0, 0.0, 8.0]), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "flamingo", "legonn"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_residual_projection_starts_as_the_linear_one(kind: str, rank: int | None) -> None:
+    torch.manual_seed(0)
+    linear = build_connector(kind, 11, 12, {"num_heads": 3, "rank": rank})
+    residual = build_connector(kind, 11, 12, {"num_heads": 3, "rank": rank, "projection": "residual"})
+    state = linear.state_dict()
+    named = {key.replace("f_proj.", "f_proj.linear."): tensor for key, tensor in state.items()}
+    left = residual.load_state_dict(named, strict=False)
+    assert [key.split(".")[-2] for key in left.missing_keys] == ["gate", "up", "out"] and not left.unexpected_keys
+    augmenting = torch.randn(2, 7, 11).softmax(-1)
+    for ours, theirs in zip(residual.keys_values(augmenting, None), linear.keys_values(augmenting, None), strict=True):
+        assert torch.equal(ours, theirs)
+    torch.stack(residual.keys_values(augmenting, None)).square().sum().backward()
+    assert residual.attention.f_proj.out.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        residual.attention.f_proj.out.weight.fill_(0.5)
+    assert not torch.allclose(residual.keys_values(augmenting, None)[1], linear.keys_values(augmenting, None)[1])
 
 
 # A whole composition

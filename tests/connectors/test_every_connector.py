@@ -16,11 +16,13 @@ from calmlm.connectors.cross_attention import rotary_angles
 from compositions import assert_close, awaken, greedy_without_cache, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
-OPTIONS: list[dict[str, Any]] = [{}, {"gate": True, "norm": False}, {"rotary": True, "null_key": True, "rank": 2}]
-
-every_connector = pytest.mark.parametrize("kind", CONNECTORS)
-# Those that take the state beside each position have their formula tested in a file of their own.
-every_attention = pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "graft"])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"gate": True, "norm": False},
+    {"rotary": True, "null_key": True, "rank": 2},
+    {"projection": "residual"},
+    {"projection": "residual", "rank": 2, "gate": True},
+]
 
 
 def options_of(kind: str) -> dict[str, Any]:
@@ -28,6 +30,18 @@ def options_of(kind: str) -> dict[str, Any]:
     texts = [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(9)]
     both = {"tokenizer": tiny_tokenizer(), "augmenting_tokenizer": tiny_tokenizer()}
     return {"init": "aligned", "plain_text": texts, **both} if kind == "graft" else {}
+
+
+COMPOSITIONS: dict[str, dict[str, Any]] = {
+    **{kind: {"connector": kind, **options_of(kind)} for kind in CONNECTORS},
+    "legonn with the anchor's embeddings": {"connector": "legonn", "ingestor": "anchor", "top_k": 5},
+    **{f"{kind}, residual": {"connector": kind, "projection": "residual"} for kind in ("cross_attention", "flamingo")},
+}
+
+every_connector = pytest.mark.parametrize("kind", CONNECTORS)
+# Those that take the state beside each position have their formula tested in a file of their own.
+every_attention = pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if kind != "graft"])
+every_composition = pytest.mark.parametrize("name", COMPOSITIONS)
 
 
 def fresh(kind: str, options: dict[str, Any]) -> Connector:
@@ -63,7 +77,7 @@ def test_it_starts_as_the_identity_and_can_learn(kind: str, options: dict[str, A
     connector, (anchor, augmenting) = fresh(kind, options), states()
     keys, values = connector.keys_values(augmenting, angles(options, 7))
     found = connector(anchor, keys, values, None, angles(options, 5))
-    assert torch.equal(found, anchor)
+    assert torch.equal(found, anchor) and connector.is_identity
     found.square().sum().backward()
     gradients = [p.grad.abs().max() for p in connector.parameters() if p.grad is not None]
     assert max(gradients) > 0, "a start from which no gradient leads away"
@@ -92,14 +106,14 @@ def test_a_position_that_sees_nothing_is_left_alone(kind: str, options: dict[str
     seeing[0, :2] = False
     found = connector(anchor, keys, values, None, angles(options, 5), seeing=seeing)
     assert torch.equal(found[~seeing], anchor[~seeing])
-    assert not torch.allclose(found[seeing], anchor[seeing], atol=1e-3)
+    assert not torch.allclose(found[seeing], anchor[seeing], atol=1e-3) and not connector.is_identity
     assert found.dtype == anchor.dtype
 
 
-@every_connector
-def test_a_whole_composition(kind: str, tmp_path: Path) -> None:
+@every_composition
+def test_a_whole_composition(name: str, tmp_path: Path) -> None:
     anchor, augmenting, ids = tiny_model("llama", seed=1), tiny_model("gpt2", seed=2), tiny_tokens(2, 8)
-    model = calmlm.compose(anchor, augmenting, 2, connector=kind, **options_of(kind))
+    model = calmlm.compose(anchor, augmenting, 2, **COMPOSITIONS[name])
     assert torch.equal(logits_of(model, ids), logits_of(anchor, ids))
     full = logits_of(awaken(model), ids)
     assert not torch.allclose(full, logits_of(anchor, ids), atol=1e-3)
@@ -114,9 +128,9 @@ def test_a_whole_composition(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(again, ids), full)
 
 
-@every_connector
-def test_a_later_token_changes_no_earlier_logit(kind: str) -> None:
-    model, ids = tiny_composition(connector=kind, **options_of(kind)), tiny_tokens(2, 8)
+@every_composition
+def test_a_later_token_changes_no_earlier_logit(name: str) -> None:
+    model, ids = tiny_composition(**COMPOSITIONS[name]), tiny_tokens(2, 8)
     changed = ids.clone()
     changed[:, 5:] = (ids[:, 5:] - 3 + 17) % 94 + 3
     difference = (logits_of(model, changed) - logits_of(model, ids)).abs().amax(-1)
@@ -124,9 +138,9 @@ def test_a_later_token_changes_no_earlier_logit(kind: str) -> None:
     assert difference[:, 5:].min() > 1e-3
 
 
-@every_connector
-def test_an_anchor_of_another_family_goes_on_from_its_cache(kind: str) -> None:
-    model, ids = tiny_composition("gpt2", "llama", connector=kind, **options_of(kind)), tiny_tokens(2, 6)
+@every_composition
+def test_an_anchor_of_another_family_goes_on_from_its_cache(name: str) -> None:
+    model, ids = tiny_composition("gpt2", "llama", **COMPOSITIONS[name]), tiny_tokens(2, 6)
     with torch.no_grad():
         first = model(ids[:, :4], use_cache=True)
         second = model(ids[:, 4:], past_key_values=first.past_key_values)

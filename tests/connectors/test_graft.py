@@ -225,15 +225,15 @@ def test_the_same_model_is_mapped_onto_itself() -> None:
     assert float((found - alone).norm() / alone.norm()) < 0.2
 
 
+@pytest.mark.parametrize("projection", ["linear", "residual"])
 @pytest.mark.parametrize("kind", ["cross_attention", "flamingo"])
-def test_attention_starts_from_the_same_map(kind: str) -> None:
-    model = tiny_composition(
-        "llama", "gpt2", [[1, 0]], connector=kind, init="aligned", plain_text=TEXTS, awake=False, **SHARED
-    )
+def test_attention_starts_from_the_same_map(kind: str, projection: str) -> None:
+    given = {"connector": kind, "projection": projection, "init": "aligned", "plain_text": TEXTS}
+    model = tiny_composition("llama", "gpt2", [[1, 0]], awake=False, **given, **SHARED)
     connector = model.model.connectors["augmenting"][0].attention
     ids = tiny_tokens(1, 6)
     assert torch.equal(logits_of(model, ids), logits_of(model.anchor, ids))
-    state = torch.randn(1, 4, connector.f_proj.in_features, generator=torch.Generator().manual_seed(0))
+    state = torch.randn(1, 4, len(connector.augmenting_norm.weight), generator=torch.Generator().manual_seed(0))
     _, values = connector.keys_values(state, None)
     with torch.no_grad():
         connector.gate.fill_(100.0)

@@ -231,15 +231,24 @@ def test_faults_are_found_before_anything_is_written(
     assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("kind", ["flamingo", "legonn"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "flamingo"},
+        {"kind": "legonn"},
+        {"kind": "legonn", "ingestor": "anchor", "top_k": 4},
+        {"kind": "flamingo", "projection": "residual"},
+    ],
+    ids=str,
+)
 def test_other_connectors_train_save_and_generate(
-    settings: Settings, kind: str, capsys: pytest.CaptureFixture[str]
+    settings: Settings, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = settings(max_steps=2)
-    values["model"]["connector"] = {"kind": kind, "rank": 4}
+    values["model"]["connector"] = {"rank": 4, **options}
     folder = go(values)
     model = calmlm.CalmForCausalLM.from_pretrained(folder)
-    assert model.config.augmenting["augmenting"]["connector"]["kind"] == kind
+    assert options.items() <= model.config.augmenting["augmenting"]["connector"].items()
     gates = [p for name, p in model.model.connectors.named_parameters() if name.endswith(("gate", "o_proj.up.weight"))]
     assert gates
     assert all(gate.abs().max() > 0 for gate in gates)

@@ -15,6 +15,7 @@ from typing import Any
 from calmlm.comparison.contract import Answerer, Domain, Fitted, TextDomain
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.methods import ABLATIONS, METHODS
+from calmlm.comparison.swapping import Swapped, follows
 from calmlm.errors import CalmError, first_line
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import origin
@@ -89,11 +90,14 @@ class Cell:
             fitted = {**METHODS, **ABLATIONS}[self.method].fit(domain, meter)
         trained = time.process_time() - start
         scores = domain.score(fitted.complete, fitted.model)
+        # Of a control in which m_A reads another item's prompt: whether the answers fit that one.
+        swapped = {"follows": follows(domain, fitted.complete, scores)} if isinstance(fitted.complete, Swapped) else {}
         result = {
             "domain": self.domain,
             "method": self.method,
             "seed": self.seed,
             "scores": {task: [_rounded(value) for value in values] for task, values in scores.items()},
+            **swapped,
             "trainable_parameters": meter.trainable,
             "train_flops": meter.flops,
             "train_cpu_seconds": round(trained, 1),

@@ -64,11 +64,11 @@ class Fitted:
 
     Attributes:
         complete: answers prompts.
-        model: the model behind it, where there is one that gives probabilities.
+        model: the model behind it, where there is one that gives probabilities, or what gives them in its place.
     """
 
     complete: Answerer
-    model: PreTrainedModel | None = None
+    model: Any | None = None
 
 
 def model_answerer(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Answerer:
@@ -155,6 +155,9 @@ class TextDomain(Domain):
     """An experiment in which both models read text in one tokenizer, so that every method can be run."""
 
     full_rate: float = 1e-3  # where all weights of m_B are trained
+    evaluation_batch_size: int = 200
+    trained: dict[str, Any] | None = None
+    """The tensors of the composition that was trained last, by name; controls that train nothing take them."""
 
     @cached_property
     @abstractmethod
@@ -263,6 +266,15 @@ class TextDomain(Domain):
 
     def alone(self) -> Answerer:
         return self.answerer(self.anchor)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt that is asked."""
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """What ends an answer, for ``generate``; a model's own settings where that is empty."""
+        return {"eos_token_id": self.tokenizer.eos_token_id}
 
     def answerer(self, model: Any) -> Answerer:
         """A model that completes this domain's prompts."""

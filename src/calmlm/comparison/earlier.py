@@ -49,12 +49,14 @@ def keep_fuller(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
     ]
     if not fuller:
         return result
-    rows, answers = [], {}
+    rows, answers, pairing = [], {}, {}
     for name in counts:
         source = earlier if name in fuller else result
         rows += [row for row in source["rows"] if row["task"].startswith(f"{name}/")]
         if name in source["answers"]:
             answers[name] = source["answers"][name]
+        if name in source.get("pairing", {}):
+            pairing[name] = source["pairing"][name]
     origins = {name: {"cells": before[name], "commit": earlier["commit"], "stored": counts[name]} for name in fuller}
     for name in set(fuller) & set(earlier.get("kept", {})):
         origins[name]["commit"] = earlier["kept"][name]["commit"]
@@ -62,6 +64,7 @@ def keep_fuller(result: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
     return result | {
         "rows": rows,
         "answers": answers,
+        "pairing": pairing,
         "cells": result["cells"] | {"finished": sum(counts.values()), "by_experiment": counts},
         "commits": sorted({*result["commits"], *earlier["commits"]}),
         "kept": origins,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
 from calmlm.comparison.contract import MERGING, Fitted, TextDomain
+from calmlm.comparison.swapping import Swapped, fit_swapped
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
@@ -65,6 +66,36 @@ def compose(
     return _of(domain, model)
 
 
+def composed(domain: TextDomain, meter: Meter) -> Fitted:
+    """The composition of m_A and m_B, whose tensors the experiment keeps for the control that trains nothing."""
+    fitted = compose(domain, meter)
+    assert fitted.model is not None
+    tensors = fitted.model.composition_tensors()
+    domain.trained = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return fitted
+
+
+def swapped(domain: TextDomain, meter: Meter) -> Fitted:
+    """The same composition, but m_A reads another item's prompt; nothing more is trained."""
+    if domain.trained is None:  # its cell was made in another run: the same seed gives the same tensors
+        composed(domain, Meter())
+    model = domain.compose(domain.base("augmenting"))
+    model.load_state_dict(domain.trained, strict=False)
+    return _read_swapped(domain, model)
+
+
+def swapped_trained(domain: TextDomain, meter: Meter) -> Fitted:
+    """A composition whose m_A reads another item's prompt in training as well."""
+    model = domain.compose(domain.base("augmenting"))
+    fit_swapped(domain, model, meter)
+    return _read_swapped(domain, model)
+
+
+def _read_swapped(domain: TextDomain, model: Any) -> Fitted:
+    made = Swapped(domain, model.eval())
+    return Fitted(made, made)
+
+
 def baseline(name: str, domain: TextDomain, meter: Meter) -> Fitted:
     """One of the rival systems."""
     model = BASELINES[name](domain.bases(twin=name in MERGING), domain.data, domain.budget(meter))
@@ -79,7 +110,9 @@ def cascade(domain: TextDomain, meter: Meter) -> Fitted:
 METHODS: dict[str, Method] = {
     "m_A": Method("m_A alone", partial(base, "augmenting")),
     "m_B": Method("m_B alone", partial(base, "anchor")),
-    "composed": Method("CALM", compose),
+    "composed": Method("CALM", composed),
+    "swapped": Method("CALM, m_A reads another prompt", swapped),
+    "swapped_trained": Method("CALM, trained with other prompts", swapped_trained),
     "composed_random": Method("CALM, random m_A", partial(compose, augmenting="random")),
     "composed_vanilla": Method("CALM, vanilla m_A", partial(compose, augmenting="vanilla")),
     "composed_encoder": Method("CALM, m_A as encoder", partial(compose, refresh=False)),

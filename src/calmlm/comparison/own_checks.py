@@ -31,7 +31,7 @@ __all__ = ["checked", "reasons"]
 
 OWN_TOKENS = ("router", "confidence_cascade", "text_tool", "composed_encoder")
 """Methods in which m_A reads the anchor's tokens."""
-PROMPTED = ("router", "confidence_cascade", "composed_encoder")
+PROMPTED = ("router", "confidence_cascade", "composed_encoder", "swapped_trained")
 """Methods that look at the prompts of D_C."""
 WORDS_ONLY = ("router", "confidence_cascade", "text_tool")
 """Methods that write answers, and give no probabilities."""

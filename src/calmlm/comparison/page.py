@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from calmlm.comparison.figures import known
+from calmlm.comparison.gains import pairing_table
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE, TITLES, Method
 from calmlm.comparison.plots import shows_data
 from calmlm.experiments.record import made_by
@@ -64,6 +65,8 @@ def markdown(result: dict[str, Any], plots: str = "", missing: Collection[str] =
         rows = [row for row in result["rows"] if row["task"].startswith(f"{domain}/")]
         lines += [f"## {title_of(domain)}", "", *_kept(result, domain), *_tables(domain, rows), ""]
         lines += _questions(result["answers"].get(domain, []))
+        if domain in result.get("pairing", {}):
+            lines += pairing_table(result["pairing"][domain])
     lines += _qualitative(result["rows"])
     lines += ["## Plots", ""]
     drawn = {name: title for name, title in PLOTS.items() if name != "data" or shows_data(result["rows"])}

@@ -11,10 +11,12 @@ from calmlm.comparison.cells import Cell
 from calmlm.comparison.contract import Task
 from calmlm.comparison.domains import kind_of
 from calmlm.comparison.figures import Scores, by_method, columns_of, difference, interval, kept, known, share
+from calmlm.comparison.gains import pairing_of
 from calmlm.comparison.methods import ABLATIONS, METHODS, REFERENCE
 from calmlm.comparison.page import markdown, title_of
 from calmlm.comparison.plots import draw
 from calmlm.comparison.selection import CompareConfig
+from calmlm.comparison.swapping import SWAPPED
 from calmlm.experiments.record import origin
 from calmlm.files.results import to_json, write_result
 
@@ -28,7 +30,7 @@ QUESTIONS = {
     "the cascade": ("cascade",),
     "fine-tuning": ("fine_tuning", "continued_pretraining", "lora_full_data"),
     "routing and tools": ("router", "confidence_cascade", "text_tool"),
-    "its controls": ("composed_random", "composed_vanilla", "composed_encoder"),
+    "its controls": ("composed_random", "composed_vanilla", "composed_encoder", *SWAPPED),
 }
 SHARES = ("exact_match", "pass@1", "chrf")
 """Metrics in per cent, of which more is better."""
@@ -55,6 +57,8 @@ def summarise(
     answers: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, int] = {}
     settings: dict[str, str] = {}
+    pairing: dict[str, list[dict[str, Any]]] = {}
+    asked = {cell.domain for cell in config.cells() if cell.method in SWAPPED}
     for name in config.parts:
         kind, preset = kind_of(name), config.preset_of(name)
         cells = [result for cell, result in found if cell.domain == name]
@@ -102,6 +106,8 @@ def summarise(
                 combined.setdefault(about.metric, []).append(task)
         if "composed" in scores and combined:
             answers[name] = _answers(scores, combined, retained, kind.same_items)
+        if name in asked and "composed" in scores:
+            pairing[name] = pairing_of(scores, cells, tasks, groups, kind.same_items)
     mixed = _mixed([result for _, result in found])
     return {
         "experiment": "compare",
@@ -110,6 +116,7 @@ def summarise(
         "settings": settings,
         "rows": rows,
         "answers": answers,
+        "pairing": pairing,
         **({"mixed": mixed} if mixed else {}),
         "interval": INTERVAL,
         "own": {name: own.about for name, part in config.parts.items() if (own := part.own) is not None},

@@ -19,11 +19,12 @@ LATER = ("modules_to_save", "trainable_token_indices", "layer_replication", "tar
 """Settings of PEFT that change more of the anchor than what is added to the outputs of linear maps."""
 
 
-def build_adapters(decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a composition records of its adapters, and the tensors with which they start.
 
     Args:
-        decoder: the anchor's; it is as before afterwards.
+        model: the anchor; it is as before afterwards.
+        decoder: its own, in which the adapters stand.
         wanted: the rank, or settings of ``peft.LoraConfig``, or one. By default they stand beside all linear maps, with
             ``lora_alpha`` twice the rank.
 
@@ -41,7 +42,7 @@ def build_adapters(decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dic
 
     settings = _settings(wanted, LoraConfig)
     # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
-    settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in decoder.modules()))
+    settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
     strange = [name for name in LATER if getattr(settings, name, None)]
     strange += ["bias"] if settings.bias != "none" else []
     if strange:
@@ -49,19 +50,27 @@ def build_adapters(decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dic
             f"adapters must be added to outputs of linear maps and nothing else, but got {', '.join(strange)}: leave "
             f"that out."
         )
-    before, frozen = set(vars(decoder)), {name: p.requires_grad for name, p in decoder.named_parameters()}
+    attributes = set(vars(model))
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        inject_adapter_in_model(settings, decoder)
+        inject_adapter_in_model(settings, model)
+        start = next(name for name, module in model.named_modules() if module is decoder)
+        found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     except (ValueError, TypeError) as error:
-        _restore(decoder, LoraLayer, before)
         raise ConfigError(
             f"adapters must fit the anchor, but PEFT finds that they do not ({first_line(error)}): correct them."
         ) from None
-    layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoraLayer)}
-    _restore(decoder, LoraLayer, before)
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(frozen[name])
-    return _record(layers)
+    finally:
+        _restore(model, LoraLayer, attributes)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+    outside = sorted(name for name in found if not name.startswith(f"{start}." if start else ""))
+    if outside:
+        raise ConfigError(
+            f"adapters must stand in the anchor's decoder, below its output, but {outside[0]!r} is outside: choose "
+            f"other target_modules."
+        )
+    return _record({name.removeprefix(f"{start}."): layer for name, layer in found.items()})
 
 
 def _settings(wanted: Any, kind: Any) -> Any:
@@ -82,14 +91,14 @@ def _settings(wanted: Any, kind: Any) -> Any:
         ) from None
 
 
-def _restore(decoder: nn.Module, kind: Any, before: set[str]) -> None:
+def _restore(model: nn.Module, kind: Any, attributes: set[str]) -> None:
     """Put the anchor's own maps back where PEFT has put its layers around them."""
-    for name, module in list(decoder.named_modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, kind):
             parent, _, last = name.rpartition(".")
-            setattr(decoder.get_submodule(parent), last, module.base_layer)
-    for name in set(vars(decoder)) - before:
-        delattr(decoder, name)
+            setattr(model.get_submodule(parent), last, module.base_layer)
+    for name in set(vars(model)) - attributes:
+        delattr(model, name)
 
 
 def _record(layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

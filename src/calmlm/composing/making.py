@@ -32,6 +32,7 @@ from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.vocabularies import with_firsts
 
 DEFAULT_NAME = "augmenting"
 NOT_RECORDED = frozenset(("subfolder", "variant", "config", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs"))
@@ -56,6 +57,9 @@ def compose(
     query_key_bias: float | None = None,
     null_key: bool = False,
     rank: int | None = None,
+    projection: str = "linear",
+    ingestor: str = "learned",
+    top_k: int | None = None,
     connector: str = "cross_attention",
     words: str | Mapping[str, str] | None = None,
     adapters: Any = None,
@@ -101,7 +105,10 @@ def compose(
             ``calmlm.config.resolve_connections``. ``"aligned-2"`` looks for the two that communicate most before any
             training, on ``development``. Several augmenting models may have their own, by name.
         num_heads: heads of the cross-attentions; by default the anchor's own number.
-        norm, gate, rotary, query_key_bias, null_key, rank: connector options, see ``calmlm.config.ConnectorConfig``.
+        norm, gate, rotary, query_key_bias, null_key, rank, projection: connector options, see
+            ``calmlm.config.ConnectorConfig``.
+        ingestor, top_k: options of the connector ``"legonn"``: ``ingestor="anchor"`` gives the anchor the ``top_k``
+            likeliest next tokens of the augmenting model in its own input embeddings.
         connector: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
             ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
@@ -203,7 +210,7 @@ def compose(
     alignments: dict[str, Alignment | Rewriting] = {}
     anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
     searched: dict[str, int] = {}
-    freedom = None if adapters is None else build_adapters(anchor_backbone.decoder, adapters)
+    freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
     starts: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -233,6 +240,8 @@ def compose(
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
             prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
             entry |= opening_entry(tokenizer, theirs, found, prefix, view, backbone)
+            if found is not None and ingestor == "anchor":
+                found = with_firsts(found, tokenizer, theirs)
             if found is not None:
                 alignments[name] = found
                 entry |= {"alignment": method} | ({"view": view} if view is not None else {})
@@ -250,6 +259,11 @@ def compose(
                 raise ConfigError(
                     f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is "
                     f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
+                )
+            if ingestor == "anchor":
+                raise ConfigError(
+                    f"ingestor='anchor' needs an augmenting model that says tokens, but the {role} is an encoder: use "
+                    f"ingestor='learned'."
                 )
         wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
         sizes = len(backbone.layers), len(anchor_backbone.layers)
@@ -285,6 +299,9 @@ def compose(
             "query_key_bias": query_key_bias,
             "null_key": null_key,
             "rank": rank,
+            "projection": projection,
+            "ingestor": ingestor,
+            "top_k": top_k,
             "kind": connector,
             "opened": opened,
         } | ({"train_map": train_map is not False} if connector == "graft" else {})

@@ -5,7 +5,8 @@ cached, and ``forward(anchor, keys, values, mask, rotation, attention, seeing)``
 is the ``CrossAttention`` inside; ``before_layer`` tells whether a connection ``(i, j)`` works on the input of the
 anchor's layer ``j`` or on its output; ``reads_distribution`` whether it takes the augmenting model's output
 distribution instead of the states of its layer ``i``. A ``Graft`` takes the one state that stands beside each of the
-anchor's positions: ``forward(anchor, augmenting, where)``.
+anchor's positions: ``forward(anchor, augmenting, where)``. ``is_identity`` tells of each whether all of the anchor's
+states are left as they are, as at the start.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ def build_connector(kind: str, augmenting_size: int, anchor_size: int, options: 
 
     Args:
         kind: a key of ``CONNECTORS``.
-        augmenting_size: width of what it reads: D_A, or the augmenting vocabulary for a distribution.
+        augmenting_size: width of what it reads: D_A; of a distribution the augmenting vocabulary, or the width of the
+            vectors that an ``AnchorIngestor`` made of it.
         anchor_size: D_B.
         options: the connector options of ``calmlm.config.ConnectorConfig`` other than its kind.
     """
-    given = options if kind == "graft" else {key: value for key, value in options.items() if key not in OF_GRAFTS}
+    own = {"graft": OF_GRAFTS, "legonn": ("ingestor",)}.get(kind, ())
+    others = {*OF_GRAFTS, "ingestor", "top_k"} - {*own}
+    given = {key: value for key, value in options.items() if key not in others}
     return CONNECTORS[kind](augmenting_size, anchor_size, **given)

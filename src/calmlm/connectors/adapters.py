@@ -53,6 +53,11 @@ class Adapters(nn.ModuleDict):
             }
         )
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is added, as at the start."""
+        return not any(bool(adapter.up.weight.any()) for adapter in self.values())  # type: ignore[union-attr,operator]
+
     def of(self, name: str) -> nn.Module:
         """The adapter of the map with this name."""
         return self[name.replace(".", JOINT)]

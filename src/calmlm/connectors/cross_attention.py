@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from calmlm.connectors.projections import LowRank, ResidualProjection, linear
+
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary angles, each of shape (B or 1, 1, length, d), float32."""
 
@@ -62,24 +64,6 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class LowRank(nn.Module):
-    """A linear map through a narrow middle: ``x W_down W_up``."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool = False) -> None:
-        super().__init__()
-        self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, outputs, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From (..., inputs) to (..., outputs)."""
-        return self.up(self.down(x))
-
-
-def projection(inputs: int, outputs: int, rank: int | None, *, bias: bool = False) -> nn.Module:
-    """A linear map, of low rank where one is given."""
-    return nn.Linear(inputs, outputs, bias=bias) if rank is None else LowRank(inputs, outputs, rank, bias=bias)
-
-
 class CrossAttention(nn.Module):
     """Cross-attention from the anchor to the augmenting model (paper, section 3.1).
 
@@ -96,7 +80,7 @@ class CrossAttention(nn.Module):
         augmenting_size: D_A.
         anchor_size: D_B.
         num_heads: N_H, a divisor of D_B.
-        norm, gate, rotary, query_key_bias, null_key, rank: see ``calmlm.config.ConnectorConfig``.
+        norm, gate, rotary, query_key_bias, null_key, rank, projection: see ``calmlm.config.ConnectorConfig``.
     """
 
     # Read by the attention functions of transformers.
@@ -118,6 +102,7 @@ class CrossAttention(nn.Module):
         query_key_bias: float | None = None,
         null_key: bool = False,
         rank: int | None = None,
+        projection: str = "linear",
     ) -> None:
         super().__init__()
         biased = query_key_bias is not None
@@ -126,23 +111,27 @@ class CrossAttention(nn.Module):
         self.rotary = rotary
         self.augmenting_norm = nn.RMSNorm(augmenting_size, eps=1e-6) if norm else nn.Identity()
         self.anchor_norm = nn.RMSNorm(anchor_size, eps=1e-6) if norm else nn.Identity()
-        self.f_proj = projection(augmenting_size, anchor_size, rank)
-        self.q_proj = projection(anchor_size, anchor_size, rank, bias=biased)
-        self.k_proj = projection(anchor_size, anchor_size, rank, bias=biased)
-        self.v_proj = projection(anchor_size, anchor_size, rank)
-        self.o_proj = projection(anchor_size, anchor_size, rank)
+        f_proj = ResidualProjection if projection == "residual" else linear
+        self.f_proj = f_proj(augmenting_size, anchor_size, rank)
+        self.q_proj = linear(anchor_size, anchor_size, rank, bias=biased)
+        self.k_proj = linear(anchor_size, anchor_size, rank, bias=biased)
+        self.v_proj = linear(anchor_size, anchor_size, rank)
+        self.o_proj = linear(anchor_size, anchor_size, rank)
         self.null_key = nn.Parameter(torch.zeros(num_heads, self.head_dim)) if null_key else None
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
         self.reset_parameters(query_key_bias)
 
     def reset_parameters(self, query_key_bias: float | None = None) -> None:
-        """Draw new weights: normal with variance 1 / fan-in; W_O is zero unless a gate keeps the output at zero."""
+        """Draw new weights: normal with variance 1 / fan-in; W_O is zero unless a gate keeps the output at zero.
+
+        What a residual projection adds is zero as well.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.constant_(module.bias, query_key_bias or 0.0)
-                if name in ("o_proj", "o_proj.up") and self.gate is None:
+                if name == "f_proj.out" or (name in ("o_proj", "o_proj.up") and self.gate is None):
                     nn.init.zeros_(module.weight)
 
     @torch.no_grad()
@@ -154,7 +143,8 @@ class CrossAttention(nn.Module):
             size: root mean square of what it gives.
         """
         identity = torch.eye(len(weight))
-        starts: dict[str, Tensor] = {"f_proj": weight, "v_proj": identity, "o_proj": identity}
+        states = "f_proj.linear" if isinstance(self.f_proj, ResidualProjection) else "f_proj"
+        starts: dict[str, Tensor] = {states: weight, "v_proj": identity, "o_proj": identity}
         starts["k_proj"] = self.q_proj.get_parameter("weight") / size
         for name, start in starts.items():
             self.get_submodule(name).get_parameter("weight").copy_(start)
@@ -163,6 +153,13 @@ class CrossAttention(nn.Module):
     def attention(self) -> CrossAttention:
         """The cross-attention inside a connector: this one."""
         return self
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves every state as it is, as a new one does."""
+        last = self.o_proj.up if isinstance(self.o_proj, LowRank) else self.o_proj
+        closed = self.gate is not None and not bool(self.gate)
+        return closed or (type(last) is nn.Linear and not bool(last.weight.any()))
 
     @property
     def dtype(self) -> torch.dtype:

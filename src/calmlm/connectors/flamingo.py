@@ -44,6 +44,11 @@ class Flamingo(nn.Module):
         )
         self.feed_forward_gate = nn.Parameter(torch.zeros(()))
 
+    @property
+    def is_identity(self) -> bool:
+        """See ``CrossAttention.is_identity``."""
+        return self.attention.is_identity and not bool(self.feed_forward_gate)
+
     def keys_values(self, augmenting: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """See ``CrossAttention.keys_values``."""
         return self.attention.keys_values(augmenting, rotation)

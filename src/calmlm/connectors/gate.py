@@ -66,6 +66,11 @@ class ConvexGate(nn.Module):
         """In which it computes."""
         return self.gate_anchor.dtype
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether all states are left as they are: the gate is shut, as at the start."""
+        return not bool(self.opened())
+
     def gate(self, anchor: Tensor, augmenting: Tensor) -> Tensor:
         """The gate's logit, (B, T, 1), from the states (B, T, D_B) and (B, T, D_A)."""
         found = _unit(anchor) @ self.gate_anchor.float() + _unit(augmenting) @ self.gate_augmenting.float()

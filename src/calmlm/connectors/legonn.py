@@ -2,7 +2,7 @@
 
 What passes between the models is a distribution over the augmenting vocabulary and nothing else. An ingestor turns it
 into vectors (a weighted embedding: the expected embedding under the distribution), from which the anchor reads by
-cross-attention.
+cross-attention. Its table is learned, or it is the anchor's own (``calmlm.connectors.ingestor``).
 """
 
 from __future__ import annotations
@@ -25,26 +25,36 @@ class LegoNN(nn.Module):
         H_{A+B} = CrossAttention(H_B, E)
 
     Args:
-        augmenting_size: V_A, the augmenting vocabulary.
+        augmenting_size: V_A, the augmenting vocabulary; with ``ingestor="anchor"`` the width of E.
         anchor_size: D_B.
         num_heads: N_H.
+        ingestor: ``"learned"``, or ``"anchor"`` where an ``AnchorIngestor`` makes E, once for all connections.
         options: of ``calmlm.connectors.cross_attention.CrossAttention``.
     """
 
     before_layer = False
     reads_distribution = True
 
-    def __init__(self, augmenting_size: int, anchor_size: int, num_heads: int, **options: Any) -> None:
+    def __init__(
+        self, augmenting_size: int, anchor_size: int, num_heads: int, *, ingestor: str = "learned", **options: Any
+    ) -> None:
         super().__init__()
-        width = min(EMBEDDING_SIZE, anchor_size)
-        self.ingestor = nn.Linear(augmenting_size, width, bias=False)
-        nn.init.normal_(self.ingestor.weight)
+        width = augmenting_size if ingestor == "anchor" else min(EMBEDDING_SIZE, anchor_size)
+        self.ingestor = None if ingestor == "anchor" else nn.Linear(augmenting_size, width, bias=False)
+        if self.ingestor is not None:
+            nn.init.normal_(self.ingestor.weight)
         self.attention = CrossAttention(width, anchor_size, num_heads, **options)
 
+    @property
+    def is_identity(self) -> bool:
+        """See ``CrossAttention.is_identity``."""
+        return self.attention.is_identity
+
     def keys_values(self, augmenting: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of a distribution (B, S_new, V_A); see ``CrossAttention.keys_values``."""
-        embedded = self.ingestor(augmenting.to(self.ingestor.weight.dtype))
-        return self.attention.keys_values(embedded, rotation)
+        """Keys and values of a distribution (B, S_new, V_A) or of E; see ``CrossAttention.keys_values``."""
+        if self.ingestor is not None:
+            augmenting = self.ingestor(augmenting.to(self.ingestor.weight.dtype))
+        return self.attention.keys_values(augmenting, rotation)
 
     def forward(
         self,

@@ -175,6 +175,9 @@ class CalmGenerationMixin(GenerationMixin):
             "a static cache": static or getattr(kwargs.get("past_key_values"), "is_compileable", False),
             "use_cache=False": asked("use_cache") is False,
             "a model that carries its past in a form of its own": recurrent,
+            "another text for an augmenting model": any(
+                map(self.model.reads_text, kwargs.get("augmenting_inputs") or {})
+            ),
             "output_hidden_states": bool(asked("output_hidden_states")),
             "output_attentions": bool(asked("output_attentions")),
         }
@@ -383,10 +386,12 @@ class _Unconditional:
     def __init__(self, model: CalmGenerationMixin, given: dict[str, Any]) -> None:
         self.model, self.given = model, dict(given)
         self.prompt: Tensor | None = None
-        # The prompt's columns say nothing of a text that begins elsewhere: its items stand at the beginning.
-        encoders = (self.given.get("augmenting_inputs") or {}).items()
+        # The prompt's columns say nothing of a text that begins elsewhere: its items stand at the beginning, and no
+        # model reads another text in its place.
+        items = (self.given.get("augmenting_inputs") or {}).items()
+        encoders = [(name, own) for name, own in items if not model.model.reads_text(name)]
         inputs = {name: {k: v.clamp(max=0) if k == "at" else v for k, v in own.items()} for name, own in encoders}
-        if inputs:
+        if items:
             self.given["augmenting_inputs"] = inputs
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:

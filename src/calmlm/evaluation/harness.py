@@ -19,6 +19,8 @@ TASKS = Path(__file__).parent / "tasks"
 """calmlm's own tasks: FLORES-200, HumanEval, MBPP and CodeXGLUE, with code confined to the sandbox."""
 UNSAID = ("alias", "name", "sample_len")
 """What the harness gives beside a task's metrics."""
+SWAPPED = {"augmenting_models_read": "the context of another document"}
+"""What is said beside metrics that are a control."""
 
 
 def evaluate(
@@ -26,6 +28,7 @@ def evaluate(
     tasks: Sequence[str],
     *,
     anchor_only: bool = False,
+    swapped: bool = False,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -43,6 +46,8 @@ def evaluate(
         source: folder or id of a composition.
         tasks: names of tasks, groups or tags.
         anchor_only: switch the composition off.
+        swapped: let the augmenting models read another document's context: what is left then of what the composition
+            gains is no communication.
         num_fewshot: examples in the prompt instead of the task's own number.
         limit: documents of each task.
         batch_size: prompts at a time.
@@ -55,7 +60,8 @@ def evaluate(
         trust_remote_code: whether code that comes with a model may run.
 
     Returns:
-        the metrics, by task, as plain data; of a task that came to an error beside others, ``failed`` with the reason.
+        the metrics, by task, as plain data, with ``augmenting_models_read`` where that is not the same; of a task
+        that came to an error beside others, ``failed`` with the reason.
 
     Raises:
         MissingExtraError: without lm-eval.
@@ -68,7 +74,13 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     from calmlm.evaluation.lm_eval_model import ComposedLM
+    from calmlm.evaluation.swapped_lm import SwappedLM
 
+    if swapped and anchor_only:
+        raise ConfigError(
+            "Expected a composition that is switched on for its augmenting models to read another context, but got "
+            "--anchor-only beside --swapped: leave one of both out."
+        )
     for key, folder in (("include", include), ("data", data)):
         if folder is not None and not Path(folder).is_dir():
             raise ConfigError(f"{key}: expected a folder, but {folder} is none: check the path.")
@@ -94,7 +106,7 @@ def evaluate(
     found: dict[str, dict[str, Any]] = {}
     failures: dict[str, CalmError] = {}
     with model.disable_composition() if anchor_only else nullcontext():
-        wrapped = ComposedLM(model, text.tokenizer, batch_size)
+        wrapped = (SwappedLM if swapped else ComposedLM)(model, text.tokenizer, batch_size)
         try:
             manager.load(names)  # what cannot be read is found before anything is measured
         except Exception as error:  # whatever a task's files, its data and the network give rise to
@@ -116,6 +128,7 @@ def evaluate(
             assert measured is not None
             for task, metrics in measured["results"].items():
                 found[task] = {key: value for key, value in plain(metrics).items() if key not in UNSAID}
+                found[task] |= SWAPPED if swapped else {}
     if not found:
         raise next(iter(failures.values()))
     return found | {name: {"failed": str(failure)} for name, failure in failures.items()}

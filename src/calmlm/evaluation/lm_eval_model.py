@@ -15,7 +15,7 @@ from calmlm.data.context import EndOfContext, OwnContext, context_length, own_co
 from calmlm.errors import ConfigError
 from calmlm.evaluation.truncation import kept, windows
 
-__all__ = ["ComposedLM"]
+__all__ = ["ComposedLM", "Ending"]
 
 
 class ComposedLM(HFLM):  # type: ignore[misc]
@@ -146,7 +146,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=context.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=context.device)
         model: Any = self._model  # type: ignore[has-type]
-        self._model = model if end is None else _Ending(model, end)
+        self._model = model if end is None else Ending(model, end)
         try:
             written = super()._model_generate(ids, width + new, stop, attention_mask=mask, **options)
         finally:
@@ -172,7 +172,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             settings.update(given)
 
 
-class _Ending:
+class Ending:
     """A model whose texts end earlier.
 
     Args:

@@ -23,6 +23,7 @@ from calmlm.connectors.pointer import NOTHING
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
@@ -106,6 +107,7 @@ def load_composition(
         name: read_alignment(source, name, hub) for name, entry in config.augmenting.items() if entry["reads"] == "text"
     }
     for name, alignment in alignments.items():
+        _check_firsts(config.augmenting[name], alignment, name, source)
         _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
     model = cls(config, anchor_model, augmenting_models, alignments)
     expected = model.composition_tensors()
@@ -296,6 +298,7 @@ def read_generation(source: str | Path, hub: dict[str, Any]) -> GenerationConfig
         ) from error
 
 
+@without_collector()
 def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignment | Rewriting:
     """The alignment of one augmenting model, as it was when the composition was made.
 
@@ -341,6 +344,20 @@ def _check_tables(tensors: dict[str, Tensor], size: int, source: str | Path) -> 
                 f"{str(source)!r} must hold tables for the {size} tokens of its anchor, but {name!r} leads to token "
                 f"{highest if highest >= size else lowest}: it belongs to another composition."
             )
+
+
+def _check_firsts(entry: dict[str, Any], alignment: Alignment | Rewriting, name: str, source: str | Path) -> None:
+    """Raise if an ingestor asks for the anchor's first tokens, and the alignment does not know them.
+
+    Raises:
+        CheckpointError: for such an alignment.
+    """
+    table = alignment if isinstance(alignment, Alignment) else alignment.alignment
+    if entry["connector"].get("ingestor") == "anchor" and not any(index is not None for index in table.firsts):
+        raise CheckpointError(
+            f"{str(source)!r} must hold the anchor's first tokens of those of {name!r}, but "
+            f"{storage.alignment_name(name)} has none: it belongs to another composition."
+        )
 
 
 def _check_opening(entry: dict[str, Any], name: str, size: int, source: str | Path) -> None:

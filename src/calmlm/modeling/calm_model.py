@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
+from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.heads import head_logits
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.adapters import Adapters
+from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
@@ -37,6 +39,8 @@ from calmlm.readers import (
     SharedReader,
     base_arguments,
     check_inputs,
+    check_text,
+    in_place,
     length_of,
     make_reader,
     mask_of,
@@ -52,6 +56,7 @@ from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.vocabularies import first_tokens
 
 
 class CalmModel(CalmPreTrainedModel):
@@ -75,6 +80,7 @@ class CalmModel(CalmPreTrainedModel):
         self.anchor = anchor
         self.augmenting = nn.ModuleDict(augmenting)
         self.connectors = nn.ModuleDict()
+        self.ingestors = nn.ModuleDict()
         self.enabled = True
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
@@ -130,16 +136,25 @@ class CalmModel(CalmPreTrainedModel):
                 "config": self.config,
                 "slot": self.slot,
                 "opening": self._openings[name],
+                "ingest": self._ingest(name),
             }
             reads = self.config.augmenting[name]["reads"]
             transcoder, vocabulary = self.transcoders[name] if reads == "text" else None, self._backbones[""].vocab_size
             self._readers[name] = make_reader(reads, common, transcoder, vocabulary)
+
+    def _ingest(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What makes vectors of a model's logits for its connectors; None where they take something else."""
+        return partial(self.ingestors[name], embed=embed_with(self.anchor)) if name in self.ingestors else None
 
     def _connect(self, name: str) -> None:
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
         options = vars(ConnectorConfig(**entry["connector"])).copy()
         kind = options.pop("kind")
         size = augmenting.vocab_size if CONNECTORS[kind].reads_distribution else augmenting.size
+        if options["ingestor"] == "anchor":
+            first = first_tokens(self.alignments.get(name), anchor.vocab_size, augmenting.vocab_size)
+            self.ingestors[name] = AnchorIngestor(first, options["top_k"]).to(execution_device(augmenting.decoder))
+            size = embedding_size(self.anchor)
         connectors = nn.ModuleList()
         for _, j in entry["connections"]:
             connector = build_connector(kind, size, anchor.size, options)
@@ -217,8 +232,9 @@ class CalmModel(CalmPreTrainedModel):
         """Take one augmenting model out, with its connectors and hooks: the others are as they were without it."""
         detach(self.slot, name, self.anchor, self.augmenting[name])  # type: ignore[arg-type]
         del self.config.augmenting[name], self.augmenting[name], self.connectors[name]
-        if name in self.transcoders:
-            del self.transcoders[name]
+        for parts in (self.transcoders, self.ingestors):
+            if name in parts:
+                del parts[name]
         self.active.discard(name)
         self._find_parts()
         self._make_readers()
@@ -237,8 +253,12 @@ class CalmModel(CalmPreTrainedModel):
         """Those that go on with every token: the anchor, and the augmenting models that speak and read the text."""
         yield self.anchor
         for name in self.active:
-            if self.config.augmenting[name]["reads"] in ("tokens", "text"):
+            if self.reads_text(name):
                 yield self.augmenting[name]  # type: ignore[misc]
+
+    def reads_text(self, name: str) -> bool:
+        """Whether the augmenting model ``name`` reads the text as it grows, in the anchor's tokens or its own."""
+        return self.config.augmenting.get(name, {}).get("reads") in ("tokens", "text")
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
@@ -291,12 +311,19 @@ class CalmModel(CalmPreTrainedModel):
             base.eval()
         if mode:
             layers = self._backbones[""].layers
-            pairs = [pair for entry in self.config.augmenting.values() for pair in entry["connections"]]
-            first = min((j for _, j in pairs), default=len(layers) - 1)
-            if any(entry.get("adapters") for entry in self.config.augmenting.values()):
-                first = -1
-            checkpoint_frozen(layers[first + 1 :], self.slot)
+            checkpoint_frozen(layers[self._lowest() + 1 :], self.slot)
         return self
+
+    def _lowest(self) -> int:
+        """The lowest of the anchor's layers that something trained changes."""
+        backbone = self._backbones[""]
+        entries = self.config.augmenting.values()
+        found = [j for entry in entries for _, j in entry["connections"]]
+        targets = {name for entry in entries for name in (entry.get("adapters") or {}).get("targets", ())}
+        adapted = {backbone.decoder.get_submodule(name) for name in targets}
+        if adapted:
+            found += [place for place, layer in enumerate(backbone.layers) if adapted & set(layer.modules())]
+        return min(found, default=len(backbone.layers) - 1)
 
     @property
     def abilities(self) -> Abilities:
@@ -317,6 +344,12 @@ class CalmModel(CalmPreTrainedModel):
     def wants_prompts(self) -> bool:
         """Whether it matters to a model that is switched on which tokens were given and not generated."""
         return self.reads_prompts or any(isinstance(self._readers[name], OwnReader) for name in self.active)
+
+    @property
+    def says_anything(self) -> bool:
+        """Whether the composition's output may differ from the anchor's: it is on, and some connection has learned."""
+        joined: list[Any] = [connector for name in self.active for connector in self.connectors[name]]  # type: ignore[union-attr,attr-defined]
+        return self.enabled and not all(connector.is_identity for connector in joined)
 
     @property
     def can_cache(self) -> bool:
@@ -376,7 +409,10 @@ class CalmModel(CalmPreTrainedModel):
         Raises:
             DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        streams = {name: self._readers[name].read(inputs, past) for name, past in pasts.items()}
+        streams = {}
+        for name, past in pasts.items():
+            given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
+            streams[name] = self._readers[name].read(*given)
         return Call(streams, None if inputs.composed is None else inputs.composed.bool()[:, None, None])
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
@@ -458,6 +494,9 @@ class CalmModel(CalmPreTrainedModel):
                 "labels nor a prompt_mask arrived: pass prompt_mask, or call CalmForCausalLM with labels."
             )
         check_inputs(inputs, {name: entry["reads"] for name, entry in self.config.augmenting.items()})
+        for name, text in (inputs.augmenting or {}).items():
+            if self.reads_text(name):
+                check_text(text, name, inputs.ids.shape[0])
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from calmlm.readers.another_text import check_text, in_place
 from calmlm.readers.common import Reader
 from calmlm.readers.encoder import EncoderReader
 from calmlm.readers.inputs import (
@@ -40,7 +41,9 @@ __all__ = [
     "SharedReader",
     "base_arguments",
     "check_inputs",
+    "check_text",
     "given_of",
+    "in_place",
     "length_of",
     "make_reader",
     "mask_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,7 +37,10 @@ class Reader(Protocol):
 
 @dataclass
 class Common:
-    """What every reader holds: its name and model, the connected layers, the first connector, the configuration."""
+    """What every reader holds: its name and model, the connected layers, the first connector, the configuration.
+
+    ``ingest`` makes vectors of logits (B, S, V_A), where connectors that read a distribution take vectors instead.
+    """
 
     name: str
     model: nn.Module
@@ -46,6 +50,7 @@ class Common:
     config: PreTrainedConfig
     slot: Slot
     opening: Opening
+    ingest: Callable[[Tensor], Tensor] | None
 
     def finish(self, past: Past) -> None:
         """Nothing, for most."""
@@ -66,8 +71,7 @@ class Common:
             with torch.no_grad():
                 if self.first.reads_distribution:
                     logits = self.model(**arguments).logits
-                    distribution = logits.softmax(-1, dtype=torch.float32)
-                    stream.hidden.update(dict.fromkeys(self.layers, distribution))
+                    stream.hidden.update(dict.fromkeys(self.layers, self.said(logits)))
                 elif head:
                     if accepts(self.model, "logits_to_keep"):
                         arguments["logits_to_keep"] = self.backbone.kept(1, arguments["input_ids"])
@@ -78,6 +82,10 @@ class Common:
         finally:
             self.slot.call = None
         return logits[:, -1] if head else None
+
+    def said(self, logits: Tensor) -> Tensor:
+        """What connectors that read the model's output distribution are given of its logits."""
+        return logits.softmax(-1, dtype=torch.float32) if self.ingest is None else self.ingest(logits)
 
     def attention(self, boolean_mask: bool) -> tuple[str, Any]:
         """The kind of attention and its function; only sdpa and eager take a mask of our own."""

@@ -28,7 +28,7 @@ class Inputs:
         mask: (B, past + T), a 4-D mask, a dictionary made by ``create_masks_for_generate``, or None.
         positions: (B or 1, T) int64, or None.
         prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
-        augmenting: inputs of augmenting encoders, by name, or None.
+        augmenting: inputs of augmenting encoders, and texts that models read in the anchor's place, by name, or None.
         composed: (B,) bool, which rows the composition speaks in, or None for all.
         told: (B, past + T or fewer) bool, which tokens of the text were given and not generated; None where only
             ``prompt`` tells. Read by ``OwnReader`` alone.
@@ -68,14 +68,14 @@ def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
     given = {} if inputs.augmenting is None else inputs.augmenting
     if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
         raise DataError(
-            "augmenting_inputs must be a dictionary of dictionaries, the inputs of each encoder by name, but got "
+            "augmenting_inputs must be a dictionary of dictionaries, the inputs of each model by name, but got "
             "something else: write {name: {'pixel_values': ...}}."
         )
     for name in given:
-        if reads.get(name, "inputs") != "inputs":
+        if reads.get(name) == "prompt":
             raise DataError(
-                f"augmenting_inputs must be for encoders, but {name!r} is a language model that reads the text: "
-                f"leave its inputs out."
+                f"augmenting_inputs must be for models that read the text as it grows, or for encoders, but {name!r} "
+                f"reads the prompt alone: leave its inputs out."
             )
     unknown = sorted(set(given) - set(reads))
     if unknown:

@@ -36,8 +36,11 @@ class SharedReader(Common):
     def read(self, inputs: Inputs, past: Past) -> Stream:
         self._check(inputs.ids)
         past = self.opening.begin(past, inputs.ids.shape[0])
+        seeing, attention = None, self.attention(boolean_mask=False)[1]
         if isinstance(inputs.mask, dict):
             mask = inputs.mask[f"cross.{self.name}"]
+        elif self.name in (inputs.augmenting or {}):  # a text of its own, whose padding may stand beside real tokens
+            mask, seeing, attention = self.masked(_visible(inputs, past))
         else:
             mask = self.mask(inputs.ids, inputs.mask, inputs.positions, past.cross)
         rotation = None
@@ -47,7 +50,7 @@ class SharedReader(Common):
                 seen = past.cross.get_seq_length() if past.cross is not None else 0
                 positions = (torch.arange(inputs.ids.shape[1], device=inputs.ids.device) + seen)[None]
             rotation = rotary_angles(positions if positions.ndim == 2 else positions[0], self.connector.head_dim)
-        stream = Stream(mask, rotation, rotation, past.cross, self.attention(boolean_mask=False)[1])
+        stream = Stream(mask, rotation, rotation, past.cross, attention, seeing)
         known = past.take_ahead(inputs.ids)
         read = next(iter(known.values())).shape[1] if known else 0
         if read < inputs.ids.shape[1]:
@@ -121,3 +124,12 @@ class SharedReader(Common):
                 f"Token ids must lie below {size}, the vocabulary of the augmenting model {self.name!r}, but got "
                 f"{highest}: give both models a tokenizer whose ids they share."
             )
+
+
+def _visible(inputs: Inputs, past: Past) -> Tensor:
+    """Which columns of the model's text each new position sees, (B, 1, T, S) bool."""
+    batch, new = inputs.ids.shape
+    start = past.cross.get_seq_length() if past.cross is not None else 0
+    columns = torch.arange(start + new, device=inputs.ids.device)
+    causal = (columns <= columns[start:, None]).expand(batch, 1, -1, -1)
+    return causal if inputs.mask is None else causal & inputs.mask.bool()[:, None, None]

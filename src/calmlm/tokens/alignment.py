@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.pieces import Writer
 from calmlm.tokens.spelling import BYTE_TOKEN, Spelling, in_word, token_bytes
 
@@ -42,6 +43,8 @@ class Alignment:
         unknown: the augmenting ids of a character that it does not know.
         fill: the augmenting id that stands where a row has no token.
         digest: sha256 over both tokenizers, and with a view over their chat templates.
+        firsts: for each augmenting id, the anchor's first token of its bytes, None where it has none; empty where no
+            connector asks for them.
     """
 
     body: list[list[int]]
@@ -52,8 +55,10 @@ class Alignment:
     unknown: list[int]
     fill: int
     digest: str
+    firsts: list[int | None] = dataclasses.field(default_factory=list)
 
     @classmethod
+    @without_collector()
     def between(cls, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase) -> Alignment:
         """Make the table from the anchor's tokenizer to the augmenting model's.
 
@@ -154,7 +159,9 @@ class Alignment:
             unknown=checked_ids(data["unknown"]),
             fill=checked_ids([data["fill"]])[0],
             digest=str(data["digest"]),
+            firsts=data.get("firsts", []),
         )
+        checked_ids([index for index in made.firsts if index is not None])
         beyond = max((*made.start, *made.opens, *made.partial), default=-1)
         if beyond >= len(made.body):
             raise ValueError(f"it says nothing of token {beyond}")

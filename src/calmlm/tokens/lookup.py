@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 
 from calmlm.config import split_gguf
 from calmlm.errors import DataError
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.gguf_files import about_to_read
 
 
+@without_collector()
 def find_tokenizer(source: str | Path, **options: Any) -> Any:
     """The tokenizer that lies at an id or in a folder, or None.
 

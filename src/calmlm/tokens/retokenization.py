@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from calmlm.tokens.alignment import Alignment, checked_ids, digest, shared_tokens
 from calmlm.tokens.beginning import beginning_of
 from calmlm.tokens.boundaries import stable_pairs
+from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.parts import literal, read_backend, remember
 from calmlm.tokens.spelling import Spelling, token_bytes
 from calmlm.tokens.views import Template, speaker_of
@@ -60,6 +61,7 @@ class Rewriting:
     beginning: list[int] = dataclasses.field(default_factory=list)
 
     @classmethod
+    @without_collector()
     def between(
         cls,
         anchor: PreTrainedTokenizerBase,

@@ -1,7 +1,8 @@
-"""Which tokens two vocabularies share, and how often they stand in text."""
+"""Which tokens two vocabularies share, how one says the other's, and how often they stand in text."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.errors import ModelError
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
@@ -37,6 +39,45 @@ def shared_pieces(alignment: Alignment | Rewriting | None, anchor: int, augmenti
     ]
     found = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return found[:, 0], found[:, 1]
+
+
+def with_firsts(
+    alignment: Alignment | Rewriting, anchor: PreTrainedTokenizerBase, augmenting: PreTrainedTokenizerBase
+) -> Alignment | Rewriting:
+    """The same alignment, which also knows the way back: the anchor's first token of each augmenting token's bytes.
+
+    Raises:
+        ModelError: when the augmenting tokenizer's tokens cannot be read.
+    """
+    back = Alignment.between(augmenting, anchor)
+    unknown = set(back.unknown)
+    firsts = [row[0] if row and row[0] not in unknown else None for row in back.body]
+    if isinstance(alignment, Alignment):
+        return dataclasses.replace(alignment, firsts=firsts)
+    return dataclasses.replace(alignment, alignment=dataclasses.replace(alignment.alignment, firsts=firsts))
+
+
+def first_tokens(alignment: Alignment | Rewriting | None, anchor: int, augmenting: int) -> Tensor:
+    """The anchor's first token of the bytes of each augmenting token, (V_A,) int64; -1 where there is none.
+
+    Args:
+        alignment: from ``with_firsts``; None for models that share ids.
+        anchor, augmenting: how many tokens each model has.
+
+    Raises:
+        ModelError: where there is none for any.
+    """
+    if alignment is None:
+        ids = torch.arange(augmenting)
+        return ids.masked_fill(ids >= anchor, -1)
+    table = alignment if isinstance(alignment, Alignment) else alignment.alignment
+    found = [-1 if index is None or index >= anchor else index for index in table.firsts[:augmenting]]
+    if max(found, default=-1) < 0:
+        raise ModelError(
+            "ingestor='anchor' needs an alignment that says which of the anchor's tokens begin the augmenting model's, "
+            "but this one says it of none: compose the models anew, or use ingestor='learned'."
+        )
+    return torch.tensor(found + [-1] * (augmenting - len(found)))
 
 
 def frequencies(size: int, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Tensor:

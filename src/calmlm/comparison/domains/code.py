@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.baselines.given import losses_of
 from calmlm.comparison.contract import Answerer, Task
@@ -126,7 +126,7 @@ class Code(DrawnDomain):
                 else:
                     value = float(text == right)
                 scores[task].append(value)
-        if model is not None:
+        if isinstance(model, PreTrainedModel):
             scores["library"] = self.bits_per_byte(model)
         return scores
 

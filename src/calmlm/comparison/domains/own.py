@@ -28,6 +28,7 @@ from calmlm.bases.opening import load_base
 from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
 from calmlm.comparison.own_settings import Own, Sources, listed
+from calmlm.comparison.swapping import Swapped
 from calmlm.data.context import OwnContext, stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
@@ -62,6 +63,7 @@ class OwnModels(TextDomain):
         super().__init__(preset, seed, cache, report)
         self.settings = preset
         self.full_rate = preset.full_learning_rate
+        self.evaluation_batch_size = preset.evaluation_batch_size
         self.items = {name: load_examples(listed(task.data)) for name, task in preset.tasks.items()}
         for name, examples in self.items.items():
             self._check_lengths(name, examples)
@@ -289,6 +291,13 @@ class OwnModels(TextDomain):
         """m_A alone reads its own tokens, all else the anchor's."""
         return self.augmenting_tokenizer if model is self.__dict__.get("augmenting") else self.tokenizer
 
+    def encode(self, prompt: str) -> list[int]:
+        return encode_prompt(prompt, self.tokenizer)
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        return {}
+
     def answerer(self, model: Any) -> Answerer:
         tokenizer = self._tokenizer_of(model)
 
@@ -319,7 +328,8 @@ class OwnModels(TextDomain):
         for name, task in self.settings.tasks.items():
             examples = self.items[name]
             if task.metric == "bits_per_byte":
-                if model is not None:
+                # Of a text without a prompt, none could be read in its place.
+                if model is not None and not (isinstance(model, Swapped) and examples[0].format == "text"):
                     scores[name] = self._bits_per_byte(model, examples)
                 continue
             rights = [example.fields["completion"].strip() for example in examples]
@@ -334,7 +344,11 @@ class OwnModels(TextDomain):
         rows = encode_examples(examples, tokenizer, max_length=None).rows
         end = tokenizer.eos_token_id
         rows = [_without(end, row) for row in rows]
-        losses = losses_of(model, rows, int(tokenizer.pad_token_id), self.settings.evaluation_batch_size)
+        size = self.settings.evaluation_batch_size
+        if isinstance(model, Swapped):
+            losses = model.losses(rows, size)
+        else:
+            losses = losses_of(model, rows, int(tokenizer.pad_token_id), size)
         counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
         # A text's first token is predicted only where the tokenizer puts something before it.
         unasked = [row["input_ids"][0] if row["labels"][0] != IGNORED else None for row in rows]

@@ -1,0 +1,202 @@
+"""The two models, and what is trained on D_C: compositions, LoRA and all weights of m_B."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, set_seed
+
+import calmlm
+from calmlm.bases.forms import Form
+from calmlm.bases.opening import load_base
+from calmlm.data.extras import require
+from calmlm.data.formats import Example
+from calmlm.data.labels import encode_examples, encode_prompt
+from calmlm.errors import ModelError
+from calmlm.experiments.fitting import Row, Stage, fit
+from calmlm.experiments.real.layout import AUGMENTING, reading_others
+from calmlm.experiments.real.presets import BaseModel, Method
+from calmlm.experiments.real.world import Item, World
+from calmlm.experiments.record import device
+from calmlm.tokens.gguf_files import reading_once
+from calmlm.tokens.lookup import load_tokenizer
+
+__all__ = [
+    "Pair",
+    "Trained",
+    "composed",
+    "fine_tuned",
+    "fresh",
+    "open_pair",
+    "rows_of",
+    "train_composition",
+    "with_lora",
+]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both base models in bfloat16, with their tokenizers; none of them is changed."""
+
+    anchor: PreTrainedModel
+    augmenting: PreTrainedModel
+    tokenizer: Any
+    augmenting_tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives.
+
+    Attributes:
+        model: as it is measured.
+        parameters: how many were trained.
+        seconds: that the training took.
+        losses: (step, loss) as logged.
+    """
+
+    model: Any
+    parameters: int
+    seconds: float
+    losses: list[tuple[int, float]]
+
+
+@reading_once()
+def open_pair(anchor: BaseModel, augmenting: BaseModel, models: str | Path) -> Pair:
+    """Load both models and their tokenizers.
+
+    Args:
+        anchor, augmenting: what to load: the file, if one is named, or else the id.
+        models: the folder of the files.
+
+    Raises:
+        ModelError: there is no such file or model.
+        DataError: a model has no tokenizer.
+    """
+    ours, theirs = _place(anchor, models), _place(augmenting, models)
+    return Pair(_loaded(ours, "anchor"), _loaded(theirs, "augmenting model"), *map(_tokenizer, (ours, theirs)))
+
+
+def _place(model: BaseModel, models: str | Path) -> str:
+    if model.file is None:
+        return model.id
+    path = Path(models) / model.file
+    if not path.is_file():
+        raise ModelError(
+            f"Expected the model {model.id} in {path}, but there is no such file: run scripts/models, name another "
+            f"folder with --models, or name an id with --anchor and --augmenting."
+        )
+    return str(path)
+
+
+def _loaded(source: str, role: str) -> PreTrainedModel:
+    form = Form(dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+    return load_base(source, role, **form.options(source)).to(device()).eval()
+
+
+def _tokenizer(source: str) -> Any:
+    return load_tokenizer([source])
+
+
+def fresh(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same architecture that has learned nothing."""
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(model.config).to(model.device, model.dtype).eval()
+
+
+def rows_of(items: Sequence[Item], tokenizer: Any, others: bool = False) -> list[Row]:
+    """D_C as ids and labels, each text with its end.
+
+    Args:
+        items: pairs and plain lines.
+        tokenizer: the anchor's.
+        others: whether rows hold what m_A reads instead, as ``other``.
+    """
+    examples = [
+        Example("prompt-completion", {"prompt": item.prompt, "completion": item.completion}, f"item {number}")
+        if item.prompt
+        else Example("text", {"text": item.target}, f"item {number}")
+        for number, item in enumerate(items)
+    ]
+    rows: list[Row] = list(encode_examples(examples, tokenizer, max_length=None).rows)  # type: ignore[arg-type]
+    if others:
+        for row, item in zip(rows, items, strict=True):
+            row["other"] = encode_prompt(item.other, tokenizer) if item.other else None
+    return rows
+
+
+def composed(pair: Pair, method: Method, world: World) -> calmlm.CalmForCausalLM:
+    """The composition of a method, untrained."""
+    arguments = dict(method.compose)
+    if "words" in arguments or "init" in arguments:
+        arguments["plain_text"] = world.lines(world.settings.plain_lines)
+    if method.examples:
+        arguments["augmenting_prefix"] = world.shown
+    small = pair.augmenting if method.augmenting == "real" else fresh(pair.augmenting, 1000 + world.seed)
+    set_seed(world.seed)
+    return calmlm.compose(
+        copy.deepcopy(pair.anchor),
+        {AUGMENTING: copy.deepcopy(small)},
+        tokenizer=pair.tokenizer,
+        augmenting_tokenizer={AUGMENTING: pair.augmenting_tokenizer},
+        **arguments,
+    )
+
+
+def train_composition(pair: Pair, method: Method, world: World) -> Trained:
+    """Compose and train on D_C."""
+    model = composed(pair, method, world)
+    others = method.reads == "other"
+    rows = rows_of(world.composition, pair.tokenizer, others)
+    collate = reading_others(_pad(pair)) if others else None
+    return _trained(model, rows, pair, method.stage, world.seed, collate)
+
+
+def with_lora(pair: Pair, method: Method, world: World) -> Trained:
+    """Train low-rank matrices beside all linear maps of m_B, in float32.
+
+    Raises:
+        MissingExtraError: without PEFT.
+    """
+    require("peft", "compare", "LoRA")
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(pair.anchor)
+    set_seed(world.seed)
+    settings = LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(model, settings)  # the matrices live inside `model`, which is what trains and writes
+    return _trained(model, rows_of(world.composition, pair.tokenizer), pair, method.stage, world.seed)
+
+
+def fine_tuned(pair: Pair, method: Method, world: World) -> Trained:
+    """Train all weights of m_B: in float32, or most steps would be rounded away, computing in bfloat16."""
+    model = copy.deepcopy(pair.anchor).float().requires_grad_(True)
+    rows = rows_of(world.composition, pair.tokenizer)
+    found = _trained(model, rows, pair, method.stage, world.seed, bf16=True)
+    model.to(pair.anchor.dtype)
+    return found
+
+
+def _trained(
+    model: Any,
+    rows: list[Row],
+    pair: Pair,
+    stage: Stage,
+    seed: int,
+    collate: Callable[[list[Row]], dict[str, Any]] | None = None,
+    **options: Any,
+) -> Trained:
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    start = time.perf_counter()
+    losses = fit(model, rows, _pad(pair), stage, seed, collate=collate, **options) if stage.steps else []
+    return Trained(model, parameters, round(time.perf_counter() - start, 1), losses)
+
+
+def _pad(pair: Pair) -> int:
+    return pair.tokenizer.pad_token_id if pair.tokenizer.pad_token_id is not None else 0

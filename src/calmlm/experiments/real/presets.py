@@ -1,0 +1,198 @@
+"""What the experiment with two real models is: its models, data, sizes and methods, as one YAML file says them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from calmlm.errors import ConfigError
+from calmlm.experiments.fitting import Stage
+from calmlm.training.fields import read_fields
+from calmlm.training.yaml import parse_yaml
+
+__all__ = ["BaseModel", "Method", "Settings", "Varieties", "load_settings"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model: its id, and the GGUF file that stands for it where there is no hub."""
+
+    id: str
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        title: how the report calls it.
+        system: what it is. ``m_A`` and ``m_B`` alone; ``cascade``: m_A translates, m_B is given that; ``ensemble``:
+            both models' probabilities at one weight; ``lora`` and ``full`` train m_B; ``composed``: a composition.
+        examples: whether some examples are read first: by the model alone, or in a composition or ensemble by m_A.
+        compose: arguments of ``calmlm.compose``; ``plain_text`` is filled in.
+        augmenting: ``real``, or ``random`` for fresh weights in the same architecture.
+        reads: what m_A reads in training: its ``own`` row's prompt, or that of an ``other`` row of the same variety.
+        rank: of LoRA's matrices.
+        steps, learning_rate, batch_size: of the training; no steps for what is not trained.
+    """
+
+    title: str
+    system: Literal["m_A", "m_B", "cascade", "ensemble", "lora", "full", "composed"]
+    examples: bool = False
+    compose: dict[str, Any] = field(default_factory=dict)
+    augmenting: Literal["real", "random"] = "real"
+    reads: Literal["own", "other"] = "own"
+    rank: int = 22
+    steps: int = 0
+    learning_rate: float = 0.0
+    batch_size: int = 16
+
+    @property
+    def seeded(self) -> bool:
+        """Whether anything about it depends on the seed."""
+        return self.examples or self.steps > 0 or self.system == "cascade" or self.augmenting == "random"
+
+    @property
+    def stage(self) -> Stage:
+        """Its training."""
+        return Stage(self.steps, self.batch_size, self.learning_rate, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Varieties:
+    """The languages' varieties, by their keys in the data.
+
+    Attributes:
+        inside: those of D_C.
+        outside: those that D_C does not show.
+        apart: further ones outside D_C, which m_A knows less of; reported by themselves.
+    """
+
+    inside: list[str]
+    outside: list[str]
+    apart: list[str] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[str]:
+        """All of them."""
+        return [*self.inside, *self.outside, *self.apart]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a cell depends on besides its seed.
+
+    Attributes:
+        name: of the experiment's files.
+        anchor, augmenting: m_B and m_A.
+        data: id of the data set, whose rows hold one sentence in all varieties.
+        varieties: which are used.
+        methods: the lines of the table, in order.
+        english: the key of what is translated into.
+        longest: sentences that are longer than so many characters in any variety are left out.
+        pairs: D_C's, spread evenly over its varieties; each is another sentence.
+        plain: lines of plain English beside them in D_C, which m_A has nothing to add to.
+        shots: examples that a method with ``examples`` reads first.
+        plain_lines: lines of plain English that ``calmlm.compose`` takes as ``plain_text``.
+        test, development: sentences that are kept for either.
+        items: of the test sentences, how many are asked in each variety.
+        weighed: of the development sentences, how many choose the ensemble's weight, in each variety of D_C.
+        english_items: test sentences whose English is read as plain text.
+        written: test sentences that are translated in each variety, for chrF.
+        new_tokens: of a translation, at most.
+        swapped: whether m_A's part is also measured with another sentence of the same variety.
+    """
+
+    name: str
+    anchor: BaseModel
+    augmenting: BaseModel
+    data: str
+    varieties: Varieties
+    methods: dict[str, Method]
+    english: str = "eng_Latn"
+    longest: int = 300
+    pairs: int = 1920
+    plain: int = 192
+    shots: int = 5
+    plain_lines: int = 500
+    test: int = 400
+    development: int = 200
+    items: int = 50
+    weighed: int = 20
+    english_items: int = 100
+    written: int = 12
+    new_tokens: int = 80
+    swapped: bool = True
+
+    def cut(self, steps: int | None, items: int | None) -> Settings:
+        """The same with fewer steps of each training, or fewer items of each measure, for a trial."""
+        changed: dict[str, Any] = {}
+        if steps is not None:
+            changed["methods"] = {
+                name: dataclasses.replace(method, steps=min(steps, method.steps))
+                for name, method in self.methods.items()
+            }
+        if items is not None:
+            for measure in ("items", "weighed", "english_items", "written"):
+                changed[measure] = min(items, getattr(self, measure))
+        return dataclasses.replace(self, **changed)
+
+    def chosen(self, names: Sequence[str] | None) -> list[str]:
+        """The methods of these names, or all, in the order of the file.
+
+        Raises:
+            ConfigError: for a name that there is not.
+        """
+        unknown = sorted(set(names or ()) - set(self.methods))
+        if unknown:
+            raise ConfigError(
+                f"Rows must be among {', '.join(self.methods)}, but got {', '.join(unknown)}: use names of the file."
+            )
+        return [name for name in self.methods if names is None or name in names]
+
+    def mark(self, name: str) -> str:
+        """Eight digits that stand for all that a cell of a method depends on, but for its seed."""
+        shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("methods", "name")}
+        own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
+        return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
+
+    def faults(self) -> list[str]:
+        """One sentence for each thing that cannot be."""
+        found = []
+        for name, method in self.methods.items():
+            if method.steps and method.system not in ("lora", "full", "composed"):
+                found.append(f"methods.{name}.steps: expected none, since {method.system} is not trained.")
+            if method.steps and method.learning_rate <= 0:
+                found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
+            if bool(method.compose) != (method.system == "composed"):
+                found.append(f"methods.{name}.compose: expected arguments for system 'composed', and none for others.")
+        asked = {"items": self.test, "english_items": self.test, "written": self.items, "weighed": self.development}
+        for measure, most in asked.items():
+            if not 2 <= getattr(self, measure) <= most:
+                found.append(f"{measure}: expected 2 to {most}, but got {getattr(self, measure)}.")
+        return found
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read a file of ``configs/real``.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else; all faults at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected a YAML file at {path}, but it cannot be read ({error}): check the path.") from None
+    faults: list[str] = []
+    settings = read_fields(Settings, parse_yaml(text, str(path)), faults)
+    if settings is not None:
+        faults += settings.faults()
+    if settings is None or faults:
+        raise ConfigError(f"{path}: {' '.join(faults)}")
+    return settings

@@ -1,0 +1,210 @@
+"""Running the experiment with two real models: a cell for each method and seed, stored when it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calmlm.bases.fingerprint import fingerprint
+from calmlm.errors import CalmError
+from calmlm.experiments.fitting import check_seeds
+from calmlm.experiments.real.ensemble import Ensemble
+from calmlm.experiments.real.joined import Pair, Trained, composed, fine_tuned, open_pair, train_composition, with_lora
+from calmlm.experiments.real.measures import System, first_line_of, measure
+from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
+from calmlm.experiments.real.report import INTERVAL, summarise, write_report
+from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
+from calmlm.experiments.real.world import World, read_sentences
+from calmlm.experiments.record import origin
+from calmlm.files.results import to_json, write_result
+from calmlm.files.storage import check_writable
+
+__all__ = ["cell_path", "run", "seeds_of"]
+
+TRAININGS: dict[str, Callable[[Pair, Method, World], Trained]] = {
+    "lora": with_lora,
+    "full": fine_tuned,
+    "composed": train_composition,
+}
+BY_WORDS = {"connections": "none", "words": "map"}
+
+
+def cell_path(output: Path, settings: Settings, name: str, seed: int) -> Path:
+    """Where the cell of a method and a seed lies; other settings have another file."""
+    return output / "cells" / f"{name}-seed-{seed}-{settings.mark(name)}.json"
+
+
+def seeds_of(method: Method, seeds: Sequence[int]) -> list[int]:
+    """The seeds that a method has cells for: 0 alone where nothing depends on it."""
+    return list(seeds) if method.seeded else [0]
+
+
+def run(
+    config: str | Path = "configs/real/translation.yaml",
+    seeds: Sequence[int] = (0, 1, 2),
+    rows: Sequence[str] | None = None,
+    output: str | Path = "experiments/real/results",
+    models: str | Path = "models",
+    *,
+    data: str | Path | None = None,
+    anchor: str | None = None,
+    augmenting: str | None = None,
+    steps: int | None = None,
+    items: int | None = None,
+    threads: int | None = None,
+    stored_only: bool = False,
+    command: str | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Make the cells that are missing, and write the report over all that are stored.
+
+    Args:
+        config: a file of ``configs/real``.
+        seeds: each draws its own D_C, examples and starts of trainings.
+        rows: methods to make, by name; all by default.
+        output: folder of the report and of ``cells``.
+        models: folder of the models' files.
+        data: a file of JSON lines, one sentence in all varieties in each; the file's data set by default.
+        anchor, augmenting: ids or folders of other models.
+        steps: upper limit for the steps of each training, for a trial.
+        items: upper limit for the items of each measure, for a trial.
+        threads: of torch; its own number by default.
+        stored_only: whether to report on what is stored and make nothing.
+        command: that the cells name as their origin.
+        report: called with each line of progress.
+
+    Returns:
+        what the report's JSON file holds.
+
+    Raises:
+        ConfigError: for a file with faults, unknown rows or seeds, or an output that cannot be written to.
+        ModelError, DataError: models or data that cannot be loaded.
+        CalmError: rows that failed, after all others are made and the report is written.
+    """
+    settings = load_settings(config).cut(steps, items)
+    if anchor is not None:
+        settings = dataclasses.replace(settings, anchor=BaseModel(anchor))
+    if augmenting is not None:
+        settings = dataclasses.replace(settings, augmenting=BaseModel(augmenting))
+    check_seeds(seeds)
+    names, folder = settings.chosen(rows), Path(output)
+    check_writable(folder / f"{settings.name}.json")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # A seed after the other, so that a run that is stopped has whole ones.
+    wanted = dict.fromkeys((name, seed if settings.methods[name].seeded else 0) for seed in seeds for name in names)
+    failed: list[str] = []
+    if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
+        sentences = read_sentences(data if data is not None else settings.data)
+        World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
+        pair = open_pair(settings.anchor, settings.augmenting, models)
+        for name, seed in wanted:
+            path = cell_path(folder, settings, name, seed)
+            if path.is_file():  # made before, or by another run meanwhile
+                continue
+            report(f"{name}, seed {seed} ...")
+            try:
+                cell = make_cell(settings, name, pair, World(settings, seed, sentences), report)
+            except CalmError as error:  # of one row; the others go on
+                report(f"{name}, seed {seed}: {error}")
+                failed.append(f"{name}, seed {seed} ({error})")
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_result(path, to_json({"method": name, "seed": seed, **cell, **origin(command)}) + "\n")
+            report(f"{name}, seed {seed}: {cell['seconds']:.0f} s")
+            gc.collect()  # a composition and its hooks hold each other
+    cells = stored(settings, folder, seeds)
+    result = {
+        "experiment": "real",
+        "name": settings.name,
+        "seeds": list(seeds),
+        "rows": summarise(settings, cells),
+        "interval": INTERVAL,
+        "settings": dataclasses.asdict(settings),
+    }
+    for path in write_report(settings, result, cells, folder):
+        report(f"wrote {path}")
+    if failed:
+        raise CalmError(
+            f"Expected to make all cells, but {len(failed)} failed: {'; '.join(failed)}; the others are stored, so "
+            f"correct these rows and run it again."
+        )
+    return result
+
+
+def make_cell(settings: Settings, name: str, pair: Pair, world: World, report: Callable[[str], None]) -> dict[str, Any]:
+    """Train and measure one method."""
+    start = time.perf_counter()
+    method = settings.methods[name]
+    system, about = prepared(pair, method, world, report)
+    found = measure(system, world, settings.swapped, report)
+    items = {"tested": world.tested, "english": world.english}
+    return {
+        "settings": dataclasses.asdict(method),
+        "models": {role: fingerprint(model) for role, model in vars(pair).items() if hasattr(model, "config")},
+        "left_out": world.left_out,
+        "sizes": {group: [item.size for item in chosen] for group, chosen in items.items()},
+        "varieties": [item.variety for item in world.tested],
+        **about,
+        **found,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], None]) -> tuple[System, dict[str, Any]]:
+    """The system of a method, and what is to be said of it."""
+    shown = world.shown if method.examples else ""
+    if method.system == "m_A":
+        return Alone(pair.augmenting, pair.augmenting_tokenizer, shown, hears=True), {}
+    if method.system == "m_B":
+        return Alone(pair.anchor, pair.tokenizer, shown), {}
+    if method.system == "cascade":
+        return cascade(pair, method, world), {}
+    if method.system == "ensemble":
+        untrained = dataclasses.replace(method, compose=BY_WORDS)
+        ensemble = Ensemble(composed(pair, untrained, world), pair.tokenizer, pair.augmenting_tokenizer)
+        return ensemble, {"development": ensemble.choose(world.weighed), "weight": ensemble.weight}
+    trained = TRAININGS[method.system](pair, method, world)
+    report(f"trained {trained.parameters:,} parameters in {trained.seconds:.0f} s")
+    about = {
+        "parameters": trained.parameters,
+        "training_seconds": trained.seconds,
+        "losses": trained.losses,
+    }
+    if method.system == "composed":
+        return Composed(trained.model, pair.tokenizer), about
+    return Alone(trained.model, pair.tokenizer), about
+
+
+def cascade(pair: Pair, method: Method, world: World) -> Cascade:
+    """m_A translates after the examples; with ``examples``, m_B has seen what m_A makes of each after the others."""
+    new_tokens = world.settings.new_tokens
+    before = ""
+    if method.examples:
+        for index, item in enumerate(world.examples):
+            others = [other for place, other in enumerate(world.examples) if place != index]
+            rest = "".join(f"{other.prompt}{other.completion}\n\n" for other in others)
+            draft = Alone(pair.augmenting, pair.augmenting_tokenizer, rest).write([item], new_tokens)[0]
+            before += f"{told(item.prompt, first_line_of(draft))}{item.completion}\n\n"
+    translator = Alone(pair.augmenting, pair.augmenting_tokenizer, world.shown)
+    return Cascade(translator, Alone(pair.anchor, pair.tokenizer, before), new_tokens, first_line_of)
+
+
+def stored(settings: Settings, folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """All cells of these settings and seeds that are stored, by method and seed."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, method in settings.methods.items():
+        paths = {seed: cell_path(folder, settings, name, seed) for seed in seeds_of(method, seeds)}
+        found = {
+            str(seed): json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.is_file()
+        }
+        if found:
+            cells[name] = found
+    return cells

@@ -1,0 +1,202 @@
+"""Sentences in many varieties, split by sentence: what a model learns in one language is asked in none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from calmlm.data.sources import HubDataset, read_hub
+from calmlm.errors import DataError, first_line
+from calmlm.experiments.real.presets import Settings
+
+__all__ = ["Item", "World", "asked", "read_sentences"]
+
+Sentence = dict[str, str]
+"""One sentence, by variety."""
+
+EXAMPLE = 120  # characters of a sentence that is shown as an example
+
+
+@dataclass(frozen=True)
+class Item:
+    """One text to be predicted.
+
+    Attributes:
+        prompt: what is given; empty for plain text.
+        target: what is to be written, without the space before it.
+        variety: of the prompt.
+        sentence: a number that is the same in all varieties.
+        other: the prompt of another sentence in the same variety.
+    """
+
+    prompt: str
+    target: str
+    variety: str
+    sentence: int
+    other: str = ""
+
+    @property
+    def completion(self) -> str:
+        """What follows the prompt."""
+        return f" {self.target}" if self.prompt else self.target
+
+    @property
+    def size(self) -> int:
+        """Bytes of the target."""
+        return len(self.target.encode())
+
+
+def asked(source: str) -> str:
+    """The prompt for a translation."""
+    return f"{source}\nEnglish:"
+
+
+def read_sentences(source: str | Path) -> list[dict[str, Any]]:
+    """The rows of a data set: a file of JSON lines, packed by gzip or not, or an id on the hub.
+
+    Raises:
+        DataError: there are none, or something else is there.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".gz", ".jsonl"):
+        return _together(record.fields for record in read_hub(HubDataset(str(source))))
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"Expected lines of JSON in {path}, but they cannot be read ({first_line(error)}): name another file."
+        ) from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"Expected an object of JSON in each line of {path}, but got something else: name another.")
+    return rows
+
+
+def _together(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each sentence, where the hub has one for each sentence and variety."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row["id"], {})[f"{row['iso_639_3']}_{row['iso_15924']}"] = row["text"]
+    return list(found.values())
+
+
+class World:
+    """What is trained on and what is asked. The split is always the same; the seed draws from the training part.
+
+    Args:
+        settings: the experiment's.
+        seed: of D_C, its order and the examples.
+        rows: of the data set.
+
+    Raises:
+        DataError: the rows lack a variety, or are too few.
+    """
+
+    def __init__(self, settings: Settings, seed: int, rows: Sequence[dict[str, Any]]) -> None:
+        self.settings, self.seed = settings, seed
+        keys = [settings.english, *settings.varieties.all]
+        missing = [key for key in keys if not any(row.get(key) for row in rows)]
+        if missing:
+            raise DataError(
+                f"Expected sentences in {', '.join(keys)}, but the data have none in {', '.join(missing)}: name other "
+                f"data, or other varieties."
+            )
+        whole = [{key: str(row[key]) for key in keys} for row in rows if all(row.get(key) for key in keys)]
+        by_english = {sentence[settings.english]: sentence for sentence in whole}  # a few stand there twice
+        kept = [s for s in by_english.values() if max(map(len, s.values())) <= settings.longest]
+        self.left_out = len(by_english) - len(kept)
+        random.Random("split").shuffle(kept)
+        needed = settings.test + settings.development + settings.pairs + settings.plain + settings.shots
+        if len(kept) < needed:
+            raise DataError(
+                f"Expected at least {needed} sentences in all varieties, but got {len(kept)}: lower pairs, plain, test "
+                f"or development."
+            )
+        self.test, rest = kept[: settings.test], kept[settings.test :]
+        self.development, self.training = rest[: settings.development], rest[settings.development :]
+
+    @cached_property
+    def drawn(self) -> list[Sentence]:
+        """The training sentences in the seed's order: D_C's pairs, its plain lines, then those that it leaves."""
+        found = list(self.training)
+        random.Random(f"drawn-{self.seed}").shuffle(found)
+        return found
+
+    @property
+    def composition(self) -> list[Item]:
+        """D_C, in its order: pairs of its varieties, and plain English."""
+        settings, varieties = self.settings, self.settings.varieties.inside
+        pairs = [
+            self._item(sentence, varieties[index % len(varieties)], index)
+            for index, sentence in enumerate(self.drawn[: settings.pairs])
+        ]
+        others = {variety: [item.prompt for item in pairs if item.variety == variety] for variety in varieties}
+        pairs = [
+            Item(p.prompt, p.target, p.variety, p.sentence, others[p.variety][(i // len(varieties)) - 1])
+            for i, p in enumerate(pairs)
+        ]
+        lines = self.drawn[settings.pairs : settings.pairs + settings.plain]
+        plain = [self._plain(sentence, settings.pairs + index) for index, sentence in enumerate(lines)]
+        mixed = [*pairs, *plain]
+        random.Random(f"order-{self.seed}").shuffle(mixed)
+        return mixed
+
+    @cached_property
+    def examples(self) -> list[Item]:
+        """Examples for a prompt, which D_C does not hold; short ones of its varieties in turn."""
+        settings, varieties = self.settings, self.settings.varieties.inside
+        rest = self.drawn[settings.pairs + settings.plain :]
+        short = sorted(rest, key=lambda s: len(s[settings.english]) > EXAMPLE)[: settings.shots]
+        return [self._item(s, varieties[index % len(varieties)], index) for index, s in enumerate(short)]
+
+    @property
+    def shown(self) -> str:
+        """The examples as a text before a prompt."""
+        return "".join(f"{item.prompt}{item.completion}\n\n" for item in self.examples)
+
+    def lines(self, count: int) -> list[str]:
+        """Plain English of the training sentences, those outside D_C first."""
+        used = self.settings.pairs + self.settings.plain
+        return [s[self.settings.english] for s in [*self.drawn[used:], *self.drawn[:used]][:count]]
+
+    @property
+    def tested(self) -> list[Item]:
+        """What is asked: the same sentences in each variety."""
+        return self._in_each(self.test[: self.settings.items], self.settings.varieties.all)
+
+    @property
+    def weighed(self) -> list[Item]:
+        """Development pairs of D_C's varieties."""
+        return self._in_each(self.development[: self.settings.weighed], self.settings.varieties.inside)
+
+    @property
+    def written(self) -> list[Item]:
+        """What is translated: test sentences of the varieties inside and outside D_C."""
+        varieties = self.settings.varieties
+        return self._in_each(self.test[: self.settings.written], [*varieties.inside, *varieties.outside])
+
+    @property
+    def english(self) -> list[Item]:
+        """Test sentences' English, as plain text."""
+        return [self._plain(s, index) for index, s in enumerate(self.test[: self.settings.english_items])]
+
+    def _in_each(self, sentences: Sequence[Sentence], varieties: Sequence[str]) -> list[Item]:
+        return [
+            self._item(sentence, variety, index, sentences[index - 1])
+            for variety in varieties
+            for index, sentence in enumerate(sentences)
+        ]
+
+    def _item(self, sentence: Sentence, variety: str, index: int, other: Sentence | None = None) -> Item:
+        prompt = "" if other is None else asked(other[variety])
+        return Item(asked(sentence[variety]), sentence[self.settings.english], variety, index, prompt)
+
+    def _plain(self, sentence: Sentence, index: int) -> Item:
+        return Item("", sentence[self.settings.english], self.settings.english, index)

@@ -1,0 +1,174 @@
+"""Adapters that belong to a composition: PEFT's own, beside an anchor that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import calmlm
+from calmlm.connectors.adapters import JOINT, Adapters
+from calmlm.errors import CheckpointError, ConfigError, MissingExtraError
+from compositions import assert_close, logits_of, tiny_composition
+from tiny import tiny_model, tiny_tokens
+
+QUIET: dict[str, Any] = {"connections": "none", "words": "map"}  # words are silent at the start
+FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox"]
+
+
+def adapted(family: str, adapters: Any = 3, **options: Any) -> calmlm.CalmForCausalLM:
+    """A composition in which nothing but the adapters speaks."""
+    model = tiny_composition(family, "mistral", awake=False, adapters=adapters, **QUIET, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapters_of(model).named_parameters():
+            if name.endswith("up.weight"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapters_of(model: calmlm.CalmForCausalLM) -> Adapters:
+    found = model.model.connectors["augmenting"][-1]
+    assert isinstance(found, Adapters)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_are_pefts(family: str) -> None:
+    model = adapted(family)
+    ids = tiny_tokens(2, 7)
+    settings: dict[str, Any] = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    other = get_peft_model(
+        tiny_model(family, seed=1, attn_implementation="eager"),
+        LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **settings),
+    )
+    ours = dict(adapters_of(model).named_parameters())
+    prefix = next(name for name, module in other.named_modules() if module is other.get_decoder()) + "."
+    filled = 0
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            for theirs, own in ((".lora_A.default", "down"), (".lora_B.default", "up")):
+                if theirs in name:
+                    target = name.removeprefix(prefix).split(theirs)[0]
+                    parameter.copy_(ours[f"{target.replace('.', JOINT)}.{own}.weight"])
+                    filled += 1
+    assert filled == len(ours)
+    found = logits_of(model, ids)
+    assert_close(found, logits_of(other, ids), 1e-5)
+    assert not torch.allclose(found, logits_of(model.anchor, ids), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_anchor_stays_as_it_is(family: str) -> None:
+    anchor = tiny_model(family, seed=1)
+    before = {name: type(module) for name, module in anchor.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in anchor.named_modules()}
+    model = calmlm.compose(anchor, tiny_model("mistral"), adapters=2)
+    assert {name: type(module) for name, module in anchor.named_modules()} == before
+    assert {name: set(vars(module)) for name, module in anchor.named_modules()} == attributes
+    assert not any(parameter.requires_grad for parameter in anchor.parameters())
+    assert torch.equal(logits_of(model, tiny_tokens(1, 5)), logits_of(anchor, tiny_tokens(1, 5)))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_checkpointing_changes_neither_loss_nor_gradients(family: str, use_reentrant: bool) -> None:
+    model = adapted(family).train()
+    ids = tiny_tokens(2, 7)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.train()
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, expected), (again, found) = results
+    assert torch.equal(again, loss)
+    assert found.keys() == expected.keys()
+    assert any("up.weight" in name for name in found)
+    for name, gradient in found.items():
+        assert_close(gradient, expected[name], 1e-6)
+
+
+def test_settings_of_peft_are_taken() -> None:
+    wanted = LoraConfig(r=4, lora_alpha=2, lora_dropout=0.5, target_modules=["q_proj"], layers_to_transform=[1])
+    for adapters in (wanted, {"r": 4, "lora_alpha": 2, "lora_dropout": 0.5, "target_modules": ["q_proj"],
+                              "layers_to_transform": [1]}):  # fmt: skip
+        model = adapted("llama", adapters)
+        entry = model.config.augmenting["augmenting"]["adapters"]
+        assert list(entry["targets"]) == ["layers.1.self_attn.q_proj"]
+        assert (entry["rank"], entry["scaling"], entry["dropout"]) == (4, 0.5, 0.5)
+        ids = tiny_tokens(1, 5)
+        assert torch.equal(logits_of(model, ids), logits_of(model, ids)), "dropout in evaluation"
+        model.train()
+        first, second = (model(input_ids=ids).logits for _ in range(2))
+        assert not torch.equal(first, second), "no dropout in training"
+
+
+def test_loading_needs_no_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("gpt2")
+    model.save_pretrained(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    small = copy.deepcopy(model.augmenting["augmenting"])
+    again = calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=copy.deepcopy(model.anchor), augmenting=small)
+    assert torch.equal(logits_of(again, tiny_tokens(1, 5)), logits_of(model, tiny_tokens(1, 5)))
+
+
+def test_two_models_bring_their_own() -> None:
+    model, other = adapted("llama"), adapted("llama", 2)
+    ids = tiny_tokens(1, 6)
+    before = logits_of(model, ids)
+    model.add_augmenting("other", other)
+    both = logits_of(model, ids)
+    assert not torch.allclose(both, before, atol=1e-3)
+    model.disable_augmenting("other")
+    assert torch.equal(logits_of(model, ids), before)
+    model.disable_augmenting("augmenting")
+    model.enable_augmenting("other")
+    assert_close(logits_of(model, ids), logits_of(other, ids), 1e-6)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    llama, mistral = tiny_model("llama"), tiny_model("mistral")
+    cases: list[tuple[Any, str]] = [
+        ("many", "adapters must be a rank"),
+        (True, "adapters must be a rank"),
+        (0, "PEFT finds that they do not|it refuses them"),
+        ({"r": 2, "target_modules": ["nothing"]}, "PEFT finds that they do not"),
+        ({"r": 2, "ranks": 3}, "it refuses them"),
+        ({"r": 2, "use_dora": True}, "but got use_dora"),
+        ({"r": 2, "bias": "all"}, "but got bias"),
+        ({"r": 2, "init_lora_weights": False}, "must start as the anchor"),
+        ({"r": 2, "rank_pattern": {"q_proj": 4}}, "one rank, scaling and dropout"),
+        ({"r": 2, "target_modules": ["embed_tokens"]}, "beside linear maps"),
+        ({"r": 2, "target_modules": ["lm_head"]}, "'lm_head' is outside"),
+    ]
+    for adapters, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            calmlm.compose(llama, mistral, adapters=adapters)
+        assert type(llama.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    model = adapted("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["augmenting"]["augmenting"]["adapters"]
+    for wrong in ({**entry, "rank": "3"}, {**entry, "targets": {"layers.9.q": [1, 2]}}, {"rank": 3}):
+        config["augmenting"]["augmenting"]["adapters"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError):
+            calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=model.anchor, augmenting=mistral)
+
+
+def test_without_peft_they_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calmlm.data.extras.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="peft"):
+        calmlm.compose(tiny_model("llama"), tiny_model("mistral"), adapters=2)

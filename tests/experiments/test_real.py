@@ -1,0 +1,500 @@
+"""Two real models: what may stand in D_C, batches, figures by hand, and a run from data to report with tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calmlm.cli import main
+from calmlm.data.labels import IGNORE
+from calmlm.errors import CalmError, ConfigError, DataError, ModelError
+from calmlm.experiments.real.ensemble import Ensemble, first_tokens, sent
+from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
+from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
+from calmlm.experiments.real.measures import bits, first_line_of, text_of
+from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties, load_settings
+from calmlm.experiments.real.report import goals, summarise
+from calmlm.experiments.real.resampling import Figures, bits_of, difference
+from calmlm.experiments.real.run import cell_path, run, seeds_of
+from calmlm.experiments.real.systems import Alone, Cascade, Composed
+from calmlm.experiments.real.world import Item, World, read_sentences
+from documents import ROOT
+from tiny import tiny_model
+from tokenizers_tiny import tokenizer
+
+SETTINGS = load_settings(ROOT / "configs" / "real" / "translation.yaml")
+VARIETIES = Varieties(["xx_Latn", "yy_Latn"], ["zz_Latn"], ["ww_Latn"])
+METHODS = {
+    "m_A": Method("m_A", "m_A"),
+    "m_B": Method("m_B", "m_B"),
+    "cascade": Method("Cascade", "cascade", examples=True),
+    "ensemble": Method("Ensemble", "ensemble"),
+    "lora": Method("LoRA", "lora", rank=2, steps=2, learning_rate=1e-3, batch_size=2),
+    "words": Method(
+        "Words", "composed", compose={"connections": "none", "words": "map"}, steps=2, learning_rate=1e-3, batch_size=2
+    ),
+}
+TINY = Settings(
+    "tiny", BaseModel("anchor"), BaseModel("augmenting"), "no/data", VARIETIES, METHODS,
+    pairs=8, plain=3, shots=2, plain_lines=12, test=5, development=4, items=3, weighed=2,
+    english_items=3, written=2, new_tokens=3, swapped=False,
+)  # fmt: skip
+
+
+def sentences(count: int = 40) -> list[dict[str, str]]:
+    """Numbered sentences in four varieties and English."""
+    words = "the river reads a small letter about many old houses in winter".split()
+    found = []
+    for number in range(count):
+        chosen = [words[(number * step + step) % len(words)] for step in (1, 2, 3, 5)]
+        english = f"{' '.join(chosen)} {number}"
+        found.append({"eng_Latn": english} | {key: f"{key[0]} {english[::-1]}" for key in VARIETIES.all})
+    return found
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(TINY, 0, sentences())
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
+    anchor = tiny_model("llama", seed=1, vocab_size=len(ours), max_position_embeddings=512)
+    augmenting = tiny_model("gemma3_text", seed=2, vocab_size=len(theirs), max_position_embeddings=512)
+    return Pair(anchor, augmenting, ours, theirs)
+
+
+# Data
+
+
+def test_no_sentence_stands_in_two_parts_in_any_language(world: World) -> None:
+    def english(items: list[Item]) -> set[str]:
+        return {item.target for item in items}
+
+    trained = english(world.composition) | english(world.examples) | set(world.lines(1000))
+    chosen, asked = english(world.weighed), english(world.tested) | english(world.english) | english(world.written)
+    assert not trained & chosen
+    assert not trained & asked
+    assert not chosen & asked
+    shown = {item.prompt for item in [*world.composition, *world.examples] if item.prompt}
+    assert not shown & {item.prompt for item in [*world.tested, *world.weighed]}
+    assert not english(world.examples) & english(world.composition)
+
+
+def test_the_split_is_the_same_for_all_seeds_and_d_c_is_not(world: World) -> None:
+    again, other = World(TINY, 0, sentences()), World(TINY, 1, sentences())
+    assert again.composition == world.composition
+    assert other.composition != world.composition
+    assert other.tested == world.tested
+    assert other.weighed == world.weighed
+
+
+def test_d_c_spreads_over_its_varieties(world: World) -> None:
+    pairs = [item for item in world.composition if item.prompt]
+    assert len(world.composition) == 11
+    assert len({item.target for item in world.composition}) == 11
+    for variety in VARIETIES.inside:
+        assert sum(item.variety == variety for item in pairs) == 4
+    prompts = {item.prompt: item.variety for item in pairs}
+    for item in pairs:
+        assert prompts[item.other] == item.variety
+        assert item.other != item.prompt
+
+
+def test_what_is_asked_stands_in_all_varieties(world: World) -> None:
+    assert [item.variety for item in world.tested] == [v for v in VARIETIES.all for _ in range(3)]
+    first = [item for item in world.tested if item.sentence == 0]
+    assert len({item.target for item in first}) == 1
+    for item in world.tested:
+        assert item.other in {other.prompt for other in world.tested if other.variety == item.variety}
+        assert item.other != item.prompt
+
+
+def test_long_and_repeated_sentences_are_left_out() -> None:
+    rows = sentences()
+    long = {**rows[0], "eng_Latn": "long", "ww_Latn": "x" * 301}
+    world = World(TINY, 0, [*rows, rows[3], long, {"eng_Latn": "in no other language"}])
+    assert world.left_out == 1
+    kept = [*world.test, *world.development, *world.training]
+    assert len(kept) == 40
+
+
+def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none in ww_Latn: name other data, or other varieties"):
+        World(TINY, 0, [{key: value for key, value in row.items() if key != "ww_Latn"} for row in sentences()])
+    with pytest.raises(DataError, match="at least 22 sentences in all varieties, but got 9: lower pairs"):
+        World(TINY, 0, sentences(9))
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(DataError, match="Expected lines of JSON in .*broken.jsonl, but they cannot be read"):
+        read_sentences(tmp_path / "broken.jsonl")
+    (tmp_path / "list.jsonl").write_text("[1]")
+    with pytest.raises(DataError, match="Expected an object of JSON in each line"):
+        read_sentences(tmp_path / "list.jsonl")
+
+
+def test_a_packed_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in sentences(3)).encode()))
+    assert read_sentences(path) == sentences(3)
+
+
+# Settings
+
+
+def test_the_committed_file_has_every_control() -> None:
+    methods = SETTINGS.methods
+    assert {"m_A", "m_B", "cascade", "ensemble", "lora", "full", "composed"} == {m.system for m in methods.values()}
+    assert any(method.augmenting == "random" for method in methods.values())
+    assert any(method.reads == "other" for method in methods.values())
+    assert not set(SETTINGS.varieties.inside) & {*SETTINGS.varieties.outside, *SETTINGS.varieties.apart}
+
+
+def test_faults_are_collected(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\nanchor: {id: a}\naugmenting: {id: b}\ndata: d\nvarieties: {inside: [u], outside: [v]}\nitems: 900\n"
+        "methods: {one: {title: One, system: m_A, steps: 3}, two: {title: Two, system: composed}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path)
+    for part in ("methods.one.steps: expected none", "methods.two.compose: expected", "items: expected 2 to 400"):
+        assert part in str(caught.value)
+    with pytest.raises(ConfigError, match="Expected a YAML file at"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="Rows must be among m_A, .* but got nothing: use names of the file"):
+        TINY.chosen(["nothing"])
+
+
+def test_a_cell_is_another_one_where_anything_but_a_title_changes() -> None:
+    other = dataclasses.replace(TINY, methods=METHODS | {"lora": dataclasses.replace(METHODS["lora"], title="x")})
+    assert other.mark("lora") == TINY.mark("lora")
+    for changed in (TINY.cut(1, None), TINY.cut(None, 2), dataclasses.replace(TINY, anchor=BaseModel("z"))):
+        assert changed.mark("lora") != TINY.mark("lora")
+    assert TINY.cut(1, None).mark("m_B") == TINY.mark("m_B")
+
+
+def test_what_depends_on_no_seed_is_made_once() -> None:
+    assert seeds_of(METHODS["ensemble"], (3, 4)) == [0]
+    assert seeds_of(METHODS["lora"], (3, 4)) == [3, 4]
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Expected the model some/id in .*x.gguf, but there is no such file: run"):
+        open_pair(BaseModel("some/id", "x.gguf"), BaseModel("b"), tmp_path)
+
+
+# Batches
+
+
+def test_prompts_end_in_one_column() -> None:
+    batch, width = laid_out([Text([5, 6, 7, 8], 3, [1, 2]), Text([9, 10, 11], 1, [3, 4, 5, 6])], 0)
+    assert width == 4
+    assert batch["input_ids"].tolist() == [[0, 5, 6, 7, 8, 0], [0, 0, 0, 9, 10, 11]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [8, -100], [-100] * 4 + [10, 11]]
+    given = batch["augmenting_inputs"][AUGMENTING]
+    assert given["input_ids"].tolist() == [[0, 0, 1, 2], [3, 4, 5, 6]]
+    assert given["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_text_without_another_prompt_is_read_as_it_is() -> None:
+    batch = reading_others(0)(
+        [
+            {"input_ids": [5, 6, 7], "labels": [IGNORE, IGNORE, 7], "other": [8]},
+            {"input_ids": [1, 2], "labels": [1, 2], "other": None},
+        ]
+    )
+    assert batch["augmenting_inputs"][AUGMENTING]["input_ids"].tolist() == [[0, 8], [0, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 7], [-100, -100, 2]]
+
+
+def test_batches_hold_every_text_once_and_few_tokens() -> None:
+    texts = [Text(list(range(n)), n // 2) for n in (9, 3, 12, 4, 8, 2, 7)]
+    found = list(batches(texts, 20))
+    assert sorted(index for batch in found for index in batch) == list(range(7))
+    for batch in found:
+        before = max(texts[i].before for i in batch)
+        assert len(batch) == 1 or len(batch) * (before + max(len(texts[i].ids) - texts[i].start for i in batch)) <= 20
+
+
+# Measures
+
+
+def by_hand(model: Any, item: Item, tokens: Any) -> float:
+    """The target's negative log-probability, one row alone and without padding."""
+    text = text_of(item, tokens)
+    ids = torch.tensor([text.ids])
+    given = {"prompt_mask": torch.arange(ids.shape[1])[None] < text.start} if hasattr(model, "augmenting") else {}
+    with torch.no_grad():
+        likely = model(ids, **given).logits[0].log_softmax(-1)
+    return -sum(float(likely[place - 1, text.ids[place]]) for place in range(text.start, len(text.ids)))
+
+
+@pytest.mark.parametrize("which", ["anchor", "augmenting"])
+def test_nats_of_a_model_are_those_of_each_row_alone(pair: Pair, world: World, which: str) -> None:
+    model = getattr(pair, which)
+    tokens = pair.tokenizer if which == "anchor" else pair.augmenting_tokenizer
+    items = [*world.tested[:4], *world.english]
+    assert Alone(model, tokens).nats(items) == pytest.approx([by_hand(model, item, tokens) for item in items], rel=1e-4)
+
+
+def test_nats_of_a_composition_are_those_of_each_row_alone(pair: Pair, world: World) -> None:
+    model = composed(pair, METHODS["words"], world)
+    words = model.model.connectors[AUGMENTING][-1]
+    with torch.no_grad():
+        words.opening.fill_(0.01)
+        words.map.weight.normal_()
+    items = [*world.tested[:4], *world.english]
+    found = Composed(model, pair.tokenizer).nats(items)
+    assert found == pytest.approx([by_hand(model, item, pair.tokenizer) for item in items], rel=1e-4)
+    alone = Alone(pair.anchor, pair.tokenizer).nats(items)
+    assert all(abs(one - other) > 0.1 for one, other in zip(found, alone, strict=True))
+
+
+def test_swapping_gives_m_a_the_other_prompt(pair: Pair, world: World) -> None:
+    items = world.tested[:3]
+    m_a = Alone(pair.augmenting, pair.augmenting_tokenizer, hears=True)
+    turned = [dataclasses.replace(item, prompt=item.other) for item in items]
+    assert m_a.nats(items, swapped=True) == m_a.nats(turned) != m_a.nats(items)
+
+
+def test_swapping_gives_a_composition_that_only_hears_m_a_the_other_prompt(pair: Pair, world: World) -> None:
+    model = composed(pair, METHODS["words"], world)
+    words = model.model.connectors[AUGMENTING][-1]
+    with torch.no_grad():  # what m_A says alone counts, so that it does not matter what the anchor reads
+        words.opening.fill_(1.0)
+        words.gate_bias.fill_(50.0)
+        words.map.weight.normal_()
+    items = [*world.tested[:5], *world.english]
+    turned = [dataclasses.replace(item, prompt=item.other) if item.prompt else item for item in items]
+    ensemble = Ensemble(composed(pair, METHODS["words"], world), pair.tokenizer, pair.augmenting_tokenizer, 1.0)
+    for system in (Composed(model, pair.tokenizer), ensemble):
+        right, swapped = system.nats(items), system.nats(items, swapped=True)
+        assert swapped == pytest.approx(system.nats(turned), rel=1e-3)
+        assert right[:5] != pytest.approx(swapped[:5], rel=1e-2)
+        assert right[5:] == pytest.approx(swapped[5:], rel=1e-3)
+    other = dataclasses.replace(METHODS["words"], reads="other")
+    assert train_composition(pair, other, world).losses != train_composition(pair, METHODS["words"], world).losses
+
+
+def test_bits_count_the_bytes_of_the_target() -> None:
+    assert bits([8 * math.log(2)], [Item("", "éa\N{EURO SIGN}b", "", 0)]) == pytest.approx(8 / 7)
+
+
+def test_the_first_line_with_text_is_read() -> None:
+    assert first_line_of("\n  A river. \n\nनदी\nEnglish: no") == "A river."
+    assert first_line_of(" \n") == ""
+
+
+def test_what_is_written_ends_with_its_line(pair: Pair, world: World) -> None:
+    written = Alone(pair.anchor, pair.tokenizer).write(world.tested[:5], 4)
+    one_by_one = [Alone(pair.anchor, pair.tokenizer).write([item], 4)[0] for item in world.tested[:5]]
+    assert list(map(first_line_of, written)) == list(map(first_line_of, one_by_one))
+
+
+# The ensemble
+
+
+def test_each_token_goes_to_the_first_of_the_same_bytes(pair: Pair) -> None:
+    table = first_tokens(pair.augmenting_tokenizer, pair.tokenizer, len(pair.augmenting_tokenizer))
+    words = [(t, i) for t, i in pair.augmenting_tokenizer.get_vocab().items() if t.strip("▁").isalpha() and t.isascii()]
+    assert len(words) > 20
+    for piece, index in words:
+        assert table[index] == pair.tokenizer(piece, add_special_tokens=False).input_ids[0]
+
+
+def test_probabilities_are_sent_and_add_up() -> None:
+    found = sent(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([2, -1, 0, 2]), 3)
+    assert torch.allclose(found, torch.tensor([[0.375, 0.0, 0.625]]))
+
+
+def test_an_ensemble_at_no_weight_is_the_anchor_and_at_half_the_mean(pair: Pair, world: World) -> None:
+    model = composed(pair, METHODS["words"], world)
+    ensemble, items = Ensemble(model, pair.tokenizer, pair.augmenting_tokenizer, 0.0), world.tested[:2]
+    assert ensemble.nats(items) == pytest.approx(Alone(pair.anchor, pair.tokenizer).nats(items), rel=1e-4)
+    found = {}
+    for weight in (0.0, 0.5, 1.0):
+        ensemble.weight = weight
+        text = text_of(items[0], pair.tokenizer)
+        one = dataclasses.replace(items[0], target=pair.tokenizer.decode(text.ids[text.start]).strip())
+        found[weight] = math.exp(-ensemble.nats([one])[0])
+    assert found[0.5] == pytest.approx((found[0.0] + found[1.0]) / 2, rel=1e-4)
+    chosen = ensemble.choose(world.weighed)
+    assert chosen[ensemble.weight] == min(chosen.values())
+    assert bits(ensemble.nats(world.weighed), world.weighed) == pytest.approx(chosen[ensemble.weight], abs=1e-3)
+
+
+def test_an_ensemble_writes_what_it_predicts(pair: Pair, world: World) -> None:
+    model = composed(pair, METHODS["words"], world)
+    item = world.tested[0]
+    ensemble = Ensemble(model, pair.tokenizer, pair.augmenting_tokenizer, 1.0)
+    written = ensemble.write([item], 1)[0]
+    best = ensemble.heard[:, -1]
+    assert pair.tokenizer.decode(ensemble.said(best).argmax(-1)) == written
+
+
+# Training
+
+
+def test_the_cascade_shows_the_draft(pair: Pair, world: World) -> None:
+    class Writer(Alone):
+        def write(self, items: Any, new_tokens: int) -> list[str]:
+            return [f"draft {item.sentence}\nmore" for item in items]
+
+    asked: list[str] = []
+
+    class Reader(Alone):
+        def nats(self, items: Any, swapped: bool = False) -> list[float]:
+            asked.extend(item.prompt for item in items)
+            return [0.0] * len(items)
+
+    translator, writer = Writer(None, None), Reader(None, None)
+    Cascade(translator, writer, 3, first_line_of).nats([world.tested[1], world.english[0]])
+    assert asked == [f"{world.tested[1].prompt} draft 1\nEnglish:", ""]
+
+
+def test_rows_end_and_plain_text_counts_whole(pair: Pair, world: World) -> None:
+    items = world.composition
+    rows = rows_of(items, pair.tokenizer, others=True)
+    for item, row in zip(items, rows, strict=True):
+        learned = [token for token in row["labels"] if token != IGNORE]
+        assert learned[-1] == pair.tokenizer.eos_token_id
+        assert pair.tokenizer.decode(learned[:-1]).strip() == item.target
+        assert (row["other"] is None) == (not item.prompt)
+
+
+def test_training_leaves_the_pair_alone(pair: Pair, world: World) -> None:
+    before = {name: tensor.clone() for name, tensor in pair.anchor.state_dict().items()}
+    adapted = with_lora(pair, METHODS["lora"], world)
+    joined = train_composition(pair, METHODS["words"], world)
+    assert 0 < joined.parameters < adapted.parameters
+    assert joined.losses
+    assert before.keys() == pair.anchor.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in pair.anchor.state_dict().items())
+
+
+def test_a_random_model_knows_nothing_of_the_real_one(pair: Pair) -> None:
+    one, other = fresh(pair.augmenting, 5), fresh(pair.augmenting, 5)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(one.state_dict()[name], other.state_dict()[name])
+    assert not torch.equal(one.state_dict()[name], pair.augmenting.state_dict()[name])
+
+
+# Figures
+
+
+def cell(nats: list[float], swapped: list[float] | None = None, **more: Any) -> dict[str, Any]:
+    found = {"nats": nats, "swapped_nats": swapped, "varieties": [v for v in VARIETIES.all for _ in range(3)]}
+    sizes = {"tested": [10, 20, 30] * 4, "english": [10]}
+    return found | {"sizes": sizes, "english_nats": [7.0], "seconds": 1.0, **more}
+
+
+def test_bits_by_hand() -> None:
+    figures = Figures.of([cell([1.0] * 12), cell([3.0] * 12)], VARIETIES.inside)
+    assert bits_of(figures).mean == pytest.approx(2 * 6 / 120 / math.log(2))
+    assert bits_of(figures).low < bits_of(figures).mean < bits_of(figures).high
+
+
+def test_differences_are_paired_by_sentence() -> None:
+    one = Figures.of([cell([10.0, 500.0, 30.0] * 4)], VARIETIES.inside)
+    # Half a bit per byte less of each sentence: paired, nothing is left to vary.
+    less = [value - 0.5 * math.log(2) * size for value, size in zip([10.0, 500.0, 30.0] * 4, [10, 20, 30] * 4)]  # noqa: B905
+    other = Figures.of([cell(less)], VARIETIES.inside)
+    found = difference(other, one)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert bits_of(one).high - bits_of(one).low > 1
+
+
+def test_goals_say_what_is_short() -> None:
+    cells = {
+        "m_B": {"0": cell([9.0] * 12)},
+        "lora": {"0": cell([8.0] * 12)},
+        "ensemble": {"0": cell([7.5] * 12)},
+        "words": {"0": cell([7.0] * 12, [9.0] * 12, parameters=5, english_nats=[7.7])},
+    }
+    rows = summarise(TINY, cells)
+    assert rows["words"]["english"] == pytest.approx(1.1)
+    assert rows["words"]["gain"].mean == pytest.approx(6 * 2 / 120 / math.log(2))
+    assert rows["words"]["against_lora"].mean == pytest.approx(-6 / 120 / math.log(2))
+    assert "gain" not in rows["lora"]
+    lines = goals(TINY, rows)
+    assert any("against LoRA at most -0.30: -0.072, **not reached, 0.228 short**" in line for line in lines)
+    assert any("English at most 1.01 of m_B's: 1.100, **not reached, 0.090 short**" in line for line in lines)
+
+
+# From data to report
+
+
+@pytest.mark.slow
+def test_a_run_reports_and_resumes(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calmlm.experiments.real import run as run_module
+
+    monkeypatch.setattr(run_module, "load_settings", lambda path: TINY)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
+    output = tmp_path / "results"
+    places: dict[str, Any] = {"output": output, "data": tmp_path / "data.jsonl", "report": lambda line: None}
+    result = run("x.yaml", (0, 1), ["m_A", "m_B", "lora", "words"], command="calmlm repro real", **places)
+    assert list(result["rows"]) == ["m_A", "m_B", "lora", "words"]
+    assert result["rows"]["words"]["seeds"] == 2
+    assert len(list((output / "cells").iterdir())) == 6
+    stored = json.loads(cell_path(output, TINY, "words", 1).read_text())
+    assert stored["seed"] == 1
+    assert stored["command"] == "calmlm repro real"
+    assert stored["measuring_seconds"].keys() == {"tested", "english", "written"}
+    assert len(stored["nats"]) == len(stored["varieties"]) == 12
+    page = (output / "tiny.md").read_text()
+    assert "| Words |" in page
+    assert "| m_A (one seed) |" in page
+    assert json.loads((output / "tiny.json").read_text())["rows"].keys() == result["rows"].keys()
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a stored cell was made again")
+
+    monkeypatch.setattr(run_module, "open_pair", fail)
+    again = run("x.yaml", (0, 1), ["m_A", "words"], **places)
+    assert again["rows"] == result["rows"]
+    with pytest.raises(AssertionError, match="made again"):
+        run("x.yaml", (0, 1), ["words"], steps=1, **places)
+    assert run("x.yaml", (0, 1), steps=1, stored_only=True, **places)["rows"].keys() == {"m_A", "m_B"}
+
+
+@pytest.mark.slow
+def test_every_system_makes_a_cell(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calmlm.experiments.real import run as run_module
+
+    monkeypatch.setattr(run_module, "load_settings", lambda path: TINY)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
+    rows = ["cascade", "ensemble"]
+    result = run("x.yaml", (0,), rows, tmp_path, data=tmp_path / "data.jsonl", threads=1, report=lambda line: None)
+    assert list(result["rows"]) == rows
+    assert 0 < result["rows"]["ensemble"]["weight"] <= 1
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_leaves_the_others(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from calmlm.experiments.real import run as run_module
+
+    broken = dataclasses.replace(METHODS["words"], compose={"connections": "none", "words": "song"})
+    settings = dataclasses.replace(TINY, methods={"words": broken, "m_B": METHODS["m_B"]})
+    monkeypatch.setattr(run_module, "load_settings", lambda path: settings)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
+    with pytest.raises(CalmError, match=r"2 failed: words, seed 0 \(words must be one of .*'song'.*others are stored"):
+        run("x.yaml", (0, 1), None, tmp_path, data=tmp_path / "data.jsonl", report=lambda line: None)
+    assert json.loads((tmp_path / "tiny.json").read_text())["rows"].keys() == {"m_B"}
+
+
+def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "real" / "translation.yaml")
+    assert main(["repro", "real", "--config", config, "--rows", "nothing", "--output", str(tmp_path)]) == 2
+    assert "Rows must be among" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import calmlm
@@ -20,8 +20,9 @@ from calmlm.connectors.pointer import MOST, NOTHING, Pointer, point
 from calmlm.errors import CheckpointError, ModelError
 from calmlm.files.inspection import describe
 from calmlm.modeling import probabilities
-from calmlm.tokens.first_tokens import first_tokens
+from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.spelling import token_bytes
+from calmlm.tokens.vocabularies import first_tokens, with_firsts
 from compositions import assert_close, assert_helpful, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
@@ -67,8 +68,7 @@ def test_its_logits_stay_probabilities() -> None:
 
 
 def test_what_is_said_leads_through_the_table() -> None:
-    pointer = Pointer(2, 2, tokens=5)
-    pointer.start(torch.tensor([2, NOTHING, 0, 2, 9], dtype=torch.int32))
+    pointer = Pointer(2, 2, table=torch.tensor([2, NOTHING, 0, 2, 9]))
     likely = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25]])
     assert_close(pointer.said(likely.log(), 3), torch.tensor([[0.3, 0.0, 0.25]]), 1e-6)
     wider = torch.cat((likely * 0.5, torch.tensor([[0.5]])), dim=-1)  # a head with more rows than there are tokens
@@ -87,7 +87,8 @@ PAIRS = [
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_a_token_stands_for_the_first_one_of_its_bytes(ours: str, theirs: str) -> None:
     anchor, other = tokenizer(ours), tokenizer(theirs)
-    table = first_tokens(anchor, other, len(anchor), len(other) + 3).tolist()
+    alignment = with_firsts(Alignment.between(anchor, other), anchor, other)
+    table = first_tokens(alignment, len(anchor), len(other) + 3).tolist()
     written, pieces = token_bytes(anchor), token_bytes(other)
     assert len(table) == len(other) + 3 and table[-3:] == [NOTHING] * 3
     mapped = 0
@@ -103,7 +104,7 @@ def test_a_token_stands_for_the_first_one_of_its_bytes(ours: str, theirs: str) -
     for silent in (other.bos_token_id, other.pad_token_id, other.unk_token_id):
         assert table[silent] == NOTHING
     assert anchor.unk_token_id not in table
-    few = first_tokens(anchor, other, 40, len(other))
+    few = first_tokens(alignment, 40, len(other))
     assert int(few.max()) < 40
 
 
@@ -310,33 +311,17 @@ def load(folder: Path) -> calmlm.CalmForCausalLM:
     )
 
 
-def test_the_table_is_saved_as_whole_numbers_and_is_no_parameter(saved: Path) -> None:
+def test_the_table_stands_in_the_alignment_alone(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
-    tables = [name for name, tensor in tensors.items() if tensor.dtype == torch.int32]
-    assert tables == ["model.connectors.augmenting.0.table"]
+    assert not any("table" in name for name in tensors)
     lines = dict(describe(str(saved)))
     assert lines["words"] == "into the anchor's probabilities, as a pointer"
-    assert lines["parameters"] == f"{sum(t.numel() for t in tensors.values() if t.dtype != torch.int32):,}"
     assert "words (pointer)" in (saved / "README.md").read_text(encoding="utf-8")
-    shared = speaking("pointer", "gpt2+qwen3, words alone")
-    assert not any(name.endswith("table") for name in shared.composition_tensors())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.index_fill(0, torch.tensor([4]), 97), "leads to token 97"),
-        (lambda t: t.index_fill(0, torch.tensor([4]), -2), "leads to token -2"),
-        (lambda t: t.float(), "must hold its tables as torch.int32"),
-        (lambda t: t[:-1], "must hold exactly"),
-    ],
-)
-def test_a_damaged_table_is_refused(saved: Path, change: Any, message: str) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    name = "model.connectors.augmenting.0.table"
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=message) as caught:
+    path = saved / "alignment.augmenting.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["alignment"]["firsts"] = []
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="must hold the anchor's first tokens") as caught:
         load(saved)
     assert_helpful(caught.value)
 

@@ -22,11 +22,10 @@ from calmlm.composing.low_rank import build_adapters
 from calmlm.config import ALIGNED, NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
 from calmlm.connectors import CONNECTORS
 from calmlm.connectors.adapters import Adapters
-from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_words, token_table, word_map
+from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_pointer, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
@@ -213,7 +212,7 @@ def compose(
     freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
-    starts: dict[str, tuple[torch.Tensor, ...]] = {}
+    maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
         model, origin = _opened(source, role, load_any, own_forms[name], hub, shared)
@@ -227,6 +226,7 @@ def compose(
                 f"load it a second time to compose it with itself."
             )
         entry = _entry(model, origin, augmenting_layers_path)
+        speaks = words.get(name) if isinstance(words, Mapping) else words
         if is_decoder(model):
             backbone = Backbone.of(model, role, augmenting_layers_path)
             backbone.probe(role)
@@ -240,7 +240,7 @@ def compose(
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
             prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
             entry |= opening_entry(tokenizer, theirs, found, prefix, view, backbone)
-            if found is not None and ingestor == "anchor":
+            if found is not None and (ingestor == "anchor" or speaks == "pointer"):
                 found = with_firsts(found, tokenizer, theirs)
             if found is not None:
                 alignments[name] = found
@@ -272,20 +272,16 @@ def compose(
             pairs = middle(*sizes, searched[name])
         else:
             pairs = resolve_connections(wanted, *sizes)
-        speaks = words.get(name) if isinstance(words, Mapping) else words
         if speaks is not None:
             check_words(speaks, entry["reads"], role)
             entry["words"] = {"kind": speaks, "bias": WORDS_BIAS if pairs else 0.0}
             if speaks == "map":
                 entry["words"]["train_map"] = bool(train_map)
-                starts[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
+                maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
             else:
                 entry["words"]["scale"] = head_scale(model, backbone, role)
             if speaks == "pointer" and name in alignments:
-                assert tokenizer is not None
-                assert theirs is not None
-                token_sizes = anchor_backbone.vocab_size, backbone.vocab_size
-                starts[name] = (token_table(tokenizer, theirs, token_sizes, role),)
+                check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
         elif not pairs:
             raise ConfigError(
                 f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or "
@@ -344,8 +340,8 @@ def compose(
     for name in entries:
         parts: Any = composed.model.connectors[name]
         for part in parts:
-            if isinstance(part, (WordMap, Pointer)) and name in starts:
-                part.start(*starts[name])
+            if isinstance(part, WordMap):
+                part.start(*maps[name])
             elif isinstance(part, Adapters) and freedom is not None:
                 part.load_state_dict(freedom[1])
         if init is not None or name in searched:

@@ -33,23 +33,18 @@ class Pointer(ConvexGate):
     Args:
         augmenting_size: D_A.
         anchor_size: D_B.
-        tokens: how many tokens the augmenting model has, each with a place in the table; None for shared ids, which
-            need no table.
+        table: the anchor's token for each of the augmenting model's, (V_A,) int64, or ``NOTHING``; None for shared ids.
+            It is no part of what is saved.
         bias: where the gate's logit starts.
     """
 
     table: Tensor | None
 
-    def __init__(self, augmenting_size: int, anchor_size: int, *, tokens: int | None = None, bias: float = 0.0) -> None:
+    def __init__(
+        self, augmenting_size: int, anchor_size: int, *, table: Tensor | None = None, bias: float = 0.0
+    ) -> None:
         super().__init__(augmenting_size, anchor_size, bias=bias)
-        table = None if tokens is None else torch.full((tokens,), NOTHING, dtype=torch.int32)
-        self.register_buffer("table", table)
-
-    @torch.no_grad()
-    def start(self, table: Tensor) -> None:
-        """Take the anchor's token for each of the augmenting model's, (V_A,) int32, or ``NOTHING``."""
-        assert self.table is not None
-        self.table.copy_(table)
+        self.register_buffer("table", table, persistent=False)
 
     @torch.no_grad()
     def said(self, logits: Tensor, size: int) -> Tensor:
@@ -65,7 +60,7 @@ class Pointer(ConvexGate):
             shared = min(size, likely.shape[-1])
             found[:, :shared] = likely[:, :shared]
         else:
-            target = self.table.to(likely.device, torch.long)[: likely.shape[-1]]
+            target = self.table.to(likely.device)[: likely.shape[-1]]
             target = torch.where((target < 0) | (target >= size), size, target)
             found.index_add_(1, target, likely[:, : len(target)])
         return found[:, :size]

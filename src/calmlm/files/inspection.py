@@ -74,8 +74,7 @@ def _base(entry: dict[str, Any], config: Any = None) -> str:
 def _parameters(weights: Path) -> int:
     try:
         with safe_open(weights, framework="pt") as file:
-            parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            return sum(math.prod(part.get_shape()) for part in parts if not part.get_dtype().startswith("I"))
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
             f"Expected a readable {weights.name} in {weights.parent}, but it is damaged or cut short ({error}); save "

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -19,7 +18,6 @@ from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
 from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
-from calmlm.connectors.pointer import NOTHING
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
@@ -117,7 +115,6 @@ def load_composition(
         for name, alignment in alignments.items():
             _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
         tensors = storage.read_tensors(weights, expected.items(), str(source))
-        _check_tables(tensors, model.model.backbone().vocab_size, source)
     except CheckpointError:
         for name in augmenting_models:  # an anchor that was passed stays as it was
             model.model.remove(name)
@@ -329,31 +326,15 @@ def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: s
         )
 
 
-def _check_tables(tensors: dict[str, Tensor], size: int, source: str | Path) -> None:
-    """Raise if a table of tokens leads to one that the anchor does not have.
-
-    Raises:
-        CheckpointError: for such a table.
-    """
-    for name, table in tensors.items():
-        if table.dtype != storage.TABLE_DTYPE or not table.numel():
-            continue
-        lowest, highest = int(table.min()), int(table.max())
-        if lowest < NOTHING or highest >= size:
-            raise CheckpointError(
-                f"{str(source)!r} must hold tables for the {size} tokens of its anchor, but {name!r} leads to token "
-                f"{highest if highest >= size else lowest}: it belongs to another composition."
-            )
-
-
 def _check_firsts(entry: dict[str, Any], alignment: Alignment | Rewriting, name: str, source: str | Path) -> None:
-    """Raise if an ingestor asks for the anchor's first tokens, and the alignment does not know them.
+    """Raise if an ingestor or a pointer asks for the anchor's first tokens, and the alignment does not know them.
 
     Raises:
         CheckpointError: for such an alignment.
     """
     table = alignment if isinstance(alignment, Alignment) else alignment.alignment
-    if entry["connector"].get("ingestor") == "anchor" and not any(index is not None for index in table.firsts):
+    asks = entry["connector"].get("ingestor") == "anchor" or (entry.get("words") or {}).get("kind") == "pointer"
+    if asks and not any(index is not None for index in table.firsts):
         raise CheckpointError(
             f"{str(source)!r} must hold the anchor's first tokens of those of {name!r}, but "
             f"{storage.alignment_name(name)} has none: it belongs to another composition."

@@ -20,7 +20,6 @@ from calmlm.errors import CheckpointError, ConfigError
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TABLE_DTYPE = torch.int32
 
 
 def alignment_name(name: str) -> str:
@@ -140,21 +139,13 @@ def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str
             f"{source!r} must hold a readable {WEIGHTS_NAME}, but the file is damaged or cut short "
             f"({str(error).strip().rstrip('.')}): save the composition again or fetch it anew."
         ) from error
-    wanted = dict(expected)
-    tables = {name for name, tensor in wanted.items() if tensor.dtype == TABLE_DTYPE}
-    strange = next((n for n, t in tensors.items() if n not in tables and t.dtype not in WEIGHT_DTYPES), None)
+    strange = next((name for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES), None)
     if strange is not None:
         raise CheckpointError(
             f"{source!r} must hold weights in a floating-point format, but {strange!r} is {tensors[strange].dtype}: it "
             f"belongs to something else."
         )
-    other = next((name for name in tables & tensors.keys() if tensors[name].dtype != TABLE_DTYPE), None)
-    if other is not None:
-        raise CheckpointError(
-            f"{source!r} must hold its tables as {TABLE_DTYPE}, but {other!r} is {tensors[other].dtype}: it belongs to "
-            f"something else."
-        )
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != found:
         wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))

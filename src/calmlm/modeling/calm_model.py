@@ -174,8 +174,9 @@ class CalmModel(CalmPreTrainedModel):
         anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
         options = {key: value for key, value in entry["words"].items() if key not in ("kind", "scale")}
         if entry["words"].get("kind") == "pointer":
-            tokens = augmenting.vocab_size if entry["reads"] == "text" else None
-            return Pointer(augmenting.size, anchor.size, tokens=tokens, **options)
+            found = self.alignments.get(name)
+            table = None if found is None else first_tokens(found, anchor.vocab_size, augmenting.vocab_size)
+            return Pointer(augmenting.size, anchor.size, table=table, **options)
         return WordMap(augmenting.size, anchor.size, **options)
 
     @property

@@ -18,9 +18,8 @@ from calmlm.connectors.pointer import NOTHING
 from calmlm.connectors.word_map import fit_map
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment
-from calmlm.tokens.first_tokens import first_tokens
 from calmlm.tokens.retokenization import Rewriting
-from calmlm.tokens.vocabularies import frequencies, shared_pieces
+from calmlm.tokens.vocabularies import first_tokens, frequencies, shared_pieces
 
 WORDS_BIAS = -2.0  # of a gate beside connections, which come first
 WRITTEN = (48, 40)  # texts and tokens that the anchor writes, to find out which tokens are frequent
@@ -153,25 +152,18 @@ def word_map(
     return matrix, fit_map(ours[own], bias[:, None], weights)[:, 0]
 
 
-def token_table(
-    anchor: PreTrainedTokenizerBase,
-    augmenting: PreTrainedTokenizerBase,
-    sizes: tuple[int, int],
-    role: str,
-) -> Tensor:
-    """What a ``Pointer`` needs, (V_A,) int32, see ``first_tokens``.
+def check_pointer(alignment: Alignment | Rewriting, sizes: tuple[int, int], role: str) -> None:
+    """Raise unless a ``Pointer`` has something to point at.
 
     Args:
-        anchor, augmenting: the models' tokenizers.
+        alignment: from ``with_firsts``.
         sizes: how many tokens the anchor and the augmenting model have.
         role: what to call the augmenting model in messages.
 
     Raises:
         ModelError: for vocabularies that share next to nothing.
     """
-    table = first_tokens(anchor, augmenting, *sizes)
-    _check_shared(int((table != NOTHING).sum()), role)
-    return table
+    _check_shared(int((first_tokens(alignment, *sizes) != NOTHING).sum()), role)
 
 
 def _check_shared(count: int, role: str) -> None:

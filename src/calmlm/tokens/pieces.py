@@ -15,16 +15,11 @@ REWRITING = ("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "
 
 
 class Writer:
-    """Writes bytes in the tokens of one tokenizer, without the rules that look beyond them.
+    """Writes bytes in the tokens of one tokenizer, without the rules that look beyond them."""
 
-    Args:
-        tokenizer: whose tokens.
-        role: what to call its model in messages.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | SavedTokenizer, role: str = "augmenting model") -> None:
-        self.tokenizer, self.role = tokenizer, role
-        self.spelling = Spelling.of(tokenizer, role)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | SavedTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.spelling = Spelling.of(tokenizer, "augmenting model")
         self.backend = tokenizer.backend_tokenizer
         self.vocabulary = tokenizer.get_vocab()
         data = parts_of(self.backend)
@@ -122,7 +117,7 @@ class Writer:
             return [token.id for word in words if word for token in self.backend.model.tokenize(word)]
         except Exception as error:  # the library raises a bare exception if its unknown token is not in the vocabulary
             raise ModelError(
-                f"The tokenizer of the {self.role} must have a token for what it does not know, but it fails at "
+                f"The tokenizer of the augmenting model must have a token for what it does not know, but it fails at "
                 f"{text!r} ({str(error).strip().rstrip('.')}): give it an unknown token."
             ) from error
 

@@ -29,6 +29,7 @@ from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
+from calmlm.modeling.probabilities import needed_for, pointed_logits
 from calmlm.readers import Inputs, given_of, prompt_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
@@ -296,12 +297,19 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         told = None
         if prompt_mask is None and labels is not None:
             prompt_mask, told = prompt_of(labels), given_of(labels, past_key_values)
-        output, cache = self.model.run(
+        output, cache, pointed = self.model.run(
             self.anchor,
             Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask, told),
             past_key_values, inputs_embeds, use_cache, kwargs,
         )  # fmt: skip
         logits = output.logits if self._keeps_logits else slice_logits_to_keep(output.logits, logits_to_keep)
+        if pointed is not None:
+            needed = None
+            if labels is not None and self.training:
+                ignored = loss_arguments.get("ignore_index", -100)
+                needed = needed_for(labels, loss_arguments.get("shift_labels"), ignored)
+            composed = None if composition_mask is None else composition_mask.bool()[:, None, None]
+            logits = pointed_logits(logits, pointed, self.model.heads, logits_to_keep, composed=composed, needed=needed)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)

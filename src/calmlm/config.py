@@ -28,8 +28,9 @@ encoder) inputs of its own."""
 GGUF = ".gguf"
 
 NONE = "none"
-WORDS = ("map",)
-"""What may join two models in the anchor's last state; see ``calmlm.connectors.word_map``."""
+WORDS = ("map", "pointer")
+"""What an augmenting model may say: in the anchor's last state, see ``calmlm.connectors.word_map``, or in its
+probabilities, see ``calmlm.connectors.pointer``."""
 
 KINDS = ("cross_attention", "flamingo", "graft", "legonn")
 
@@ -307,7 +308,8 @@ class CalmConfig(PreTrainedConfig):
         anchor: where the anchor comes from: ``{"id", "revision", "fingerprint"}``.
         augmenting: one entry per augmenting model, by name: ``{"id", "revision", "fingerprint", "reads",
             "connections", "connector"}``; ``reads`` is one of ``READS``, ``connections`` are explicit 0-based pairs.
-            ``"words"`` are the options of a ``WordMap``, where there is one.
+            ``"words"`` are the options of a ``WordMap`` or a ``Pointer`` and its ``"kind"``, where there is one; with
+            ``"scale"``, by which a pointer multiplies what the augmenting model's head gives.
             ``"beginning"`` and ``"prefix"`` are ids of the augmenting model's tokens that it reads before each text.
         order: the names in the order in which they were joined, in a saved file.
     """

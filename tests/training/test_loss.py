@@ -10,6 +10,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
 
 import calmlm
+from calmlm.connectors.gate import OPENING
 from calmlm.data import read_examples, read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.training.backends import Rows, make_arguments, make_trainer
@@ -97,6 +98,24 @@ def test_trainers_report_the_model_loss(
 ) -> None:
     expected = reference(model, rows)
     assert train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pointers_loss_is_that_of_its_logits(
+    backend: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Also with TRL, whose own loss takes states, where the composition refuses it."""
+    model = tiny_composition("llama", "gpt2", words="pointer")
+    with torch.no_grad():
+        model.model.connectors["augmenting"][-1].opening.fill_(0.7 / OPENING)
+    expected = reference(model, rows)
+    with model.disable_composition():
+        assert abs(reference(model, rows) - expected) > 0.01
+    assert train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows)) == pytest.approx(expected, abs=1e-4)
+    if backend == "sft":
+        ids = torch.tensor([[5, 6, 7]])
+        with pytest.raises(calmlm.ModelError, match="needs the anchor's logits"):
+            model(input_ids=ids, labels=ids, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

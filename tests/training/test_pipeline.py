@@ -502,6 +502,16 @@ def test_words_are_trained_alone(backend: str, settings: Settings, tmp_path: Pat
     assert calmlm.CalmForCausalLM.from_pretrained(composition)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pointers_are_trained_and_gone_on_with(backend: str, settings: Settings) -> None:
+    values = settings(backend, num_train_epochs=1, learning_rate=1e-2)
+    values["model"] |= {"words": "pointer", "connections": "none"}
+    composition = go(values)
+    words = calmlm.CalmForCausalLM.from_pretrained(composition).model.connectors["augmenting"][-1]
+    assert words.opening.item() > 0
+    assert go(settings(backend, num_train_epochs=2, learning_rate=1e-2) | {"model": values["model"]}, resume=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
 def test_models_in_gguf_files_are_trained_over(settings: Settings, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m_B.gguf", seed=1)

@@ -1,7 +1,8 @@
-"""The output embeddings of a language model: what its head makes of the last state, as one matrix."""
+"""The head of a language model: what it makes of the last state, as one matrix or as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,12 +44,47 @@ def output_matrix(model: PreTrainedModel, backbone: Backbone, role: str) -> tupl
         zero = head(torch.zeros(1, width, dtype=backbone.dtype, device=device))[0].float().cpu()
         rows = [head(part.to(device, backbone.dtype)).float().cpu() - zero for part in torch.eye(width).split(ROWS)]
         matrix, bias = torch.cat(rows).T.contiguous(), zero if bool(zero.any()) else None
-    scale = _scale(model, backbone, matrix, bias, role)
+
+    def linear(states: Tensor) -> Tensor:
+        found = states.float().cpu() @ matrix.T
+        return found if bias is None else found + bias
+
+    scale = _scale(model, backbone, linear, role)
     return matrix * scale, None if bias is None else bias * scale
 
 
-def _scale(model: PreTrainedModel, backbone: Backbone, matrix: Tensor, bias: Tensor | None, role: str) -> float:
-    """By how much a model multiplies its logits; 1 for most."""
+@torch.no_grad()
+def head_scale(model: PreTrainedModel, backbone: Backbone, role: str) -> float:
+    """By how much a model multiplies what its head makes of the last state; 1 for most.
+
+    Args:
+        model: a causal language model.
+        backbone: its decoder.
+        role: what to call it in messages.
+
+    Raises:
+        ModelError: for a model whose logits are something else, but for a cap on large ones.
+    """
+    return _scale(model, backbone, model.get_output_embeddings(), role)
+
+
+@torch.no_grad()
+def head_logits(model: PreTrainedModel, states: Tensor, scale: float) -> Tensor:
+    """A model's own logits from its last states: (n, D) to (n, V) float32.
+
+    Args:
+        model: a causal language model.
+        states: its last states, behind its last norm.
+        scale: see ``head_scale``.
+    """
+    head: Any = model.get_output_embeddings()
+    logits: Tensor = scale * head(states.to(execution_device(head))).float()
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _scale(model: PreTrainedModel, backbone: Backbone, head: Callable[[Tensor], Tensor], role: str) -> float:
+    """By how much a model multiplies the logits that ``head`` makes of its last states (n, D)."""
     states: list[Tensor] = []
     handle = backbone.decoder.register_forward_hook(lambda _, __, output: states.append(last_state(output)))
     training = model.training
@@ -59,9 +95,7 @@ def _scale(model: PreTrainedModel, backbone: Backbone, matrix: Tensor, bias: Ten
     finally:
         handle.remove()
         model.train(training)
-    expected = states[0][0].float().cpu() @ matrix.T
-    if bias is not None:
-        expected = expected + bias
+    expected = head(states[0][0]).float().cpu()
     config = text_config(model)
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:

@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.forms import SAME, Form, forms, recorded
+from calmlm.bases.heads import head_scale
 from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
@@ -24,7 +25,7 @@ from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import ConfigError, ModelError
 from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_words, word_map
+from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_pointer, check_words, word_map
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
@@ -110,8 +111,9 @@ def compose(
         connector: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
             ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
-            from both vocabularies, see ``calmlm.connectors.word_map``; with ``connections="none"`` there alone. Several
-            augmenting models may have their own, by name.
+            from both vocabularies, see ``calmlm.connectors.word_map``; ``"pointer"`` mixes their probabilities into the
+            anchor's, see ``calmlm.connectors.pointer``. With ``connections="none"`` there alone. Several augmenting
+            models may have their own, by name.
         adapters: the rank of low-rank adapters on the anchor, or settings of ``peft.LoraConfig``. They belong to the
             composition: they train and are saved with it, and are off with it.
         init: ``"aligned"`` lets connections start from maps between both models' states that are fitted on
@@ -224,6 +226,7 @@ def compose(
                 f"load it a second time to compose it with itself."
             )
         entry = _entry(model, origin, augmenting_layers_path)
+        speaks = words.get(name) if isinstance(words, Mapping) else words
         if is_decoder(model):
             backbone = Backbone.of(model, role, augmenting_layers_path)
             backbone.probe(role)
@@ -237,7 +240,7 @@ def compose(
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
             prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
             entry |= opening_entry(tokenizer, theirs, found, prefix, view, backbone)
-            if found is not None and ingestor == "anchor":
+            if found is not None and (ingestor == "anchor" or speaks == "pointer"):
                 found = with_firsts(found, tokenizer, theirs)
             if found is not None:
                 alignments[name] = found
@@ -269,15 +272,20 @@ def compose(
             pairs = middle(*sizes, searched[name])
         else:
             pairs = resolve_connections(wanted, *sizes)
-        speaks = words.get(name) if isinstance(words, Mapping) else words
         if speaks is not None:
             check_words(speaks, entry["reads"], role)
-            entry["words"] = {"bias": WORDS_BIAS if pairs else 0.0, "train_map": bool(train_map)}
-            maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
+            entry["words"] = {"kind": speaks, "bias": WORDS_BIAS if pairs else 0.0}
+            if speaks == "map":
+                entry["words"]["train_map"] = bool(train_map)
+                maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
+            else:
+                entry["words"]["scale"] = head_scale(model, backbone, role)
+            if speaks == "pointer" and name in alignments:
+                check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
         elif not pairs:
             raise ConfigError(
-                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or give "
-                f"connections."
+                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or "
+                f"'pointer', or give connections."
             )
         options = {
             "num_heads": num_heads,

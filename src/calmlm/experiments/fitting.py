@@ -179,7 +179,8 @@ class SupervisedTrainer(Trainer):
         given |= prompt_argument(model, inputs["labels"])
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED
-        if isinstance(getattr(model, "anchor", model), PLAIN_HEADS):
+        points = getattr(getattr(model, "model", None), "points", False)  # then no state tells the logits
+        if isinstance(getattr(model, "anchor", model), PLAIN_HEADS) and not points:
             logits = model.lm_head(model.model(**given).last_hidden_state[:, :-1][supervised])
         else:
             logits = model(**given, use_cache=False).logits[:, :-1][supervised]

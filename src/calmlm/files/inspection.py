@@ -38,9 +38,15 @@ def describe(source: str) -> list[tuple[str, str]]:
             ("connector", options if entry["connections"] else "none"),
         ]
         if entry.get("words"):
-            how = "trained as well" if entry["words"].get("train_map") else "computed from both vocabularies"
-            lines.append(("words", f"into the anchor's last state, through a map {how}"))
+            lines.append(("words", _words(entry["words"])))
     return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
+
+
+def _words(words: dict[str, Any]) -> str:
+    if words.get("kind") == "pointer":
+        return "into the anchor's probabilities, as a pointer"
+    how = "trained as well" if words.get("train_map") else "computed from both vocabularies"
+    return f"into the anchor's last state, through a map {how}"
 
 
 def _reads(entry: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
-from calmlm.config import READS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
+from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
@@ -227,15 +228,7 @@ def _is_whole(data: dict[str, Any]) -> bool:
             return False
         if not all(isinstance(pair, list) and [type(layer) for layer in pair] == [int, int] for pair in pairs):
             return False
-        words = entry.get("words")
-        if words is not None and (
-            not isinstance(words, dict)
-            or set(words) - {"bias", "train_map"}
-            or type(words.get("bias", 0.0)) not in (int, float)
-            or type(words.get("train_map", False)) is not bool
-        ):
-            return False
-        if not _are_adapters(entry.get("adapters")):
+        if not _are_words(entry.get("words")) or not _are_adapters(entry.get("adapters")):
             return False
         for part in ("beginning", "prefix"):
             before = entry.get(part, [])
@@ -252,6 +245,22 @@ def _is_whole(data: dict[str, Any]) -> bool:
         if not named or not marked or type(entry.get("dequantize", False)) is not bool:
             return False
     return True
+
+
+def _are_words(found: Any) -> bool:
+    """Whether this describes words, or none; those without a kind are maps."""
+    if found is None:
+        return True
+    if not isinstance(found, dict) or found.get("kind", "map") not in WORDS:
+        return False
+    own = "train_map" if found.get("kind", "map") == "map" else "scale"
+    numbers = (found.get("bias", 0.0), found.get("scale", 1.0))
+    return (
+        not set(found) - {"kind", "bias", own}
+        and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+        and (own == "train_map" or "scale" in found)
+        and type(found.get("train_map", False)) is bool
+    )
 
 
 def _are_adapters(found: Any) -> bool:
@@ -318,13 +327,14 @@ def _check_ids(alignment: Alignment | Rewriting, name: str, size: int, source: s
 
 
 def _check_firsts(entry: dict[str, Any], alignment: Alignment | Rewriting, name: str, source: str | Path) -> None:
-    """Raise if an ingestor asks for the anchor's first tokens, and the alignment does not know them.
+    """Raise if an ingestor or a pointer asks for the anchor's first tokens, and the alignment does not know them.
 
     Raises:
         CheckpointError: for such an alignment.
     """
     table = alignment if isinstance(alignment, Alignment) else alignment.alignment
-    if entry["connector"].get("ingestor") == "anchor" and not any(index is not None for index in table.firsts):
+    asks = entry["connector"].get("ingestor") == "anchor" or (entry.get("words") or {}).get("kind") == "pointer"
+    if asks and not any(index is not None for index in table.firsts):
         raise CheckpointError(
             f"{str(source)!r} must hold the anchor's first tokens of those of {name!r}, but "
             f"{storage.alignment_name(name)} has none: it belongs to another composition."

@@ -37,7 +37,10 @@ def model_card(config: CalmConfig) -> str:
     head = "".join(f"- {name}\n" for name in ids)
     rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
     for name, entry in config.augmenting.items():
-        pairs = ", ".join([f"{i} → {j}" for i, j in entry["connections"]] + (["words"] if entry.get("words") else []))
+        words = entry.get("words")
+        pairs = ", ".join(
+            [f"{i} → {j}" for i, j in entry["connections"]] + ([f"words ({words.get('kind', 'map')})"] if words else [])
+        )
         rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
     return (
         "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"

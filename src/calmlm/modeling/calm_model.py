@@ -19,15 +19,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 
 from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
+from calmlm.bases.heads import head_logits
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.ingestor import AnchorIngestor
+from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
+from calmlm.modeling.probabilities import Head
 from calmlm.readers import (
     Inputs,
     Opening,
@@ -46,7 +49,7 @@ from calmlm.readers import (
     positions_for,
 )
 from calmlm.state.cache import CalmCache
-from calmlm.state.hooks import Call, Slot, attach, attach_adapters, attach_words, checkpoint_frozen, detach
+from calmlm.state.hooks import Call, Pointed, Slot, attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
@@ -159,12 +162,39 @@ class CalmModel(CalmPreTrainedModel):
             connectors.append(connector)
         attach(self.slot, name, entry["connections"], connectors, anchor.layers, augmenting.layers)
         if entry.get("words"):
-            connectors.append(WordMap(augmenting.size, anchor.size, **entry["words"]).to(execution_device(self.anchor)))
-            attach_words(self.slot, name, self.connectors, anchor.decoder, augmenting.decoder)
+            words = self._words(name).to(execution_device(self.anchor))
+            connectors.append(words)
+            attach_words(self.slot, name, words, self.connectors, anchor.decoder, augmenting.decoder)
         if entry.get("adapters"):
             connectors.append(Adapters(**entry["adapters"]).to(execution_device(self.anchor)))
             attach_adapters(self.slot, name, connectors, anchor.decoder, entry["adapters"]["targets"])
         self.connectors[name] = connectors
+
+    def _words(self, name: str) -> WordMap | Pointer:
+        anchor, augmenting, entry = self._backbones[""], self._backbones[name], self.config.augmenting[name]
+        options = {key: value for key, value in entry["words"].items() if key not in ("kind", "scale")}
+        if entry["words"].get("kind") == "pointer":
+            found = self.alignments.get(name)
+            table = None if found is None else first_tokens(found, anchor.vocab_size, augmenting.vocab_size)
+            return Pointer(augmenting.size, anchor.size, table=table, **options)
+        return WordMap(augmenting.size, anchor.size, **options)
+
+    @property
+    def points(self) -> bool:
+        """Whether an augmenting model that is switched on speaks in probabilities: the logits are the anchor's and
+        more."""
+        entries = [self.config.augmenting[name] for name in self.active]
+        return self.enabled and any((entry.get("words") or {}).get("kind") == "pointer" for entry in entries)
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """What makes the own logits of the augmenting models that speak in probabilities, by name."""
+        words = {name: self.config.augmenting[name].get("words") or {} for name in self.augmenting}
+        return {
+            name: partial(head_logits, self.augmenting[name], scale=found["scale"])
+            for name, found in words.items()
+            if found.get("kind") == "pointer"
+        }
 
     def add(
         self,
@@ -411,11 +441,18 @@ class CalmModel(CalmPreTrainedModel):
 
         Raises:
             DataError: in training, where such a model would read what is to be learned.
+            ModelError: where an augmenting model speaks in probabilities, which stand in no state.
         """
+        if self.points:
+            raise ModelError(
+                "words='pointer' needs the anchor's logits, but a call for its last state arrived, as loss heads that "
+                "take states make it: compose with words='map', or use a loss that calls CalmForCausalLM for logits, "
+                "as transformers' Trainer and calmlm train do."
+            )
         kwargs.pop("return_dict", None)
         inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask)
         decoder = self._backbones[""].decoder
-        output, cache = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
+        output, cache, _ = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
         found = {"last_hidden_state": output.last_hidden_state, "past_key_values": cache}
         found |= {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
         routed = getattr(output, "router_logits", None)
@@ -433,8 +470,11 @@ class CalmModel(CalmPreTrainedModel):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         kwargs: dict[str, Any],
-    ) -> tuple[Any, Cache | None]:
-        """Run ``target`` (the anchor or its decoder) inside the composition; returns its output and the cache.
+    ) -> tuple[Any, Cache | None, Pointed | None]:
+        """Run ``target`` (the anchor or its decoder) inside the composition.
+
+        Returns:
+            its output, the cache, and what pointers need to change the logits, if there are any.
 
         Raises:
             DataError: when there are no token ids, or an augmenting model cannot read what it is given, or would read
@@ -446,7 +486,7 @@ class CalmModel(CalmPreTrainedModel):
                 "threads, whose layers use the original's connectors: start it with torchrun, or let it see one GPU."
             )
         if not self.enabled:
-            return self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
+            return *self._run_alone(target, inputs, past_key_values, inputs_embeds, use_cache, kwargs), None
         if inputs.ids is None or inputs_embeds is not None:
             raise needs_tokens()
         if inputs.prompt is None and self.training and self.reads_prompts:
@@ -493,7 +533,7 @@ class CalmModel(CalmPreTrainedModel):
             self._readers[name].finish(past)
         if cache is not None:
             cache.advance(inputs.ids.shape[1])
-        return output, cache
+        return output, cache, call.pointed
 
     def _run_alone(
         self,

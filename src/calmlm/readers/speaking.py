@@ -1,4 +1,4 @@
-"""How an augmenting model will speak: the map of its last state into the anchor's, from both vocabularies."""
+"""How an augmenting model will speak: through a map of its last state, or a table of its tokens, into the anchor's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from calmlm.bases.families import Backbone
 from calmlm.bases.heads import output_matrix
 from calmlm.bases.placement import execution_device
 from calmlm.config import WORDS
+from calmlm.connectors.pointer import NOTHING
 from calmlm.connectors.word_map import fit_map
 from calmlm.errors import ConfigError, ModelError
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
-from calmlm.tokens.vocabularies import frequencies, shared_pieces
+from calmlm.tokens.vocabularies import first_tokens, frequencies, shared_pieces
 
 WORDS_BIAS = -2.0  # of a gate beside connections, which come first
 WRITTEN = (48, 40)  # texts and tokens that the anchor writes, to find out which tokens are frequent
@@ -140,11 +141,7 @@ def word_map(
     """
     (ours, our_bias), (theirs, their_bias) = anchor.head, output_matrix(model, backbone, role)
     own, other = shared_pieces(alignment, len(ours), len(theirs))
-    if len(own) < FEWEST:
-        raise ModelError(
-            f"words need vocabularies that share tokens, but those of the anchor and the {role} share {len(own)}: "
-            f"leave words out."
-        )
+    _check_shared(len(own), role)
     weights = anchor.weights[own]
     matrix = fit_map(ours[own], theirs[other], weights)
     if our_bias is None and their_bias is None:
@@ -153,3 +150,25 @@ def word_map(
     bias = torch.zeros(len(own))
     bias = bias + (0 if their_bias is None else their_bias[other]) - (0 if our_bias is None else our_bias[own])
     return matrix, fit_map(ours[own], bias[:, None], weights)[:, 0]
+
+
+def check_pointer(alignment: Alignment | Rewriting, sizes: tuple[int, int], role: str) -> None:
+    """Raise unless a ``Pointer`` has something to point at.
+
+    Args:
+        alignment: from ``with_firsts``.
+        sizes: how many tokens the anchor and the augmenting model have.
+        role: what to call the augmenting model in messages.
+
+    Raises:
+        ModelError: for vocabularies that share next to nothing.
+    """
+    _check_shared(int((first_tokens(alignment, *sizes) != NOTHING).sum()), role)
+
+
+def _check_shared(count: int, role: str) -> None:
+    if count < FEWEST:
+        raise ModelError(
+            f"words need vocabularies that share tokens, but those of the anchor and the {role} share {count}: leave "
+            f"words out."
+        )

@@ -20,10 +20,12 @@ from calmlm.bases.structure import last_state, state_of, with_last_state, with_s
 from calmlm.connectors import Connector
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.cross_attention import Attention, Rotation
+from calmlm.connectors.gate import ConvexGate
 from calmlm.connectors.graft import Graft
+from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap, mix
 from calmlm.errors import ModelError
-from calmlm.state.beside import states_beside
+from calmlm.state.beside import Beside, states_beside
 
 
 @dataclass
@@ -56,16 +58,32 @@ class Stream:
 
 
 @dataclass
+class Pointed:
+    """What pointers need of a call once the anchor's logits are there.
+
+    Attributes:
+        anchor: the anchor's last states, (B, T, D_B).
+        parts: for each augmenting model that speaks in probabilities its pointer, and its last states beside the
+            anchor's.
+    """
+
+    anchor: Tensor
+    parts: dict[str, tuple[Pointer, Beside]]
+
+
+@dataclass
 class Call:
     """Everything that one forward call of a composition shares with its hooks.
 
     Attributes:
         streams: of the augmenting models, by name.
         composed: (B, 1, 1) bool, the rows that the connections change; None for all.
+        pointed: what pointers have found; None where there are none, or none has read anything.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
     composed: Tensor | None = None
+    pointed: Pointed | None = None
 
 
 class Slot(threading.local):
@@ -164,14 +182,16 @@ class CaptureLastHook(CaptureHook):
 class WordsHook(InjectHook):
     """On the anchor's decoder: mixes what augmenting models say into its last state; the first one does it for all."""
 
+    kind: type[ConvexGate] = WordMap
+
     def __init__(self, slot: Slot, name: str, connectors: nn.ModuleDict) -> None:
         super().__init__(slot, name, LAST, LAST, nn.ModuleList())
         self.joined = connectors
 
-    def words(self, name: str) -> tuple[WordMap | None, int]:
-        """A model's map, or None, and its place: it is the last of its connections."""
+    def words(self, name: str) -> tuple[Any, int]:
+        """A model's words of this kind, or None, and their place: they are the last of its connections."""
         connectors: Any = self.joined[name]
-        place = next((index for index, found in enumerate(connectors) if isinstance(found, WordMap)), -1)
+        place = next((index for index, found in enumerate(connectors) if isinstance(found, self.kind)), -1)
         return (None, place) if place < 0 else (connectors[place], place)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -182,21 +202,30 @@ class WordsHook(InjectHook):
         if not speaking or speaking[0] != self.name:
             return None
         state = last_state(output)
-        parts = [self._part(name, call.streams[name], state) for name in speaking]
-        found = [part for part in parts if part is not None]
-        if not found:
-            return None
-        new = mix(state, found)
+        parts = {}
+        for name in speaking:
+            words, place = self.words(name)
+            found = states_beside(call.streams[name], LAST, place, state.device)
+            if found is not None:
+                parts[name] = (words, found)
+        return self.say(call, output, parts) if parts else None
+
+    def say(self, call: Call, output: Any, parts: dict[str, tuple[Any, Beside]]) -> Any:
+        """The decoder's output with what these models say, from their words and their last states."""
+        state = last_state(output)
+        new = mix(state, [(words, found.states, found.seen) for words, found in parts.values()])
         if call.composed is not None:
             new = torch.where(_on(state.device, call.composed), new, state)
         return with_last_state(output, new)
 
-    def _part(self, name: str, stream: Stream, anchor: Tensor) -> tuple[WordMap, Tensor, Tensor | None] | None:
-        """A model's map, its last state at each of the anchor's new positions, and where it has read anything."""
-        words, place = self.words(name)
-        assert words is not None
-        found = states_beside(stream, LAST, place, anchor.device)
-        return None if found is None else (words, found.states, found.seen)
+
+class PointHook(WordsHook):
+    """On the anchor's decoder: keeps what pointers need until the anchor's logits are there."""
+
+    kind = Pointer
+
+    def say(self, call: Call, output: Any, parts: dict[str, tuple[Any, Beside]]) -> None:
+        call.pointed = Pointed(last_state(output), parts)
 
 
 class AdaptHook:
@@ -261,9 +290,14 @@ def attach(
         augmenting_layers[i].register_forward_hook(CaptureHook(slot, name, i))
 
 
-def attach_words(slot: Slot, name: str, connectors: nn.ModuleDict, anchor: nn.Module, augmenting: nn.Module) -> None:
-    """Put the hooks of an augmenting model's words on the decoders of both models."""
-    anchor.register_forward_hook(WordsHook(slot, name, connectors), prepend=True)
+def attach_words(
+    slot: Slot, name: str, words: ConvexGate, connectors: nn.ModuleDict, anchor: nn.Module, augmenting: nn.Module
+) -> None:
+    """Put the hooks of an augmenting model's words on the decoders of both models; pointers come behind all maps."""
+    if isinstance(words, Pointer):
+        anchor.register_forward_hook(PointHook(slot, name, connectors))
+    else:
+        anchor.register_forward_hook(WordsHook(slot, name, connectors), prepend=True)
     augmenting.register_forward_hook(CaptureLastHook(slot, name))
 
 

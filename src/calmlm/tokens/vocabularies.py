@@ -14,6 +14,7 @@ from calmlm.errors import ModelError
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
+NEVER_SAID = ("bos_token", "cls_token", "mask_token", "unk_token", "pad_token")
 UNSEEN = 0.02  # what a token counts that no text holds, where one that stands there once counts 1
 
 
@@ -46,12 +47,22 @@ def with_firsts(
 ) -> Alignment | Rewriting:
     """The same alignment, which also knows the way back: the anchor's first token of each augmenting token's bytes.
 
+    The augmenting model's end-of-text token stands for the anchor's; its other special tokens, for those of the same
+    content, but for those that no text holds.
+
     Raises:
         ModelError: when the augmenting tokenizer's tokens cannot be read.
     """
     back = Alignment.between(augmenting, anchor)
     unknown = set(back.unknown)
     firsts = [row[0] if row and row[0] not in unknown else None for row in back.body]
+    for role in NEVER_SAID:
+        index = getattr(augmenting, f"{role}_id", None)
+        if index is not None and index < len(firsts):
+            firsts[index] = None
+    end = augmenting.eos_token_id
+    if end is not None and end < len(firsts):
+        firsts[end] = anchor.eos_token_id
     if isinstance(alignment, Alignment):
         return dataclasses.replace(alignment, firsts=firsts)
     return dataclasses.replace(alignment, alignment=dataclasses.replace(alignment.alignment, firsts=firsts))
@@ -74,8 +85,8 @@ def first_tokens(alignment: Alignment | Rewriting | None, anchor: int, augmentin
     found = [-1 if index is None or index >= anchor else index for index in table.firsts[:augmenting]]
     if max(found, default=-1) < 0:
         raise ModelError(
-            "ingestor='anchor' needs an alignment that says which of the anchor's tokens begin the augmenting model's, "
-            "but this one says it of none: compose the models anew, or use ingestor='learned'."
+            "ingestor='anchor' or words='pointer' needs an alignment that says which of the anchor's tokens begin the "
+            "augmenting model's, but this one says it of none: compose the models anew, or use neither."
         )
     return torch.tensor(found + [-1] * (augmenting - len(found)))
 

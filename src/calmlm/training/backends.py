@@ -263,8 +263,12 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     from trl import SFTTrainer
 
     class Composed(ComposedTrainer, SFTTrainer):
-        pass
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            # TRL computes logits from states by itself, and what pointers say stands in no state.
+            loss = Trainer.compute_loss if points else SFTTrainer.compute_loss
+            return loss(self, model, *args, **kwargs)
 
+    points = model.model.points
     trainer = Composed(
         model=model,
         args=arguments,

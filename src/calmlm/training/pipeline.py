@@ -375,7 +375,7 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
         config.num_heads,
         tokenizer=tokenizer,
         words=config.words,
-        words_text=None if config.words_text is None else read_lines(config.words_text),
+        plain_text=None if config.words_text is None else read_lines(config.words_text),
         train_map=config.train_map,
         refresh=config.refresh,
         alignment=config.alignment,

@@ -70,8 +70,8 @@ class ModelConfig:
             several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
-        words: "map", to let augmenting models speak in the anchor's last state as well; or {name: ...}. With
-            `connections: none` there alone.
+        words: "map", to let augmenting models speak in the anchor's last state as well, or "pointer", to let them
+            speak in its probabilities; or {name: ...}. With `connections: none` there alone.
         words_text: a file of plain text, a paragraph a line, in which the map counts tokens.
         train_map: whether the map is trained as well.
         refresh: whether augmenting models read generated tokens too.

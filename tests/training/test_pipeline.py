@@ -490,16 +490,39 @@ def test_a_run_at_home_goes_on_there(
 def test_words_are_trained_alone(backend: str, settings: Settings, tmp_path: Path) -> None:
     values = settings(backend, num_train_epochs=2, learning_rate=1e-2)
     (tmp_path / "plain.txt").write_text("the cat\n\nthe dog\n", encoding="utf-8")
-    values["model"] |= {"words": "map", "connections": "none", "words_text": str(tmp_path / "plain.txt")}
+    values["model"] |= {"words": "map", "connections": "none", "plain_text": str(tmp_path / "plain.txt")}
     composition = go(values)
     model = calmlm.CalmForCausalLM.from_pretrained(composition)
     words = model.model.connectors["augmenting"][-1]
     assert words.opening.item() > 0 and float(words.map.weight.abs().max()) > 0
     assert all(".map." not in name for name, p in model.named_parameters() if p.requires_grad)
-    values["model"]["words_text"] = str(tmp_path / "none.txt")
+    values["model"]["plain_text"] = str(tmp_path / "none.txt")
     with pytest.raises(DataError, match=r"none\.txt"):
         go(values, overwrite=True)
     assert calmlm.CalmForCausalLM.from_pretrained(composition)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grafts_and_adapters_are_trained_and_gone_on_with(backend: str, settings: Settings, tmp_path: Path) -> None:
+    values = settings(backend, num_train_epochs=1, learning_rate=1e-2, gradient_checkpointing=True)
+    lines = [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(12)]
+    (tmp_path / "plain.txt").write_text("\n".join(lines), encoding="utf-8")
+    examples = [json.dumps({"prompt": line[:20], "completion": line[20:]}) for line in lines]
+    (tmp_path / "development.jsonl").write_text("\n".join(examples), encoding="utf-8")
+    values["model"] |= {
+        "connections": "aligned-1", "connector": {"kind": "graft"}, "adapters": 2,
+        "plain_text": str(tmp_path / "plain.txt"), "development": str(tmp_path / "development.jsonl"),
+    }  # fmt: skip
+    model = calmlm.CalmForCausalLM.from_pretrained(go(values))
+    graft, adapters = model.model.connectors["augmenting"]
+    assert graft.correction.weight.abs().max() > 0
+    assert all(adapter.up.weight.abs().max() > 0 for adapter in adapters.values())
+    assert model.config.augmenting["augmenting"]["tried"]
+    more = settings(backend, num_train_epochs=2, learning_rate=1e-2) | {"model": values["model"]}
+    assert go(more, resume=True)
+    more["model"] = {**values["model"], "adapters": 3}
+    with pytest.raises(ConfigError, match="another adapters of augmenting"):
+        go(more, resume=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,6 +17,7 @@ from calmlm.bases.sharding import gathered, is_spread
 from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
+from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples, read_lines
 from calmlm.errors import CalmError, ConfigError, first_line
@@ -186,7 +187,8 @@ def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> No
     pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
     for name in (*before.augmenting, *now.augmenting):
         pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
-    parts = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix", "connections", "connector", "words")
+    reading = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix")
+    parts = (*reading, "connections", "connector", "words", "adapters")
     for name, (one, other) in pairs.items():
         differing = [key for key in parts if _part(one, key) != _part(other, key)]
         if differing:
@@ -375,7 +377,10 @@ def _model(config: ModelConfig, tokenizer: Any) -> Any:
         config.num_heads,
         tokenizer=tokenizer,
         words=config.words,
-        plain_text=None if config.words_text is None else read_lines(config.words_text),
+        adapters=config.adapters,
+        init=config.init,
+        plain_text=None if config.plain_text is None else read_lines(config.plain_text),
+        development=None if config.development is None else [r.fields for r in read_jsonl(config.development)],
         train_map=config.train_map,
         refresh=config.refresh,
         alignment=config.alignment,

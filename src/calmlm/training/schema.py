@@ -66,14 +66,17 @@ class ModelConfig:
         composition: folder of a saved composition, instead of the two.
         revision: commit, branch or tag of the anchor.
         augmenting_revision: the same for the augmenting model.
-        connections: "every-4" (the paper), "top", a number, or pairs [augmenting_layer, anchor_layer] counted from 0;
+        connections: "every-4" (the paper), "top", "aligned-1", a number, or pairs [augmenting_layer, anchor_layer] counted from 0;
             several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
-        connector: its kind ("cross_attention", "flamingo", "legonn") and the options of `calmlm.compose`.
+        connector: its kind ("cross_attention", "flamingo", "graft", "legonn") and the options of `calmlm.compose`.
         words: "map", to let augmenting models speak in the anchor's last state as well, or "pointer", to let them
             speak in its probabilities; or {name: ...}. With `connections: none` there alone.
-        words_text: a file of plain text, a paragraph a line, in which the map counts tokens.
-        train_map: whether the map is trained as well.
+        adapters: the rank of low-rank adapters on the anchor, or settings of `peft.LoraConfig`.
+        init: "aligned", to let connections start from maps that `plain_text` teaches.
+        plain_text: a file of plain text, a paragraph a line, from which maps are made.
+        development: a file of examples as in `data`, by which `connections: aligned-2` chooses.
+        train_map: whether maps are trained as well; by default those of grafts are, and those of words not.
         refresh: whether augmenting models read generated tokens too.
         alignment: "own", "transcode" or "retokenize", for models with other tokenizers; or {name: ...}.
         augmenting_view: "bare" or "template", what augmenting models read of a conversation; or {name: ...}.
@@ -94,8 +97,11 @@ class ModelConfig:
     num_heads: int | None = None
     connector: dict[str, Any] = field(default_factory=dict)
     words: str | dict[str, str] | None = None
-    words_text: Place | None = None
-    train_map: bool = False
+    adapters: int | dict[str, Any] | None = None
+    init: str | None = None
+    plain_text: Place | None = None
+    development: Place | None = None
+    train_map: bool | None = None
     refresh: bool = True
     alignment: str | dict[str, str] = "own"
     augmenting_view: str | dict[str, str] | None = None
@@ -109,12 +115,12 @@ class ModelConfig:
     def faults(self) -> list[str]:
         if self.composition is not None:
             of_models = ("anchor", "augmenting", "revision", "augmenting_revision")
-            of_reading = ("num_heads", "augmenting_view", "augmenting_prefix", "words", "words_text")
-            extra = [name for name in (*of_models, *of_reading) if getattr(self, name) is not None]
+            of_reading = ("num_heads", "augmenting_view", "augmenting_prefix", "words")
+            of_starts = ("adapters", "init", "plain_text", "development", "train_map")
+            extra = [name for name in (*of_models, *of_reading, *of_starts) if getattr(self, name) is not None]
             extra += ["connector"] if self.connector else []
             extra += ["connections"] if self.connections != "every-4" else []
             extra += ["refresh"] if not self.refresh else []
-            extra += ["train_map"] if self.train_map else []
             extra += ["alignment"] if self.alignment != "own" else []
             return [
                 f"model.{name}: expected nothing beside model.composition, which settles it, but got "
@@ -211,10 +217,11 @@ class TrainingConfig:
 
 
 def connector_options() -> list[str]:
-    """The options of a cross-attention that stand under `model.connector`."""
+    """The options of a connector that stand under `model.connector`."""
     from calmlm.config import ConnectorConfig
 
-    return [option.name for option in dataclasses.fields(ConnectorConfig) if option.name != "num_heads"]
+    beside = ("num_heads", "train_map")
+    return [option.name for option in dataclasses.fields(ConnectorConfig) if option.name not in beside]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), output: str | None = None) -> TrainingConfig:

@@ -66,8 +66,8 @@ class ModelConfig:
         composition: folder of a saved composition, instead of the two.
         revision: commit, branch or tag of the anchor.
         augmenting_revision: the same for the augmenting model.
-        connections: "every-4" (the paper), "top", "aligned-1", a number, or pairs [augmenting_layer, anchor_layer] counted from 0;
-            several augmenting models may have their own, {name: ...}.
+        connections: "every-4" (the paper), "top", "aligned-1", a number, or pairs [augmenting_layer, anchor_layer]
+            counted from 0; several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "graft", "legonn") and the options of `calmlm.compose`.
         words: "map", to let augmenting models speak in the anchor's last state as well, or "pointer", to let them

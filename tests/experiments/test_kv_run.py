@@ -47,7 +47,8 @@ def test_the_loss_of_any_family_is_its_own(family):
     model = tiny_model(family)
     rows = [{"input_ids": list(range(3, 12 - i)), "labels": [-100, -100, *range(5, 12 - i)]} for i in range(4)]
     composed = awaken(calmlm.compose(tiny_model(family), tiny_model("mistral", seed=1), connections="top"))
-    for each in (model, composed):
+    pointing = awaken(calmlm.compose(tiny_model(family), tiny_model("mistral", seed=1), "none", words="pointer"))
+    for each in (model, composed, pointing):
         total = sum(
             each(input_ids=torch.tensor([row["input_ids"]]))
             .logits[0, 1:-1]

@@ -15,7 +15,7 @@ import torch
 from calmlm.cli import main
 from calmlm.data.labels import IGNORE
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
-from calmlm.experiments.real.ensemble import Ensemble, first_tokens, sent
+from calmlm.experiments.real.ensemble import Ensemble, sent
 from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
 from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
 from calmlm.experiments.real.measures import bits, first_line_of, text_of
@@ -301,14 +301,6 @@ def test_what_is_written_ends_with_its_line(pair: Pair, world: World) -> None:
 
 
 # The ensemble
-
-
-def test_each_token_goes_to_the_first_of_the_same_bytes(pair: Pair) -> None:
-    table = first_tokens(pair.augmenting_tokenizer, pair.tokenizer, len(pair.augmenting_tokenizer))
-    words = [(t, i) for t, i in pair.augmenting_tokenizer.get_vocab().items() if t.strip("▁").isalpha() and t.isascii()]
-    assert len(words) > 20
-    for piece, index in words:
-        assert table[index] == pair.tokenizer(piece, add_special_tokens=False).input_ids[0]
 
 
 def test_probabilities_are_sent_and_add_up() -> None:

@@ -179,8 +179,11 @@ class SupervisedTrainer(Trainer):
         given |= prompt_argument(model, inputs["labels"])
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED
-        points = getattr(getattr(model, "model", None), "points", False)  # then no state tells the logits
-        if isinstance(getattr(model, "anchor", model), PLAIN_HEADS) and not points:
+        plain = isinstance(getattr(model, "anchor", model), PLAIN_HEADS)
+        if plain and getattr(getattr(model, "model", None), "points", False):  # no state tells the logits
+            kept = torch.nn.functional.pad(supervised, (0, 1))
+            logits = model(**given, use_cache=False, logits_to_keep=kept).logits
+        elif plain:
             logits = model.lm_head(model.model(**given).last_hidden_state[:, :-1][supervised])
         else:
             logits = model(**given, use_cache=False).logits[:, :-1][supervised]

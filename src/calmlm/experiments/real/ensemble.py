@@ -21,24 +21,13 @@ from calmlm.experiments.real.layout import AUGMENTING, batches, laid_out
 from calmlm.experiments.real.measures import bits, text_of
 from calmlm.experiments.real.systems import Composed, on_device
 from calmlm.experiments.real.world import Item
-from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.vocabularies import first_tokens, with_firsts
 
-__all__ = ["WEIGHTS", "Ensemble", "first_tokens", "sent"]
+__all__ = ["WEIGHTS", "Ensemble", "sent"]
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 AT_ONCE = 64  # positions whose probabilities are there at a time
 LEAST = 1e-12
-
-
-def first_tokens(augmenting: Any, anchor: Any, size: int) -> Tensor:
-    """For each of m_A's tokens the anchor's first token of the same bytes, -1 for none, (size,) int64.
-
-    Args:
-        augmenting, anchor: the tokenizers.
-        size: of m_A's vocabulary.
-    """
-    body = Alignment.between(augmenting, anchor).body
-    return torch.tensor([body[index][0] if index < len(body) and body[index] else -1 for index in range(size)])
 
 
 def sent(probabilities: Tensor, table: Tensor, size: int) -> Tensor:
@@ -46,7 +35,7 @@ def sent(probabilities: Tensor, table: Tensor, size: int) -> Tensor:
 
     Args:
         probabilities: float32.
-        table: see ``first_tokens``.
+        table: see ``calmlm.tokens.vocabularies.first_tokens``.
         size: of the anchor's vocabulary.
     """
     known = table >= 0
@@ -69,8 +58,8 @@ class Ensemble(Composed):
         self.weight = weight
         self.head: Any = model.augmenting[AUGMENTING].get_output_embeddings()
         self.size = len(model.lm_head.weight)  # type: ignore[arg-type]
-        table = first_tokens(augmenting_tokenizer, tokenizer, len(self.head.weight))
-        self.table = torch.where(table < self.size, table, -1).to(model.device)
+        alignment = with_firsts(model.model.alignments[AUGMENTING], tokenizer, augmenting_tokenizer)
+        self.table = first_tokens(alignment, self.size, len(self.head.weight)).to(model.device)
         self.heard = torch.zeros(0)
         words: Any = model.model.connectors[AUGMENTING][-1]  # type: ignore[index]
         words.map.register_forward_pre_hook(self._hear)

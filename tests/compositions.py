@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import calmlm
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers_tiny import tokenizer, with_beginning
 
 
 def awaken(model: calmlm.CalmForCausalLM, *, seed: int = 0, scale: float = 1.0) -> calmlm.CalmForCausalLM:
@@ -53,6 +54,17 @@ def tiny_composition(
             **options,
         )
     return awaken(model) if awake else model
+
+
+def own(theirs: str, ours: str | None = None) -> dict[str, Any]:
+    """Options of a composition whose augmenting model has this tokenizer, and its anchor the second or the tiny one."""
+    other, anchor = with_beginning(tokenizer(theirs)), tiny_tokenizer() if ours is None else tokenizer(ours)
+    return {
+        "tokenizer": anchor,
+        "augmenting_tokenizer": other,
+        "anchor_options": {"vocab_size": len(anchor)},
+        "augmenting_options": {"vocab_size": len(other)},
+    }
 
 
 @torch.no_grad()

@@ -9,22 +9,9 @@ import torch
 import calmlm
 from calmlm.connectors.gate import OPENING
 from calmlm.connectors.word_map import WordMap
-from compositions import tiny_composition
-from tiny import tiny_tokenizer
-from tokenizers_tiny import tokenizer, with_beginning
+from compositions import own, tiny_composition
 
 KINDS = ("map", "pointer")
-
-
-def own(theirs: str, ours: str | None = None) -> dict[str, Any]:
-    """Options of a composition whose augmenting model has this tokenizer, and its anchor the second or the tiny one."""
-    other, anchor = with_beginning(tokenizer(theirs)), tiny_tokenizer() if ours is None else tokenizer(ours)
-    return {
-        "tokenizer": anchor,
-        "augmenting_tokenizer": other,
-        "anchor_options": {"vocab_size": len(anchor)},
-        "augmenting_options": {"vocab_size": len(other)},
-    }
 
 
 COMPOSITIONS: dict[str, dict[str, Any]] = {

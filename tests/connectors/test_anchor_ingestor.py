@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import calmlm
+import equalities
 from calmlm.bases.embeddings import embed_with
 from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.errors import CheckpointError, ConfigError, ModelError
@@ -24,27 +25,14 @@ from compositions import (
     assert_helpful,
     awaken,
     greedy_without_cache,
-    logits_in_pieces,
     logits_of,
-    pad,
+    own,
     tiny_composition,
 )
-from tiny import tiny_model, tiny_tokenizer, tiny_tokens
-from tokenizers_tiny import tokenizer, with_beginning
+from tiny import tiny_model, tiny_tokens
+from tokenizers_tiny import tokenizer
 
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-ROWS = [tiny_tokens(1, length, seed=length)[0] for length in (7, 3, 5)]
 OPTIONS: dict[str, Any] = {"connector": "legonn", "ingestor": "anchor", "top_k": 6}
-
-
-def own(kind: str) -> dict[str, Any]:
-    """Options of a composition whose augmenting model has this tokenizer."""
-    theirs = with_beginning(tokenizer(kind))
-    return {
-        "tokenizer": tiny_tokenizer(),
-        "augmenting_tokenizer": theirs,
-        "augmenting_options": {"vocab_size": len(theirs)},
-    }
 
 
 COMPOSITIONS: dict[str, dict[str, Any]] = {
@@ -138,61 +126,32 @@ def test_an_untrained_one_is_the_anchor_and_learns() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.anchor.state_dict().items())
 
 
+def test_off_switch(model: calmlm.CalmForCausalLM) -> None:
+    equalities.assert_off_switch(model)
+
+
 def test_steps_equal_teacher_forcing(model: calmlm.CalmForCausalLM) -> None:
-    ids = tiny_tokens(2, 10)
-    expected = logits_of(model, ids)
-    with model.disable_composition():
-        assert not torch.allclose(logits_of(model, ids), expected, atol=1e-2)
-    for pieces in ((1,) * 10, (4, 1, 5)):
-        assert_close(logits_in_pieces(model, ids, pieces), expected, 1e-4)
+    equalities.assert_steps(model)
 
 
-def test_nothing_of_later_text_is_said(model: calmlm.CalmForCausalLM) -> None:
-    ids = tiny_tokens(1, 10)
-    before = logits_of(model, ids)
-    for place in (3, 6, 9):
-        changed = ids.clone()
-        changed[0, place] = (changed[0, place] + 7) % 90 + 3
-        after = logits_of(model, changed)
-        assert_close(after[:, :place], before[:, :place], 1e-5)
-        assert not torch.allclose(after[:, place:], before[:, place:], atol=1e-3)
+def test_nothing_comes_from_later_text(model: calmlm.CalmForCausalLM) -> None:
+    equalities.assert_causal(model)
 
 
 def test_padding_and_batches_change_nothing(model: calmlm.CalmForCausalLM) -> None:
-    for side in ("left", "right"):
-        ids, mask = pad(ROWS, side)
-        found = logits_of(model, ids, mask)
-        for row, alone in enumerate(ROWS):
-            assert_close(found[row, mask[row].bool()], logits_of(model, alone[None])[0], 1e-4)
+    equalities.assert_padding(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}])
-def test_generation_equals_its_uncached_reference(model: calmlm.CalmForCausalLM, options: dict[str, Any]) -> None:
-    ids, mask = pad(ROWS[:1] if "prompt_lookup_num_tokens" in options else ROWS, "left")
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=6, **options, **GREEDY)
-    if "num_beams" in options:
-        expected = model.generate(ids, attention_mask=mask, max_new_tokens=6, use_cache=False, **options, **GREEDY)
-    else:
-        expected = greedy_without_cache(model, ids, 6, mask)
-    assert torch.equal(found, expected)
+@pytest.mark.parametrize("options", equalities.GENERATION, ids=str)
+def test_generation(model: calmlm.CalmForCausalLM, options: dict[str, Any]) -> None:
+    equalities.assert_generates(model, options)
 
 
 def test_static_caches_drafts_and_the_prompt_alone() -> None:
-    model, ids = tiny_composition(**OPTIONS), ROWS[0][None]
-    expected = greedy_without_cache(model, ids, 6)
-    static = {"cache_implementation": "static", "disable_compile": True}
-    for options in (static, {"drafting": True}):
-        assert torch.equal(model.generate(ids, max_new_tokens=6, **options, **GREEDY), expected)
-    once = tiny_composition(refresh=False, **OPTIONS)
-    assert torch.equal(once.generate(ids, max_new_tokens=6, **GREEDY), greedy_without_cache(once, ids, 6))
-
-
-def test_rows_without_the_composition_are_the_anchors(model: calmlm.CalmForCausalLM) -> None:
-    ids = tiny_tokens(2, 6)
-    found = logits_of(model, ids, composition_mask=torch.tensor([True, False]))
-    with model.disable_composition():
-        assert torch.equal(found[1], logits_of(model, ids)[1])
-    assert_close(found[0], logits_of(model, ids)[0], 1e-5)
+    equalities.assert_static_and_drafts(tiny_composition(**OPTIONS))
+    once, ids = tiny_composition(refresh=False, **OPTIONS), equalities.ROWS[0][None]
+    found = once.generate(ids, max_new_tokens=6, **equalities.GREEDY)
+    assert torch.equal(found, greedy_without_cache(once, ids, 6))
 
 
 def test_saved_without_embeddings_and_loaded_and_copied(model: calmlm.CalmForCausalLM, tmp_path: Path) -> None:
@@ -227,12 +186,7 @@ def test_the_embeddings_are_the_anchors_at_the_call() -> None:
 def test_joined_and_removed() -> None:
     name = "gemma3+opt, own tokens"
     model, other = (tiny_composition(**OPTIONS, **COMPOSITIONS[name]) for _ in range(2))
-    ids = tiny_tokens(1, 6)
-    before = logits_of(model, ids)
-    model.add_augmenting("other", other)
-    assert not torch.allclose(logits_of(model, ids), before, atol=1e-3)
-    model.remove_augmenting("other")
-    assert torch.equal(logits_of(model, ids), before)
+    equalities.assert_joins(model, other)
     assert list(model.model.ingestors) == ["augmenting"]
 
 

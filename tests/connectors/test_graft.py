@@ -14,25 +14,14 @@ import equalities
 from calmlm.connectors.gate import GATE, OPENING
 from calmlm.connectors.graft import BIAS, Graft
 from calmlm.errors import ConfigError
-from compositions import assert_close, logits_of, tiny_composition
+from compositions import assert_close, logits_of, own, tiny_composition
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
-from tokenizers_tiny import tokenizer, with_beginning
 
 TEXTS = [f"the quick fox {number} jumps over a lazy dog and {number * 7} more of them" for number in range(12)]
 GRAFT: dict[str, Any] = {
     "connector": "graft", "connections": [[0, 0], [1, 0], [1, 1]], "init": "aligned", "plain_text": TEXTS,
 }  # fmt: skip
 SHARED: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "augmenting_tokenizer": tiny_tokenizer()}
-
-
-def own(kind: str) -> dict[str, Any]:
-    """Options of a composition whose augmenting model has this tokenizer."""
-    theirs = with_beginning(tokenizer(kind))
-    return {
-        "tokenizer": tiny_tokenizer(),
-        "augmenting_tokenizer": theirs,
-        "augmenting_options": {"vocab_size": len(theirs)},
-    }
 
 
 COMPOSITIONS: dict[str, dict[str, Any]] = {

@@ -179,8 +179,9 @@ def test_an_untrained_composition_needs_one_pass_of_the_anchor(awake: bool) -> N
     own_seen: list[int] = []
     own.register_forward_hook(lambda _, __, output: own_seen.append(len(output.logits)))
     found = listen(model, ours, rows_of(ours), others=2)
-    # The composition, the anchor, the anchor behind other rows' prompts; of m_A what is heard, two rows, two others.
-    assert sum(seen) == (4 + 4 + 2 if awake else 4 + 2)
+    # The composition, the anchor, the anchor behind other rows' prompts, the composition whose m_A reads these; of m_A
+    # what is heard, two rows, two others.
+    assert sum(seen) == (4 + 4 + 2 + 2 if awake else 4 + 2)
     assert sum(own_seen) == 4 + 2 + 2
     completions = sum(len(completion.encode()) for _, completion in TEXTS)
     tokens = [(row["input_ids"][:-1], row["labels"].count(-100)) for row in rows_of(ours)]

@@ -10,7 +10,8 @@ the ratios round by round. The floor is what both models take alone, one after t
 ``random`` are a Gemma-style anchor (512 wide, 12 layers) and augmenting model (256, 6), three connections and random
 weights: hardly anything that is drafted there is accepted, which is where drafting loses. ``trained`` are the models of
 ``deep.py``: an anchor of 16 layers that calculates, and an augmenting model of 4 that knows 1000 keys. ``known`` asks
-for what the augmenting model knows, ``combined`` for what takes both.
+for what the augmenting model knows, ``combined`` for what takes both. ``words`` are the random models, whose composition
+carries words as well, beside the same one without.
 
 What was timed is checked: compiled and with drafts, the tokens are the likeliest ones without any cache.
 """
@@ -45,6 +46,7 @@ GOALS = {
     "prefill_time_x_floor": 1.12,
     "prefill_peak_x_floor": 1.2,
     "drafting_speed_x_anchor": 1.0,
+    "map_of_words_x_without": 1.02,
 }
 
 
@@ -196,6 +198,24 @@ def prefill_case(batch: int, prompt: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def words_case(kind: str, batch: int, prompt: int, rounds: int) -> dict[str, Any]:
+    """A composition that carries words as well, beside the same one without them."""
+    plain, anchor, augmenting = random_models()
+    words = calmlm.compose(copy.deepcopy(anchor), copy.deepcopy(augmenting), CONNECTIONS, words=kind).eval()
+    with torch.no_grad():
+        own = dict(words.model.connectors.named_parameters())
+        for name, parameter in plain.model.connectors.named_parameters():
+            own[name].copy_(parameter)
+        words.model.connectors["augmenting"][-1].opening.fill_(1.0)  # type: ignore[index,operator,union-attr]
+    ids = random_prompt(batch, prompt)
+    settings = [Setting("words", model, anchor, augmenting, [ids], NEW) for model in (words, plain)]
+    times, spread = ratio(*take_turns([setting.writing(setting.composition) for setting in settings], rounds))
+    return {
+        "models": "random", "words": kind, "batch": batch, "prompt": prompt, "time_x_without": round(times, 3),
+        "quartile_distance": round(spread, 3), "flops_x_without": round(flops(words, ids) / flops(plain, ids), 4),
+    }  # fmt: skip
+
+
 def calm_pytorch_case(batch: int, prompt: int, rounds: int) -> dict[str, Any] | None:
     """PyPI's CALM-pytorch around the same models, beside the same floor; None where it is not installed."""
     try:
@@ -238,7 +258,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--models", nargs="+", default=["random", "trained"], choices=["random", "trained"])
+    kinds = ["random", "trained", "words"]
+    parser.add_argument("--models", nargs="+", default=kinds, choices=kinds)
     parser.add_argument("--bases", type=Path, default=Path("runs/decode"), help="where the trained models lie or go")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"decode_{device()}.json")
@@ -252,6 +273,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "cases": [],
         "prefill": [],
+        "words": [],
         "other_systems": [],
         **origin("python benchmarks/decode.py"),
     }
@@ -274,6 +296,10 @@ def main() -> None:
             setting = Setting(task, *deep_models(options.bases, task))
             for drafting in (False, True):
                 note("cases", decoding_case(setting, "eager", drafting, options.rounds))
+    if "words" in options.models:
+        for kind in ("map", "pointer"):
+            for batch, prompt in shapes:
+                note("words", words_case(kind, batch, prompt, options.rounds))
     if "random" in options.models:
         for mode in options.modes:
             for batch, prompt in shapes:

@@ -24,7 +24,8 @@ def run(script: str, tmp_path: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_decode(tmp_path: Path) -> None:
-    found = run("decode.py", tmp_path, *"--models random --batches 1 --prompts 16 --modes eager --threads 1".split())
+    options = "--models random words --batches 1 --prompts 16 --modes eager --threads 1"
+    found = run("decode.py", tmp_path, *options.split())
     plain, drafted = found["cases"]
     assert plain["tokens_match"] and drafted["tokens_match"]
     assert (plain["drafting"], drafted["drafting"]) == (False, True)
@@ -32,6 +33,8 @@ def test_decode(tmp_path: Path) -> None:
     assert 1 < plain["flops_x_floor"] < 1.2
     assert 0 <= drafted["acceptance"] <= 1
     assert found["prefill"][0]["peak_x_floor"] <= 1.2
+    words = {case["words"]: case["flops_x_without"] for case in found["words"]}
+    assert 1 < words["map"] <= 1.02 and words["map"] < words["pointer"]
 
 
 @pytest.mark.slow

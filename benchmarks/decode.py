@@ -10,8 +10,8 @@ the ratios round by round. The floor is what both models take alone, one after t
 ``random`` are a Gemma-style anchor (512 wide, 12 layers) and augmenting model (256, 6), three connections and random
 weights: hardly anything that is drafted there is accepted, which is where drafting loses. ``trained`` are the models of
 ``deep.py``: an anchor of 16 layers that calculates, and an augmenting model of 4 that knows 1000 keys. ``known`` asks
-for what the augmenting model knows, ``combined`` for what takes both. ``words`` are the random models, whose composition
-carries words as well, beside the same one without.
+for what the augmenting model knows, ``combined`` for what takes both. ``words`` are the random models: a composition
+that carries words as well, beside the same one without.
 
 What was timed is checked: compiled and with drafts, the tokens are the likeliest ones without any cache.
 """

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 import calmlm
 from calmlm.connectors.adapters import JOINT, Adapters
 from calmlm.errors import CheckpointError, ConfigError, MissingExtraError
+from calmlm.files.inspection import describe
 from compositions import assert_close, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
@@ -172,3 +173,10 @@ def test_without_peft_they_name_what_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("calmlm.data.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="peft"):
         calmlm.compose(tiny_model("llama"), tiny_model("mistral"), adapters=2)
+
+
+def test_inspect_and_the_card_name_them(tmp_path: Path) -> None:
+    adapted("llama").save_pretrained(tmp_path)
+    lines = dict(describe(str(tmp_path)))
+    assert lines["adapters"] == "rank 3, beside 14 maps of the anchor"
+    assert "adapters (rank 3)" in (tmp_path / "README.md").read_text(encoding="utf-8")

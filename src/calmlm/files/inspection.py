@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from calmlm.config import opening_of
+from calmlm.config import ConnectorConfig, opening_of
 from calmlm.errors import CheckpointError
 from calmlm.files import storage
 from calmlm.files.loading import fetch, read_config
@@ -30,16 +30,27 @@ def describe(source: str) -> list[tuple[str, str]]:
         title = name if len(config.augmenting or {}) > 1 else "augmenting"
         pairs = ", ".join(f"{i} -> {j}" for i, j in entry["connections"])
         pairs = f"{pairs} (layer of {title} -> layer of anchor, counted from 0)" if pairs else "none"
-        options = ", ".join(f"{key} {value}" for key, value in entry["connector"].items())
         lines += [
             (title, _base(entry)),
             ("reads", _reads(entry)),
             ("connections", pairs),
-            ("connector", options if entry["connections"] else "none"),
+            ("connector", _connector(entry["connector"]) if entry["connections"] else "none"),
         ]
         if entry.get("words"):
             lines.append(("words", _words(entry["words"])))
+        if entry.get("adapters"):
+            adapters = entry["adapters"]
+            lines.append(("adapters", f"rank {adapters['rank']}, beside {len(adapters['targets'])} maps of the anchor"))
     return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
+
+
+def _connector(options: dict[str, Any]) -> str:
+    """The kind, the heads of one that has any, and what is not as by default."""
+    kind, heads = options.get("kind", ConnectorConfig.kind), options["num_heads"]
+    usual = vars(ConnectorConfig(heads))
+    parts = [kind] + ([] if kind == "graft" else [f"{heads} heads"])
+    parts += [f"{key} {value}" for key, value in options.items() if key != "kind" and value != usual.get(key)]
+    return ", ".join(parts)
 
 
 def _words(words: dict[str, Any]) -> str:

@@ -38,9 +38,10 @@ def model_card(config: CalmConfig) -> str:
     rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
     for name, entry in config.augmenting.items():
         words = entry.get("words")
-        pairs = ", ".join(
-            [f"{i} → {j}" for i, j in entry["connections"]] + ([f"words ({words.get('kind', 'map')})"] if words else [])
-        )
+        parts = [f"{i} → {j}" for i, j in entry["connections"]]
+        parts += [f"words ({words.get('kind', 'map')})"] if words else []
+        parts += [f"adapters (rank {entry['adapters']['rank']})"] if entry.get("adapters") else []
+        pairs = ", ".join(parts)
         rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
     return (
         "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"

@@ -20,7 +20,7 @@ from calmlm.comparison.selection import CompareConfig, load_config
 from calmlm.comparison.swapping import SWAPPED, Swapped, fit_swapped
 from calmlm.comparison.workers import _make_group, run
 from calmlm.data.labels import encode_prompt
-from calmlm.errors import ConfigError, DataError
+from calmlm.errors import CalmError, ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Stage, fit
 from calmlm.experiments.flops import Meter
 from compositions import awaken
@@ -157,7 +157,8 @@ def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], cap
         "mine-flops",
     }
     assert "size of D_C" not in page and "5 items of both stand in D_C" in page
-    assert {answer["method"] for answer in result["answers"]["law"]} == methods - {"composed", "flamingo", "legonn"}
+    ways = {"composed", "flamingo", "legonn", "composed_map", "composed_pointer", "pointer"}
+    assert {answer["method"] for answer in result["answers"]["law"]} == methods - ways
 
 
 @pytest.mark.parametrize("theirs", ["bytes", "unigram"])
@@ -326,6 +327,25 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path, values: dict[str, Any]
     tiny_model("mistral").save_pretrained(tmp_path / "same")
     config = config_of(tmp_path, {**values, **_with(values, {**model, "augmenting": str(tmp_path / "same")})})
     assert "no tokenizer of its own" in config.preset_of("law").about
+
+
+def test_settings_of_the_composition_reach_it(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "plain.txt").write_text("\n".join(f"the quick fox {n} jumps over {n * 7} dogs" for n in range(12)))
+    model = own(values)["model"]
+    model |= {"words": "map", "adapters": 2, "init": "aligned", "plain_text": str(tmp_path / "plain.txt")}
+    domain = domain_of(tmp_path, values)
+    parts = domain.compose(domain.base("augmenting")).model.connectors["augmenting"]
+    assert [type(part).__name__ for part in parts[-2:]] == ["WordMap", "Adapters"]
+    assert parts[0].gate is not None and parts[0].v_proj.weight.equal(torch.eye(len(parts[0].v_proj.weight)))
+    for changed, message in (
+        ({"words": "letters"}, "words must be one of"),
+        ({"words": {"law": "map"}}, "words must be those of one"),
+        ({"plain_text": None}, "init='aligned' needs plain_text"),
+        ({"plain_text": str(tmp_path / "none.txt")}, "none.txt"),
+        ({"development": "x.jsonl"}, "development: expected the default here"),
+    ):
+        with pytest.raises(CalmError, match=message):
+            config_of(tmp_path, {**values, **_with(values, {**model, **changed})})
 
 
 def _with(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

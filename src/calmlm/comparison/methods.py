@@ -133,6 +133,9 @@ METHODS: dict[str, Method] = {
     "cascade": Method("Cascade", cascade),
     "flamingo": Method("CALM, Flamingo connector", partial(compose, connector="flamingo")),
     "legonn": Method("CALM, LegoNN connector", partial(compose, connector="legonn")),
+    "composed_map": Method("CALM and map of words", partial(compose, words="map")),
+    "composed_pointer": Method("CALM and pointer", partial(compose, words="pointer")),
+    "pointer": Method("Pointer alone", partial(compose, connections="none", words="pointer")),
 }
 TITLES = {name: method.title for name, method in METHODS.items()}
 

@@ -17,12 +17,14 @@ from calmlm.bases.opening import check_dtype
 from calmlm.bases.origins import commit_of
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.own_settings import Known, Own, OwnTask, Sources, listed
+from calmlm.composing.aligning import check_alignable
 from calmlm.config import ConnectorConfig, resolve_connections
 from calmlm.data.context import stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import CONVERSATIONS, Example
-from calmlm.data.sources import load_examples
+from calmlm.data.sources import load_examples, read_lines
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
+from calmlm.readers.speaking import check_words
 from calmlm.tokens.retokenization import METHODS as ALIGNMENTS
 from calmlm.training.fields import read_fields
 from calmlm.training.schema import ModelConfig
@@ -98,8 +100,8 @@ def _faults_of(own: Own) -> list[str]:
     if "kind" in own.model.connector:
         found.append("model.connector.kind: each connector is a method of its own; leave it out.")
     found += [
-        f"model.{name}: expected the default here, since all methods read the same text on one device; leave it out."
-        for name in ("refresh", "augmenting_view", "augmenting_prefix", "device_map")
+        f"model.{name}: expected the default here, since all methods have the same data, on one device; leave it out."
+        for name in ("refresh", "augmenting_view", "augmenting_prefix", "device_map", "development")
         if getattr(own.model, name) != getattr(ModelConfig(), name)
     ]
     found += [
@@ -159,13 +161,24 @@ def _check_composition(own: Own) -> None:
     model, (anchor, augmenting) = own.model, (own.configs[name] for name in (own.anchor, own.augmenting))
     anchor, augmenting = (config.get_text_config(decoder=True) for config in (anchor, augmenting))
     above, below = (getattr(config, "num_hidden_layers", None) for config in (augmenting, anchor))
-    if isinstance(model.connections, dict):
-        raise ConfigError("connections must be those of one augmenting model, but got a mapping: write them alone.")
+    if isinstance(model.connections, dict) or isinstance(model.words, dict):
+        name = "connections" if isinstance(model.connections, dict) else "words"
+        raise ConfigError(f"{name} must be those of one augmenting model, but got a mapping: write them alone.")
     if above is not None and below is not None:
         resolve_connections(model.connections, above, below)
     options = {**model.connector, "kind": "cross_attention", "num_heads": model.num_heads}
     ConnectorConfig.build(options, anchor.hidden_size, getattr(anchor, "num_attention_heads", None) or 1)
     check_dtype(model.dtype)
+    if model.words is not None:
+        check_words(model.words, "tokens", "augmenting model")
+    if model.init is not None:
+        check_alignable("cross_attention", model.connector)
+        if model.plain_text is None:
+            raise ConfigError("init='aligned' needs plain_text, but there is none: name a file.")
+    if model.plain_text is not None:
+        read_lines(model.plain_text)
+    if model.adapters is not None:
+        require("peft", "compare", "model.adapters")
     if model.alignment not in ALIGNMENTS:
         known = " or ".join(repr(method) for method in ALIGNMENTS)
         raise ConfigError(f"alignment must be {known}, but got {model.alignment!r}: use one of these.")
@@ -181,6 +194,9 @@ def _know(own: Own) -> Known:
     composition, corpus = (load_examples(listed(sources)) for sources in (own.composition, own.corpus))
     learned, read = ({_text_of(example) for example in examples} for examples in (composition, corpus))
     contents = {"composition": _digest_of(composition), "corpus": _digest_of(corpus), **dict(_models_of(own))}
+    if own.model.plain_text is not None:
+        lines = "\n".join(read_lines(own.model.plain_text))
+        contents["plain_text"] = hashlib.sha256(lines.encode()).hexdigest()
     shown: dict[str, int] = {}
     known: dict[str, int] = {}
     for name, task in own.tasks.items():

@@ -18,7 +18,7 @@ __all__ = ["draw", "shows_data"]
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "black": ("m_A", "m_B"),
-    "tab:blue": ("composed", "flamingo", "legonn"),
+    "tab:blue": ("composed", "flamingo", "legonn", "composed_map", "composed_pointer", "pointer"),
     "tab:cyan": ("composed_random", "composed_vanilla", "composed_encoder", "swapped", "swapped_trained"),
     "tab:orange": ("fine_tuning", "continued_pretraining", "lora", "lora_full_data"),
     "tab:green": ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties"),

@@ -33,7 +33,7 @@ from calmlm.data.context import OwnContext, stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
-from calmlm.data.sources import load_examples
+from calmlm.data.sources import load_examples, read_lines
 from calmlm.errors import ConfigError, DataError
 from calmlm.experiments.fitting import IGNORED, Row, Stage
 from calmlm.experiments.record import device
@@ -148,7 +148,13 @@ class OwnModels(TextDomain):
             "connections": model.connections,
             "num_heads": model.num_heads,
             "alignment": model.alignment,
+            "words": model.words,
+            "adapters": model.adapters,
+            "train_map": model.train_map,
+            "plain_text": None if model.plain_text is None else read_lines(model.plain_text),
         }
+        if connector != "legonn":
+            usual["init"] = model.init
         return calmlm.compose(
             self.fresh_anchor(),
             augmenting,

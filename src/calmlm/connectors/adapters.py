@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 JOINT = "__"  # in the place of the dots of a layer's name, which no module of torch may have
 
@@ -33,8 +34,9 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (..., inputs), any float dtype, to (..., outputs)."""
-        return self.up(self.down(self.dropout(x.to(self.down.weight.dtype)))) * self.scaling
+        """From (..., inputs) to (..., outputs), in the dtype of ``x``: a copy of it would cost more than all of this."""
+        down, up = (part.weight.to(x.dtype) for part in (self.down, self.up))
+        return linear(linear(self.dropout(x), down), up) * self.scaling
 
 
 class Adapters(nn.ModuleDict):

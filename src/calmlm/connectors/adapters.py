@@ -34,7 +34,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (..., inputs) to (..., outputs), in the dtype of ``x``: a copy of it would cost more than all of this."""
+        """From (..., inputs) to (..., outputs), in the dtype of ``x``: a copy of it would cost more than all this."""
         down, up = (part.weight.to(x.dtype) for part in (self.down, self.up))
         return linear(linear(self.dropout(x), down), up) * self.scaling
 

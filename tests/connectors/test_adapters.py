@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_they_are_pefts(family: str) -> None:
             for theirs, own in ((".lora_A.default", "down"), (".lora_B.default", "up")):
                 if theirs in name:
                     target = name.removeprefix(prefix).split(theirs)[0]
-                    parameter.copy_(ours[f"{target.replace('.', JOINT)}.{own}.weight"])
+                    parameter.copy_(ours[f"maps.{target.replace('.', JOINT)}.{own}.weight"])
                     filled += 1
     assert filled == len(ours)
     found = logits_of(model, ids)
@@ -150,7 +151,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"r": 2, "ranks": 3}, "it refuses them"),
         ({"r": 2, "use_dora": True}, "but got use_dora"),
         ({"r": 2, "bias": "all"}, "but got bias"),
-        ({"r": 2, "init_lora_weights": False}, "must start as the anchor"),
+        ({"r": 2, "target_modules": "["}, "PEFT finds that they do not"),
+        ({"r": 2, "lora_alpha": float("nan")}, "finite lora_alpha"),
+        ({"r": 2, "lora_alpha": 0}, "finite lora_alpha"),
+        ({"r": 2, "lora_dropout": 1.0}, "lora_dropout below 1"),
+        ({"r": 2, "lora_bias": True}, "but got lora_bias"),
         ({"r": 2, "rank_pattern": {"q_proj": 4}}, "one rank, scaling and dropout"),
         ({"r": 2, "target_modules": ["embed_tokens"]}, "beside linear maps"),
         ({"r": 2, "target_modules": ["lm_head"]}, "'lm_head' is outside"),
@@ -163,7 +168,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     entry = config["augmenting"]["augmenting"]["adapters"]
-    for wrong in ({**entry, "rank": "3"}, {**entry, "targets": {"layers.9.q": [1, 2]}}, {"rank": 3}):
+    damaged: list[Any] = [{**entry, key: value} for key, value in (
+        ("rank", "3"), ("rank", -1), ("dropout", 1.5), ("dropout", math.nan), ("scaling", math.inf),
+        ("targets", {"layers.9.q": [1, 2]}), ("targets", {"": [1, 2]}), ("targets", {"norm": [48, 48]}),
+        ("targets", {"layers.0.self_attn.q_proj": [48, 47]}),
+    )]  # fmt: skip
+    for wrong in (*damaged, {"rank": 3}):
         config["augmenting"]["augmenting"]["adapters"] = wrong
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError):
@@ -181,3 +191,52 @@ def test_inspect_and_the_card_name_them(tmp_path: Path) -> None:
     lines = dict(describe(str(tmp_path)))
     assert re.fullmatch(r"rank 3, beside \d+ maps of the anchor", lines["adapters"])
     assert "adapters (rank 3)" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
+def test_experts_keep_their_weights(family: str) -> None:
+    """Where experts are stacked, adapters stand beside the linear maps alone."""
+    anchor = tiny_model(family, seed=1)
+    before = {name: type(module) for name, module in anchor.named_modules()}
+    model = calmlm.compose(anchor, tiny_model("mistral"), 2, adapters=2)
+    assert {name: type(module) for name, module in anchor.named_modules()} == before
+    assert any("q_proj" in name for name in model.config.augmenting["augmenting"]["adapters"]["targets"])
+    ids = tiny_tokens(2, 5)
+    assert torch.equal(logits_of(model, ids), logits_of(anchor, ids))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert any(
+        bool(p.grad.any()) for n, p in model.named_parameters() if n.endswith("up.weight") and p.grad is not None
+    )
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", False])
+def test_starts_that_change_the_anchor_are_refused_before_they_do(start: Any) -> None:
+    anchor = tiny_model("llama", seed=1)
+    before = copy.deepcopy(anchor.state_dict())
+    with pytest.raises(ConfigError, match="must start as the anchor"):
+        calmlm.compose(anchor, tiny_model("mistral"), adapters={"r": 2, "init_lora_weights": start})
+    after = anchor.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_two_compositions_take_turns_with_checkpointing() -> None:
+    """Each finds its own call when a layer of their one anchor is run again."""
+    anchor, ids = tiny_model("llama", seed=1), tiny_tokens(2, 7)
+    models = [calmlm.compose(anchor, tiny_model("mistral", seed=seed), adapters=2, **QUIET) for seed in (2, 3)]
+    for seed, model in enumerate(models):
+        for name, parameter in adapters_of(model).named_parameters():
+            if name.endswith("up.weight"):
+                torch.nn.init.normal_(parameter, std=0.1 + seed)
+
+    def gradients(model: calmlm.CalmForCausalLM) -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in adapters_of(model).parameters()]
+
+    expected = [gradients(model) for model in models]
+    for model in models:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    for model, wanted in [*zip(models, expected, strict=True)] * 2:
+        for found, gradient in zip(gradients(model), wanted, strict=True):
+            assert_close(found, gradient, 1e-6)

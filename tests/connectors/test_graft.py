@@ -120,6 +120,24 @@ def test_only_states_at_the_ends_of_tokens_are_taken() -> None:
     assert seen[0].nonzero()[:, 0].tolist() == sorted(owners)
 
 
+def test_it_is_no_identity_with_a_correction() -> None:
+    graft = Graft(3, 2)
+    assert graft.is_identity
+    assert graft.correction is not None
+    torch.nn.init.ones_(graft.correction.weight)
+    assert not graft.is_identity
+    assert not torch.equal(graft(torch.ones(1, 1, 2), torch.ones(1, 1, 3), None), torch.ones(1, 1, 2))
+
+
+def test_texts_are_read_as_far_as_the_models_can() -> None:
+    long = [" ".join(TEXTS)]
+    model = tiny_composition(
+        "llama", "gpt2", [[0, 0]], connector="graft", init="aligned", plain_text=long * 3, awake=False,
+        augmenting_options={"n_positions": 24}, **SHARED,
+    )  # fmt: skip
+    assert bool(model.model.connectors["augmenting"][0].map.weight.any())
+
+
 def test_off_switch(model: calmlm.CalmForCausalLM) -> None:
     equalities.assert_off_switch(model)
 
@@ -263,6 +281,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"connections": "aligned-x", "plain_text": TEXTS, **SHARED}, "for example 'aligned-2'"),
         ({"connections": "aligned-99", "plain_text": TEXTS, **SHARED}, "ask for fewer"),
         ({"connector": "graft"}, "A graft must start from a map"),
+        ({"init": "aligned", "plain_text": "the fox", **SHARED}, "must be a list of texts"),
+        ({"init": "aligned", "plain_text": [1, 2], **SHARED}, "must be a list of texts"),
+        ({"connections": "aligned-1", "plain_text": TEXTS, "development": [], **SHARED}, "nothing to predict"),
         (
             {"connector": "graft", "rotary": True, "init": "aligned"},
             "the connector 'graft', but got rotary",

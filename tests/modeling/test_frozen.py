@@ -10,7 +10,7 @@ from torch import Tensor
 
 import calmlm
 from compositions import assert_close, logits_of, tiny_composition
-from tiny import tiny_tokens
+from tiny import tiny_tokenizer, tiny_tokens
 
 CONNECTIONS = [(1, 2), (3, 3)]
 
@@ -175,16 +175,37 @@ def test_a_bf16_composition_on_bf16_bases_is_close_to_float32() -> None:
     assert_close(logits_of(model, ids).float(), logits_of(tiny_composition(), ids), 0.1)
 
 
-def test_connections_that_peft_saves_train() -> None:
+GRAFTED = {
+    "connector": "graft", "init": "aligned", "opened": True,
+    "plain_text": [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(9)],
+    "tokenizer": tiny_tokenizer(), "augmenting_tokenizer": tiny_tokenizer(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {**GRAFTED, "adapters": 2, "connections": 1}, {"words": "map", "connections": 1},
+     {"words": "pointer", "connections": 1}],
+    ids=["attention", "graft and adapters", "map", "pointer"],
+)  # fmt: skip
+def test_connections_that_peft_saves_train(options: dict[str, Any]) -> None:
     """PEFT puts a copy that trains in the place of a module that is to be saved."""
     peft = pytest.importorskip("peft")
+    composition = tiny_composition(**options)
+    before = logits_of(composition, tiny_tokens(2, 8))
     settings = peft.LoraConfig(
         r=2, target_modules=r".*anchor\.model\.layers\.\d+\.self_attn\.q_proj",
         modules_to_save=["connectors.augmenting.0", "connectors.augmenting.1"],
     )  # fmt: skip
-    model = peft.get_peft_model(tiny_composition(awake=False), settings).train()
+    model = peft.get_peft_model(composition, settings).train()
     ids = tiny_tokens(2, 8)
-    model(input_ids=ids, labels=ids).loss.backward()
+    assert_close(logits_of(model.eval(), ids), before, 1e-5)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
     training = [p for name, p in model.named_parameters() if "connectors" in name and p.requires_grad]
     assert training
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in training)
+    parts: dict[str, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if "connectors.augmenting." in name and parameter.requires_grad:
+            parts.setdefault(name.split("connectors.augmenting.")[1][0], []).append(parameter)
+    for part, of_part in parts.items():
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in of_part), part

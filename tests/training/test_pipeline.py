@@ -516,7 +516,7 @@ def test_grafts_and_adapters_are_trained_and_gone_on_with(backend: str, settings
     model = calmlm.CalmForCausalLM.from_pretrained(go(values))
     graft, adapters = model.model.connectors["augmenting"]
     assert graft.correction.weight.abs().max() > 0
-    assert all(adapter.up.weight.abs().max() > 0 for adapter in adapters.values())
+    assert all(adapter.up.weight.abs().max() > 0 for adapter in adapters.maps.values())
     assert model.config.augmenting["augmenting"]["tried"]
     more = settings(backend, num_train_epochs=2, learning_rate=1e-2) | {"model": values["model"]}
     assert go(more, resume=True)

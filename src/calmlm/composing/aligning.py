@@ -24,7 +24,7 @@ from calmlm.connectors.cross_attention import CrossAttention
 from calmlm.connectors.flamingo import Flamingo
 from calmlm.connectors.gate import OPENING
 from calmlm.connectors.graft import Graft
-from calmlm.data.context import context_length
+from calmlm.data.context import context_length, own_contexts
 from calmlm.data.formats import read_examples
 from calmlm.data.jsonl import Record
 from calmlm.data.labels import IGNORE, encode_examples
@@ -69,12 +69,12 @@ class _Moments:
 
 @torch.no_grad()
 def start_aligned(
-    model: CalmModel, name: str, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None
+    composition: CalmForCausalLM, name: str, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str] | None
 ) -> None:
     """Let the connections of one augmenting model start from maps that plain text teaches.
 
     Args:
-        model: an untrained composition.
+        composition: an untrained one.
         name: of the augmenting model.
         tokenizer: the anchor's.
         texts: plain texts, a few hundred sentences.
@@ -87,10 +87,16 @@ def start_aligned(
         raise ConfigError(
             f"Maps of states need plain text and the anchor's tokenizer, but there is none: pass {missing}."
         )
+    model = composition.model
+    if model.config.augmenting[name].get("view"):
+        raise ConfigError(
+            "init='aligned' needs augmenting models that read plain text, but augmenting_view shows them conversations "
+            "alone: leave one of them out."
+        )
     pairs = [tuple(pair) for pair in model.config.augmenting[name]["connections"]]
     connectors: Any = list(model.connectors[name])[: len(pairs)]  # type: ignore[call-overload]
     moments = [_Moments() for _ in pairs]
-    for inputs in _batches(tokenizer, texts, model.device):
+    for inputs in _batches(composition, tokenizer, texts):
         stream = model.reader(name).read(inputs, Past())
         with _recorded(model, sorted({j for _, j in pairs})) as states:
             model.run(model.backbone().decoder, inputs, None, None, False, {})
@@ -216,7 +222,7 @@ def search(
     )
     try:
         trial.eval()
-        start_aligned(trial.model, name, tokenizer, texts)
+        start_aligned(trial, name, tokenizer, texts)
         records = [Record(dict(fields), f"development[{index}]") for index, fields in enumerate(examples)]
         rows = encode_examples(read_examples(records), tokenizer, max_length=context_length(trial)).rows
         return choose(trial, name, rows, count)
@@ -240,6 +246,10 @@ def choose(model: Any, name: str, rows: Sequence[dict[str, list[int]]], count: i
     entry = model.config.augmenting[name]
     pairs: list[tuple[int, int]] = [(i, j) for i, j in entry["connections"]]
     grafts: list[Graft] = list(model.model.connectors[name])[: len(pairs)]
+    if not any(label != IGNORE for row in rows for label in row["labels"][1:]):
+        raise ConfigError(
+            "development must hold examples with completions, but there is nothing to predict in it: give a few dozen."
+        )
     tried = {"": _loss(model, rows)}
     chosen: list[int] = []
     for _ in range(count):
@@ -278,9 +288,16 @@ def _loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     return total / max(1, count)
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: Any) -> Iterator[Inputs]:
-    """The texts as given tokens, padded on the right, those of one length together."""
-    rows = sorted((tokenizer(text, verbose=False)["input_ids"][:LONGEST] for text in texts), key=len)
+def _batches(
+    composition: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Iterator[Inputs]:
+    """The texts as given tokens, as far as all models can read, padded on the right, those of one length together."""
+    longest = min(LONGEST, context_length(composition) or LONGEST)
+    rows = [list(tokenizer(text, verbose=False)["input_ids"][:longest]) for text in texts]
+    for context in own_contexts(composition):
+        rows = [row[: context.readable(row)] for row in rows]
+    rows.sort(key=len)
+    device = composition.device
     rows = [row for row in rows if row]
     for start in range(0, len(rows), AT_ONCE):
         batch = rows[start : start + AT_ONCE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,13 @@ from calmlm.errors import ConfigError, first_line
 
 NAME = "default"  # PEFT's own
 EXTRA = "compare"
-LATER = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "use_dora")
-"""Settings of PEFT that change more of the anchor than what is added to the outputs of linear maps."""
+MORE = (
+    "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "use_dora", "lora_bias",
+    "use_qalora", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+"""Settings of PEFT that do more than add a low-rank map to the outputs of linear maps."""
+STARTS = (True, "gaussian")
+"""Settings of ``init_lora_weights`` with which the anchor stays as it is, and starts as itself."""
 
 
 def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,27 +49,36 @@ def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[d
     settings = _settings(wanted, LoraConfig)
     # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
     settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
-    strange = [name for name in LATER if getattr(settings, name, None)]
+    if settings.target_modules == "all-linear":  # which PEFT takes to mean the experts' stacked weights as well
+        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+    strange = [name for name in MORE if getattr(settings, name, None)]
     strange += ["bias"] if settings.bias != "none" else []
+    strange += ["peft_type"] if settings.peft_type != "LORA" else []
     if strange:
         raise ConfigError(
             f"adapters must be added to outputs of linear maps and nothing else, but got {', '.join(strange)}: leave "
             f"that out."
         )
+    if settings.init_lora_weights not in STARTS:
+        raise ConfigError(
+            f"adapters must start as the anchor, but got init_lora_weights={settings.init_lora_weights!r}: leave that "
+            f"out."
+        )
     attributes = set(vars(model))
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         inject_adapter_in_model(settings, model)
         start = next(name for name, module in model.named_modules() if module is decoder)
         found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of settings of any form
         raise ConfigError(
             f"adapters must fit the anchor, but PEFT finds that they do not ({first_line(error)}): correct them."
         ) from None
     finally:
         _restore(model, LoraLayer, attributes)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
     outside = sorted(name for name in found if not name.startswith(f"{start}." if start else ""))
     if outside:
         raise ConfigError(
@@ -93,10 +108,14 @@ def _settings(wanted: Any, kind: Any) -> Any:
 
 def _restore(model: nn.Module, kind: Any, attributes: set[str]) -> None:
     """Put the anchor's own maps back where PEFT has put its layers around them."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.base_layer)
+    around = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    for name, module in around:
+        parent, _, last = name.rpartition(".")
+        if any(parent == outer or parent.startswith(f"{outer}.") for outer, _ in around):
+            continue  # a layer around a layer
+        while isinstance(module, kind):
+            module = module.base_layer
+        setattr(model.get_submodule(parent), last, module)
     for name in set(vars(model)) - attributes:
         delattr(model, name)
 
@@ -112,19 +131,20 @@ def _record(layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor
             )
         down, up = layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()
         targets[name] = [down.shape[1], up.shape[0]]
-        tensors |= {f"{name.replace('.', JOINT)}.{part}.weight": t for part, t in (("down", down), ("up", up))}
+        tensors |= {f"maps.{name.replace('.', JOINT)}.{part}.weight": t for part, t in (("down", down), ("up", up))}
         ranks.add(down.shape[0])
         scalings.add(float(layer.scaling[NAME]))
         dropouts.add(float(getattr(layer.lora_dropout[NAME], "p", 0.0)))
-    if any(len(found) != 1 for found in (ranks, scalings, dropouts)):
+    if any(len(set(map(str, found))) != 1 for found in (ranks, scalings, dropouts)):
         raise ConfigError(
             "adapters must have one rank, scaling and dropout, but got several: leave rank_pattern and alpha_pattern "
             "out."
         )
-    changed = any(bool(t.any()) for name, t in tensors.items() if name.endswith("up.weight"))
-    if changed:
+    scaling, dropout = scalings.pop(), dropouts.pop()
+    if not (0 < abs(scaling) < math.inf and dropout < 1):
         raise ConfigError(
-            "adapters must start as the anchor, but their init_lora_weights change it: leave init_lora_weights out."
+            f"adapters must have a finite lora_alpha other than 0 and a lora_dropout below 1, but got a scaling of "
+            f"{scaling} and a dropout of {dropout}: correct them."
         )
-    record = {"rank": ranks.pop(), "scaling": scalings.pop(), "dropout": dropouts.pop(), "targets": targets}
+    record = {"rank": ranks.pop(), "scaling": scaling, "dropout": dropout, "targets": targets}
     return record, {name: tensor.float().cpu() for name, tensor in tensors.items()}

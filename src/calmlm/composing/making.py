@@ -210,6 +210,13 @@ def compose(
     anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
     searched: dict[str, int] = {}
     freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
+    if plain_text is not None and (
+        isinstance(plain_text, str) or not all(isinstance(text, str) for text in plain_text)
+    ):
+        raise ConfigError(
+            f"plain_text must be a list of texts, but got {type(plain_text).__name__} or other things in it: put each "
+            f"line into a list."
+        )
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -345,7 +352,7 @@ def compose(
             elif isinstance(part, Adapters) and freedom is not None:
                 part.load_state_dict(freedom[1])
         if init is not None or name in searched:
-            start_aligned(composed.model, name, tokenizer, plain_text)
+            start_aligned(composed, name, tokenizer, plain_text)
     return composed.eval()
 
 

@@ -39,7 +39,7 @@ class Adapter(nn.Module):
         return linear(linear(self.dropout(x), down), up) * self.scaling
 
 
-class Adapters(nn.ModuleDict):
+class Adapters(nn.Module):
     """The adapters of one augmenting model, by the names of the linear maps of the anchor's decoder.
 
     Args:
@@ -48,7 +48,8 @@ class Adapters(nn.ModuleDict):
     """
 
     def __init__(self, targets: Mapping[str, tuple[int, int]], rank: int, scaling: float, dropout: float = 0.0) -> None:
-        super().__init__(
+        super().__init__()
+        self.maps = nn.ModuleDict(
             {
                 name.replace(".", JOINT): Adapter(inputs, outputs, rank, scaling, dropout)
                 for name, (inputs, outputs) in targets.items()
@@ -58,8 +59,8 @@ class Adapters(nn.ModuleDict):
     @property
     def is_identity(self) -> bool:
         """Whether nothing is added, as at the start."""
-        return not any(bool(adapter.up.weight.any()) for adapter in self.values())  # type: ignore[union-attr,operator]
+        return not any(bool(adapter.up.weight.any()) for adapter in self.maps.values())  # type: ignore[union-attr,operator]
 
     def of(self, name: str) -> nn.Module:
         """The adapter of the map with this name."""
-        return self[name.replace(".", JOINT)]
+        return self.maps[name.replace(".", JOINT)]

@@ -47,6 +47,11 @@ class Graft(ConvexGate):
         self.mean = nn.Parameter(torch.zeros(augmenting_size), requires_grad=False)
         self.deviation = nn.Parameter(torch.ones(augmenting_size), requires_grad=False)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether all states are left as they are, as at the start: shut, and without a correction."""
+        return super().is_identity and (self.correction is None or not bool(self.correction.weight.any()))
+
     def forward(self, anchor: Tensor, augmenting: Tensor, where: Tensor | None) -> Tensor:
         """The anchor's new states.
 

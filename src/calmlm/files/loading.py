@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from calmlm.bases.families import Backbone
@@ -272,7 +273,9 @@ def _are_adapters(found: Any) -> bool:
     targets = found["targets"]
     return (
         type(found["rank"]) is int
-        and all(type(found[key]) in (int, float) for key in ("scaling", "dropout"))
+        and found["rank"] > 0
+        and all(type(found[key]) in (int, float) and math.isfinite(found[key]) for key in ("scaling", "dropout"))
+        and 0 <= found["dropout"] < 1
         and isinstance(targets, dict)
         and all(isinstance(size, list) and [type(width) for width in size] == [int, int] for size in targets.values())
     )
@@ -389,9 +392,9 @@ def _check_entry(
     try:
         if entry["connections"] or not entry.get("words"):
             resolve_connections(entry["connections"], len(below.layers), len(above.layers))
-        ConnectorConfig.build(entry["connector"], above.size, above.num_heads)
-        for target in (entry.get("adapters") or {}).get("targets", ()):
-            _check_target(above.decoder, target)
+        entry["connector"] = vars(ConnectorConfig.build(entry["connector"], above.size, above.num_heads))
+        for target, size in (entry.get("adapters") or {}).get("targets", {}).items():
+            _check_target(above.decoder, target, size)
     except ConfigError as error:
         raise CheckpointError(
             f"{str(source)!r} must hold connections that fit its models, but its config.json is damaged "
@@ -399,11 +402,15 @@ def _check_entry(
         ) from error
 
 
-def _check_target(decoder: Any, target: str) -> None:
-    try:
-        decoder.get_submodule(target)
-    except AttributeError:
-        raise ConfigError(f"there is no {target!r} in the anchor") from None
+def _check_target(decoder: Any, target: str, size: list[int]) -> None:
+    """Raise unless the anchor has a linear map of this name, inputs and outputs."""
+    found = dict(decoder.named_modules()).get(target)
+    if isinstance(found, Conv1D):
+        widths = [found.nx, found.nf]
+    else:
+        widths = [getattr(found, "in_features", None), getattr(found, "out_features", None)]
+    if widths != size:
+        raise ConfigError(f"{target!r} in the anchor is no linear map from {size[0]} to {size[1]}")
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:

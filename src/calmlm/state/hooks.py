@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calmlm.bases.structure import last_state, state_of, with_last_state, with_state
-from calmlm.connectors import Connector
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.cross_attention import Attention, Rotation
 from calmlm.connectors.gate import ConvexGate
@@ -115,7 +114,7 @@ class InjectHook:
         self.slot, self.name, self.connection, self.layer, self.connectors = slot, name, connection, layer, connectors
 
     @property
-    def connector(self) -> Connector:
+    def connector(self) -> Any:
         """Looked up at each call: PEFT puts a copy that trains in its place."""
         return self.connectors[self.connection]  # type: ignore[return-value]
 
@@ -130,7 +129,7 @@ class InjectHook:
             return None
         stream = call.streams[self.name]
         device = state.device
-        if isinstance(self.connector, Graft):
+        if is_a(self.connector, Graft):
             found = states_beside(stream, self.layer, self.connection, device)
             if found is None:
                 return self._unread(state)
@@ -160,7 +159,17 @@ class InjectHook:
         """
         if not (torch.is_grad_enabled() and self.connector.training):
             return None
-        return state + 0 * torch.stack([p.sum() for p in self.connector.parameters()]).sum().to(state)
+        return state + nothing_of([self.connector]).to(state)
+
+
+def is_a(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this kind, or PEFT's copy of such a one that trains in its place."""
+    return isinstance(getattr(module, "original_module", module), kind)
+
+
+def nothing_of(modules: Iterable[nn.Module]) -> Tensor:
+    """Zero times the sum of their parameters, a scalar."""
+    return 0 * torch.stack([p.sum() for module in modules for p in module.parameters()]).sum()
 
 
 LAST = -1
@@ -191,7 +200,7 @@ class WordsHook(InjectHook):
     def words(self, name: str) -> tuple[Any, int]:
         """A model's words of this kind, or None, and their place: they are the last of its connections."""
         connectors: Any = self.joined[name]
-        place = next((index for index, found in enumerate(connectors) if isinstance(found, self.kind)), -1)
+        place = next((index for index, found in enumerate(connectors) if is_a(found, self.kind)), -1)
         return (None, place) if place < 0 else (connectors[place], place)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -202,13 +211,19 @@ class WordsHook(InjectHook):
         if not speaking or speaking[0] != self.name:
             return None
         state = last_state(output)
-        parts = {}
+        parts, silent = {}, []
         for name in speaking:
             words, place = self.words(name)
             found = states_beside(call.streams[name], LAST, place, state.device)
-            if found is not None:
+            if found is None:
+                silent.append(words)
+            else:
                 parts[name] = (words, found)
-        return self.say(call, output, parts) if parts else None
+        silent = [words for words in silent if torch.is_grad_enabled() and words.training]
+        if silent:  # or a batch of which no augmenting model reads anything would have no gradient
+            output = with_last_state(output, state + nothing_of(silent).to(state))
+        new = self.say(call, output, parts) if parts else None
+        return output if new is None and silent else new
 
     def say(self, call: Call, output: Any, parts: dict[str, tuple[Any, Beside]]) -> Any:
         """The decoder's output with what these models say, from their words and their last states."""
@@ -238,7 +253,7 @@ class AdaptHook:
         call = self.slot.call
         if call is None or self.name not in call.streams:
             return None
-        adapters = next(found for found in self.connectors if isinstance(found, Adapters))
+        adapters: Any = next(found for found in self.connectors if is_a(found, Adapters))
         new = output + adapters.of(self.target)(args[0]).to(output.dtype)
         if call.composed is None:
             return new
@@ -376,5 +391,6 @@ def checkpoint_frozen(layers: Iterable[nn.Module], slot: Slot) -> None:
         if getattr(layer, "gradient_checkpointing", False):
             layer.training = True
             checkpoint: Any = layer._gradient_checkpointing_func
-            if not isinstance(checkpoint, Checkpoint):
-                vars(layer)["_gradient_checkpointing_func"] = Checkpoint(layer, slot, checkpoint)
+            if isinstance(checkpoint, Checkpoint):  # of another composition around the same anchor, perhaps
+                checkpoint = checkpoint.checkpoint
+            vars(layer)["_gradient_checkpointing_func"] = Checkpoint(layer, slot, checkpoint)

@@ -11,7 +11,7 @@ import torch
 
 import calmlm
 from calmlm.connectors.gate import OPENING
-from calmlm.errors import ConfigError
+from calmlm.errors import ConfigError, ModelError
 from compositions import logits_of, pad
 from equalities import (
     GENERATION,
@@ -26,7 +26,8 @@ from equalities import (
     assert_static_and_drafts,
     assert_steps,
 )
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tokenizers_tiny import tokenizer
 from words import COMPOSITIONS, KINDS, speaking
 
 
@@ -123,3 +124,25 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             calmlm.compose(llama, mistral, **options)
     assert list(itertools.chain(*llama._forward_hooks.values())) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
+def test_last_states_of_another_width_are_refused(kind: str, role: str) -> None:
+    models = {"anchor": tiny_model("llama"), "augmenting": tiny_model("mistral")}
+    models[role] = tiny_model("opt", word_embed_proj_dim=22)
+    with pytest.raises(ModelError, match="22 wide: leave words out"):
+        calmlm.compose(**models, connections=1, words=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_which_nothing_is_read_has_a_gradient(kind: str) -> None:
+    theirs = tokenizer("bytes")
+    options = {"tokenizer": tiny_tokenizer(), "augmenting_tokenizer": theirs, "alignment": "retokenize"}
+    small = tiny_model("mistral", vocab_size=len(theirs))
+    model = calmlm.compose(tiny_model("llama"), small, "none", words=kind, **options).train()
+    ids = torch.tensor([tiny_tokenizer()("fox").input_ids[:1] * 2])
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    trained = [p for p in model.model.connectors.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)

@@ -85,6 +85,46 @@ def head_logits(model: PreTrainedModel, states: Tensor, scale: float) -> Tensor:
 
 def _scale(model: PreTrainedModel, backbone: Backbone, head: Callable[[Tensor], Tensor], role: str) -> float:
     """By how much a model multiplies the logits that ``head`` makes of its last states (n, D)."""
+    states, logits = _asked(model, backbone)
+    check_width(states, model, backbone, role)
+    expected = head(states).float().cpu()
+    config = text_config(model)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.atanh((logits / cap).clamp(-0.9999, 0.9999))
+        known = logits.abs() < 0.9 * cap
+        logits, expected = logits * known, expected * known
+    if logits.shape != expected.shape:
+        raise _other(role, model)
+    scale = float((logits * expected).sum() / expected.square().sum().clamp(min=1e-12))
+    half = states.dtype in (torch.float16, torch.bfloat16) or getattr(model, "hf_quantizer", None) is not None
+    off = (logits - scale * expected).norm() / logits.norm().clamp(min=1e-12)
+    if not off <= (TOLERANCE_HALF if half else TOLERANCE):
+        raise _other(role, model)
+    return 1.0 if abs(scale - 1) < 1e-2 and half else scale
+
+
+def check_last_state(model: PreTrainedModel, backbone: Backbone, role: str) -> None:
+    """Raise where a model's last state has another width than its layers, as OPT-350m's.
+
+    Raises:
+        ModelError: for such a model.
+    """
+    check_width(_asked(model, backbone)[0], model, backbone, role)
+
+
+def check_width(states: Tensor, model: PreTrainedModel, backbone: Backbone, role: str) -> None:
+    """The same for last states (n, D) that are known."""
+    if states.shape[-1] != backbone.size:
+        raise ModelError(
+            f"words need models whose last state is as wide as their layers ({backbone.size}), but that of the {role} "
+            f"({type(model).__name__}) is {states.shape[-1]} wide: leave words out."
+        )
+
+
+@torch.no_grad()
+def _asked(model: PreTrainedModel, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """A model's last states (n, D) and logits (n, V) of a few tokens."""
     states: list[Tensor] = []
     handle = backbone.decoder.register_forward_hook(lambda _, __, output: states.append(last_state(output)))
     training = model.training
@@ -95,21 +135,7 @@ def _scale(model: PreTrainedModel, backbone: Backbone, head: Callable[[Tensor], 
     finally:
         handle.remove()
         model.train(training)
-    expected = head(states[0][0]).float().cpu()
-    config = text_config(model)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.atanh((logits / cap).clamp(-0.9999, 0.9999))
-        known = logits.abs() < 0.9 * cap
-        logits, expected = logits * known, expected * known
-    if logits.shape != expected.shape:
-        raise _other(role, model)
-    scale = float((logits * expected).sum() / expected.square().sum().clamp(min=1e-12))
-    half = states[0].dtype in (torch.float16, torch.bfloat16) or getattr(model, "hf_quantizer", None) is not None
-    off = (logits - scale * expected).norm() / logits.norm().clamp(min=1e-12)
-    if not off <= (TOLERANCE_HALF if half else TOLERANCE):
-        raise _other(role, model)
-    return 1.0 if abs(scale - 1) < 1e-2 and half else scale
+    return states[0][0], logits
 
 
 def _other(role: str, model: PreTrainedModel) -> ModelError:

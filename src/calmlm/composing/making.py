@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.forms import SAME, Form, forms, recorded
-from calmlm.bases.heads import head_scale
+from calmlm.bases.heads import check_last_state, head_scale
 from calmlm.bases.opening import load_anchor, load_any
 from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
@@ -287,6 +287,7 @@ def compose(
                 maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
             else:
                 entry["words"]["scale"] = head_scale(model, backbone, role)
+                check_last_state(anchor_model, anchor_backbone, "anchor")
             if speaks == "pointer" and name in alignments:
                 check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
         elif not pairs:

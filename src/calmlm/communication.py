@@ -27,6 +27,7 @@ from calmlm.config import opening_of
 from calmlm.controls import beside, listening, paired
 from calmlm.data.context import context_length
 from calmlm.data.labels import IGNORE, encode_examples
+from calmlm.data.padding import padded
 from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, DataError
 from calmlm.readers import Inputs
@@ -319,12 +320,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(rows: Iterable[Sequence[int]], fill: int, device: Any) -> Tensor:
-    rows = list(rows)
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
-
-
 def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told: bool = True) -> list[float]:
     """The completions' negative log-probabilities by a model.
 
@@ -339,9 +334,9 @@ def _nats_of(model: Any, rows: Sequence[Row], *, ears: Iterable[_Ear] = (), told
         chosen = [rows[index] for index in batch]
         for ear in ears:
             ear.rows = list(zip(batch, chosen, strict=True))
-        ids = _padded([ids for ids, _ in chosen], 0, model.device)
-        mask = _padded([[1] * len(ids) for ids, _ in chosen], 0, model.device)
-        labels = _padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, model.device)
+        ids = padded([ids for ids, _ in chosen], 0, model.device)
+        mask = padded([[1] * len(ids) for ids, _ in chosen], 0, model.device)
+        labels = padded([[IGNORE] * start + ids[start:] for ids, start in chosen], IGNORE, model.device)
         given = _keeping(model, min(start for _, start in chosen) - 1, ids)
         if told:
             given["prompt_mask"] = labels == IGNORE
@@ -379,12 +374,12 @@ def _nats(logits: Tensor, labels: Tensor) -> list[float]:
     """Each row's negative log-probability of its labels (B, T) by logits of the last columns (B, n, V)."""
     following = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
     wanted = following != IGNORE
-    losses = _losses(logits[:, :-1][wanted], following[wanted])
+    losses = token_nats(logits[:, :-1][wanted], following[wanted])
     rows = wanted.nonzero()[:, 0]
     return losses.new_zeros(len(labels)).index_add(0, rows, losses).tolist()
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-probabilities (n,) in float32 of targets (n,) by logits (n, V), a few at a time."""
     parts = zip(logits.split(AT_ONCE), targets.split(AT_ONCE), strict=True)
     found = [torch.nn.functional.cross_entropy(each.float(), wanted, reduction="none") for each, wanted in parts]
@@ -546,7 +541,7 @@ class _Ear:
             self.reader.slot.call = None
         if whole:
             stream.hidden.update(dict.fromkeys(self.reader.layers, self.reader.said(logits)))
-        losses = _losses(logits[rows, columns], torch.tensor(wanted, device=logits.device)).tolist()
+        losses = token_nats(logits[rows, columns], torch.tensor(wanted, device=logits.device)).tolist()
         for row, loss in zip(rows, losses, strict=True):
             self.nats[self.rows[row][0]] += loss
 

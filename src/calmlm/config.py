@@ -119,7 +119,12 @@ def _explicit_pairs(connections: Any, augmenting_layers: int, anchor_layers: int
                 )
         if pairs.count(pair) > 1:
             raise ConfigError(f"Each connection may be given once, but {pair} is given twice: remove one of them.")
-    return tuple(sorted(((i, j) for i, j in pairs), key=lambda pair: (pair[1], pair[0])))
+    return ordered((i, j) for i, j in pairs)
+
+
+def ordered(pairs: Iterable[tuple[int, int]]) -> Pairs:
+    """Pairs in the order of the anchor's layers."""
+    return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))
 
 
 def gguf_name(source: str, file: str | None) -> str:

@@ -86,7 +86,7 @@ def head_logits(model: PreTrainedModel, states: Tensor, scale: float) -> Tensor:
 def _scale(model: PreTrainedModel, backbone: Backbone, head: Callable[[Tensor], Tensor], role: str) -> float:
     """By how much a model multiplies the logits that ``head`` makes of its last states (n, D)."""
     states, logits = _asked(model, backbone)
-    check_width(states, model, backbone, role)
+    _check_width(states, model, backbone, role)
     expected = head(states).float().cpu()
     config = text_config(model)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -110,10 +110,10 @@ def check_last_state(model: PreTrainedModel, backbone: Backbone, role: str) -> N
     Raises:
         ModelError: for such a model.
     """
-    check_width(_asked(model, backbone)[0], model, backbone, role)
+    _check_width(_asked(model, backbone)[0], model, backbone, role)
 
 
-def check_width(states: Tensor, model: PreTrainedModel, backbone: Backbone, role: str) -> None:
+def _check_width(states: Tensor, model: PreTrainedModel, backbone: Backbone, role: str) -> None:
     """The same for last states (n, D) that are known."""
     if states.shape[-1] != backbone.size:
         raise ModelError(

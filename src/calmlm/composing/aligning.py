@@ -8,7 +8,7 @@ state y stand for the same text. The map between them is a ridge regression, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calmlm.bases.families import Backbone
 from calmlm.bases.structure import state_of
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.config import ALIGNED, CalmConfig, ConnectorConfig, Pairs
+from calmlm.config import ALIGNED, CalmConfig, ConnectorConfig, Pairs, ordered
 from calmlm.connectors.cross_attention import CrossAttention
 from calmlm.connectors.flamingo import Flamingo
 from calmlm.connectors.gate import OPENING
@@ -28,6 +28,7 @@ from calmlm.data.context import context_length, own_contexts
 from calmlm.data.formats import read_examples
 from calmlm.data.jsonl import Record
 from calmlm.data.labels import IGNORE, encode_examples
+from calmlm.data.padding import padded
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
 from calmlm.readers import Inputs
@@ -162,7 +163,7 @@ def middle(augmenting_layers: int, anchor_layers: int, count: int) -> Pairs:
 def candidates(augmenting_layers: int, anchor_layers: int) -> Pairs:
     """The connections that ``choose`` tries."""
     found = [(_layer(i, augmenting_layers), _layer(j, anchor_layers)) for i in DEPTHS[0] for j in DEPTHS[1]]
-    return _ordered(dict.fromkeys(found))
+    return ordered(dict.fromkeys(found))
 
 
 def _layer(depth: float, layers: int) -> int:
@@ -176,11 +177,7 @@ def _distinct(pairs: Sequence[tuple[int, int]], count: int) -> Pairs:
             f"There are {len(unique)} connections that can start aligned in these models, but {count} were asked for: "
             f"ask for fewer, or give pairs."
         )
-    return _ordered(unique[:count])
-
-
-def _ordered(pairs: Iterable[tuple[int, int]]) -> Pairs:
-    return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))
+    return ordered(unique[:count])
 
 
 def search(
@@ -261,7 +258,7 @@ def choose(model: Any, name: str, rows: Sequence[dict[str, list[int]]], count: i
                 losses[index] = _loss(model, rows)
             tried[" ".join(f"{i}-{j}" for i, j in sorted(pairs[place] for place in (*chosen, index)))] = losses[index]
         chosen.append(min(losses, key=lambda index: (losses[index], index)))
-    return _ordered(pairs[index] for index in chosen), tried
+    return ordered(pairs[index] for index in chosen), tried
 
 
 @contextmanager
@@ -279,9 +276,9 @@ def _loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     order = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(order), AT_ONCE):
         batch = order[start : start + AT_ONCE]
-        ids = _padded([row["input_ids"] for row in batch], 0, model.device)
-        mask = _padded([[1] * len(row["input_ids"]) for row in batch], 0, model.device)
-        labels = _padded([row["labels"] for row in batch], IGNORE, model.device)
+        ids = padded([row["input_ids"] for row in batch], 0, model.device)
+        mask = padded([[1] * len(row["input_ids"]) for row in batch], 0, model.device)
+        labels = padded([row["labels"] for row in batch], IGNORE, model.device)
         labelled = int((labels[:, 1:] != IGNORE).sum())
         total += labelled * float(model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss)
         count += labelled
@@ -301,14 +298,9 @@ def _batches(
     rows = [row for row in rows if row]
     for start in range(0, len(rows), AT_ONCE):
         batch = rows[start : start + AT_ONCE]
-        ids = _padded(batch, 0, device)
-        mask = _padded([[1] * len(row) for row in batch], 0, device)
+        ids = padded(batch, 0, device)
+        mask = padded([[1] * len(row) for row in batch], 0, device)
         yield Inputs(ids, mask, None, mask.bool(), None)
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
 @contextmanager

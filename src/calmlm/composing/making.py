@@ -288,8 +288,8 @@ def compose(
             else:
                 entry["words"]["scale"] = head_scale(model, backbone, role)
                 check_last_state(anchor_model, anchor_backbone, "anchor")
-            if speaks == "pointer" and name in alignments:
-                check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
+                if name in alignments:
+                    check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
         elif not pairs:
             raise ConfigError(
                 f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or "

@@ -6,8 +6,7 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-
+from calmlm.data.padding import padded_left
 from calmlm.errors import DataError
 
 __all__ = ["beside", "listening", "partners"]
@@ -73,12 +72,5 @@ def beside(
     """
     width = max(map(len, [*rows, *others]))
 
-    def padded(texts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        ids = [[pad] * (width - len(text)) + list(text) for text in texts]
-        mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
-        return {
-            "input_ids": torch.tensor(ids, dtype=torch.long, device=device),
-            "attention_mask": torch.tensor(mask, device=device),
-        }
-
-    return {**padded(rows), "augmenting_inputs": {name: padded(others) for name in names}}
+    instead = {name: padded_left(others, width, pad, device) for name in names}
+    return {**padded_left(rows, width, pad, device), "augmenting_inputs": instead}

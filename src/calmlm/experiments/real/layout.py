@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calmlm.data.labels import IGNORE
+from calmlm.data.padding import padded_left
 from calmlm.experiments.fitting import Row
 
 __all__ = ["AUGMENTING", "Text", "batches", "laid_out", "reading_others", "with_others"]
@@ -64,7 +65,7 @@ def laid_out(texts: Sequence[Text], pad: int) -> tuple[dict[str, Any], int]:
     """
     width = max(text.before for text in texts)
     length = width + max(len(text.ids) - text.start for text in texts)
-    ids, labels, mask = torch.full((len(texts), length), pad), torch.full((len(texts), length), IGNORE), None
+    ids, labels = torch.full((len(texts), length), pad), torch.full((len(texts), length), IGNORE)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
         first = width - text.start
@@ -87,9 +88,7 @@ def with_others(others: Sequence[Sequence[int]], width: int, pad: int) -> dict[s
         width: where the rows' own prompts end.
         pad: the padding token.
     """
-    rows = [[pad] * (width - len(other)) + list(other) for other in others]
-    mask = [[0] * (width - len(other)) + [1] * len(other) for other in others]
-    return {AUGMENTING: {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}}
+    return {AUGMENTING: padded_left(others, width, pad)}
 
 
 def reading_others(pad: int) -> Any:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from calmlm.data.conversations import common_prefix
@@ -16,10 +15,9 @@ from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.real.layout import Text
 from calmlm.experiments.real.world import Item, World
 
-__all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of", "token_nats"]
+__all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of"]
 
 T = TypeVar("T")
-AT_ONCE = 64  # positions whose logits become float32 at a time
 
 
 class System(Protocol):
@@ -50,12 +48,6 @@ def text_of(item: Item, tokenizer: Any, before: str = "", other: bool = False) -
     ids = encode_prompt(prompt + item.completion, tokenizer)
     start = max(1, common_prefix(encode_prompt(prompt, tokenizer), ids))
     return Text(ids, start, encode_prompt(before + item.other, tokenizer) if other and item.other else None)
-
-
-def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-probabilities (n,) in float32 of labels (n,) by logits (n, V), some at a time."""
-    parts = zip(logits.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
 
 
 def by_row(values: Tensor, labels: Tensor) -> list[float]:

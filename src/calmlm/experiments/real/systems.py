@@ -12,10 +12,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
+from calmlm.communication import token_nats
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.fitting import prompt_argument
 from calmlm.experiments.real.layout import batches, laid_out
-from calmlm.experiments.real.measures import by_row, text_of, token_nats
+from calmlm.experiments.real.measures import by_row, text_of
 from calmlm.experiments.real.world import Item
 
 __all__ = ["Alone", "Cascade", "Composed", "on_device", "told"]

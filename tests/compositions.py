@@ -105,30 +105,39 @@ def pad(rows: list[Tensor], side: str, pad_id: int = 0) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def greedy_without_cache(
-    model: Any, input_ids: Tensor, steps: int, attention_mask: Tensor | None = None, eos_token_id: int | None = None
+    model: Any,
+    input_ids: Tensor,
+    steps: int,
+    attention_mask: Tensor | None = None,
+    eos_token_id: int | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
-    """The reference for generation: ``steps`` new ids per row, everything computed anew at each step."""
+    """The reference for generation: ``steps`` new ids per row, everything computed anew at each step.
+
+    Of ``input_ids`` all tokens were given, or those that ``given`` (B, T) bool names.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    prompt = input_ids.shape[1]
+    given = torch.ones_like(input_ids, dtype=torch.bool) if given is None else given
     for _ in range(steps):
         # One row at a time and without its padding: no mask and no batch can go wrong here.
         following = [
-            model(input_ids=row[keep.bool()][None], use_cache=False, **told(model, int(keep[:prompt].sum()), keep))
+            model(input_ids=row[keep.bool()][None], use_cache=False, **told(model, prompt[keep.bool()]))
             .logits[0, -1]
             .argmax()
-            for row, keep in zip(input_ids, mask, strict=True)
+            for row, keep, prompt in zip(input_ids, mask, given, strict=True)
         ]
         input_ids = torch.cat((input_ids, torch.stack(following)[:, None]), dim=1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        given = torch.cat((given, torch.zeros_like(given[:, :1])), dim=1)
     return input_ids
 
 
-def told(model: Any, given: int, keep: Tensor) -> dict[str, Tensor]:
-    """What says that the first ``given`` of a row's real tokens were its prompt, where that matters."""
+def told(model: Any, given: Tensor) -> dict[str, Tensor]:
+    """What says which of a row's tokens were ``given`` (T,) bool, where that matters."""
     inner = getattr(model, "model", None)
     if not getattr(inner, "enabled", False) or not inner.wants_prompts:
         return {}
-    return {"prompt_mask": (torch.arange(int(keep.sum())) < given)[None]}
+    return {"prompt_mask": given[None]}
 
 
 # "<what was expected> must ..., but <what arrived>: <what to do>."

@@ -19,7 +19,7 @@ from calmlm.tokens.spelling import Spelling
 from calmlm.tokens.transcoding import Transcoder
 from compositions import assert_close, assert_helpful, awaken, logits_of, pad
 from tiny import CHAT_TEMPLATE, tiny_model
-from tokenizers_tiny import CORPUS, SPECIAL, _wrapped, tokenizer
+from tokenizers_tiny import CORPUS, SPECIAL, _unigram, _wrapped, tokenizer
 
 
 def written(ours: Any, theirs: Any, ids: list[int]) -> list[int]:
@@ -151,12 +151,8 @@ def test_a_changed_tokenizer_is_noticed(tmp_path: Path) -> None:
 
 
 def test_case_and_accents_are_those_of_the_augmenting_tokenizer() -> None:
-    backend = Tokenizer(models.Unigram())
+    backend = _unigram()
     backend.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
     ours, theirs = tokenizer("bytes"), _wrapped(backend)
     ids = ours("Hello Wörld", add_special_tokens=False).input_ids
     assert theirs.decode(written(ours, theirs, ids)) == "hello world"

@@ -144,7 +144,7 @@ class OwnReader(Common):
                 whole = writer.given(np.concatenate((ids, coming)), all_told, branches=self.backbone.branches)
                 targets[place] = [token for token in whole[settled:] if token[1] <= place]
                 steady[place] = len(targets[place])
-            elif place + 1 == len(ids) or not told[place + 1]:
+            elif place + 1 == len(ids) or not (told[place] and told[place + 1]):
                 targets[place] = [*fresh, *stream.pending()]
                 steady[place] = len(fresh)
             if not writer.training and place >= len(ids) - LATEST:

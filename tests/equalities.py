@@ -79,7 +79,7 @@ def assert_generates(model: calmlm.CalmForCausalLM, options: dict[str, Any]) -> 
 
 
 def assert_static_and_drafts(model: calmlm.CalmForCausalLM) -> None:
-    """A static cache and drafts change nothing, for models that share ids."""
+    """A static cache and drafts change nothing."""
     ids = ROWS[0][None]
     expected = greedy_without_cache(model, ids, 8)
     static = {"cache_implementation": "static", "disable_compile": True}

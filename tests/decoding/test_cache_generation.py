@@ -58,7 +58,7 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES_WITH_SDPA = [name for name in COMPOSITIONS if "bloom" not in name]
-STATIC = [name for name in FAMILIES_WITH_SDPA if "own tokens" not in name]  # which move in their caches
+STATIC = FAMILIES_WITH_SDPA
 NOT_ASSISTED = ["mistral+gemma3, all options", "qwen3+opt"]
 ASSISTED = [name for name in COMPOSITIONS if name not in NOT_ASSISTED]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -264,12 +264,6 @@ def test_a_mask_of_four_dimensions_is_refused() -> None:
     assert_helpful(caught.value, "attention_mask")
 
 
-def test_a_static_cache_is_refused() -> None:
-    with pytest.raises(calmlm.ModelError) as caught:
-        composition(PAIRS[0]).generate(torch.tensor([[5, 6, 7]]), **GREEDY, cache_implementation="static")
-    assert_helpful(caught.value, "dynamic cache")
-
-
 @pytest.mark.filterwarnings("ignore:.*cannot take back:UserWarning")
 @pytest.mark.parametrize(
     ("family", "options"),

@@ -3,7 +3,8 @@
 A round: the augmenting model reads the last token and writes up to ``num_tokens`` further ones, each from its own
 distribution; the anchor reads all of them in one call and keeps those that the composition would have written. The
 augmenting model's states over them are those that the connections need, so that drafting costs its output embeddings
-and, where a draft is refused, the steps that were in vain.
+and, where a draft is refused, the steps that were in vain. (A model that reads the text in tokens of its own drafts in
+these, and reads the text anew for the connections: see ``own_drafts``.)
 
 Greedy decoding gives the same tokens as without drafts; sampling keeps the composition's distribution (speculative
 sampling: Leviathan et al. 2023, algorithm 1; Chen et al. 2023). Acceptance, cropping and streaming are transformers'.
@@ -22,9 +23,9 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from calmlm.decoding.limits import DraftLimits
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
-from calmlm.readers import Inputs, SharedReader
+from calmlm.readers import Inputs, OwnReader, SharedReader
 
-__all__ = ["AugmentingCandidateGenerator", "DraftConfig", "DraftStatistics", "Drafter"]
+__all__ = ["AugmentingCandidateGenerator", "DraftConfig", "DraftStatistics", "Drafter", "Drafts"]
 
 _PRIOR, _WEIGHT, _MEMORY = 0.9, 4.0, 0.95
 """What share of drafts is accepted before any were made, how many such drafts that counts for, what a round forgets."""
@@ -67,7 +68,8 @@ class DraftConfig:
     """How an augmenting model drafts.
 
     Attributes:
-        augmenting: its name; by default the first that shares the anchor's token ids.
+        augmenting: its name; by default the first that shares the anchor's token ids, or else the first that reads the
+            text in its own tokens.
         num_tokens: tokens that are drafted at most before the composition checks them.
         adaptive: whether the draft gets shorter while few of its tokens are accepted, down to none at all.
         confidence: a draft ends with the first token to which the augmenting model gives less probability.
@@ -119,23 +121,27 @@ def _drafting_model(model: CalmModel, name: str | None) -> str:
         other
         for other in model.augmenting
         if other in model.active
-        and isinstance(model.reader(other), SharedReader)
+        and _drafts(model.reader(other))
         and model.augmenting[other].get_output_embeddings() is not None  # type: ignore[operator]
     ]
     if name is None:
         if not can:
             raise ConfigError(
-                "Drafting must have an augmenting model that reads the anchor's own token ids and has output "
-                "embeddings, but this composition has none that is switched on: leave drafting out."
+                "Drafting must have an augmenting model that reads the anchor's token ids or, with alignment='own', its "
+                "own, and has output embeddings, but this composition has none that is switched on: leave drafting out."
             )
-        return can[0]
+        return min(can, key=lambda other: not isinstance(model.reader(other), SharedReader))
     if name not in can:
         which = ", ".join(can) or "none of this composition's"
         raise ConfigError(
-            f"The drafting model must be one that reads the anchor's own token ids, has output embeddings and is "
-            f"switched on ({which}), but got {name!r}: name one of these."
+            f"The drafting model must be one that reads the anchor's token ids or, with alignment='own', its own, has "
+            f"output embeddings and is switched on ({which}), but got {name!r}: name one of these."
         )
     return name
+
+
+def _drafts(reader: Any) -> bool:
+    return isinstance(reader, SharedReader) or (isinstance(reader, OwnReader) and reader.backbone.branches)
 
 
 class DraftLength:
@@ -173,13 +179,38 @@ class DraftLength:
             self.known.recent_tried = _MEMORY * self.known.recent_tried + min(accepted + 1, drafted)
 
 
-class AugmentingCandidateGenerator(CandidateGenerator):
-    """Drafts with an augmenting model, on the composition's own cache.
+class Drafts(CandidateGenerator):
+    """Drafts by an augmenting model, on the composition's own cache.
 
     Args:
         model: the composition.
         drafter: which augmenting model drafts, and how.
         limits: where a draft has to end.
+        cost: what a drafted token costs the augmenting model, in its own steps.
+    """
+
+    def __init__(self, model: CalmModel, drafter: Drafter, limits: DraftLimits, cost: float = 1.0) -> None:
+        self.cache, self.limits, self.name, self.settings = limits.cache, limits, drafter.name, drafter.settings
+        self.cache.check(model.bearers())
+        self.length = DraftLength(drafter.settings, cost * _cost(model, drafter.name))
+        self.drafted = 0
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Take note of how many of the draft's tokens were kept."""
+        accepted = min(int(num_matches), self.drafted)
+        self.length.learn(self.drafted, accepted)
+        statistics = self.settings.statistics
+        statistics.drafted += self.drafted
+        statistics.accepted += accepted
+        statistics.passes += 1
+        statistics.tokens += int(num_matches) + 1
+
+
+class AugmentingCandidateGenerator(Drafts):
+    """Drafts by a model that shares the anchor's token ids.
+
+    Args:
+        model, drafter, limits: see ``Drafts``.
         input_ids: (1, T), what ``generate`` starts from: the whole text, or what follows the cache's tokens.
         logits_processor: applied to the draft's scores as to the composition's.
         generation_config: of this call.
@@ -196,19 +227,16 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         generation_config: Any,
         model_kwargs: dict[str, Any],
     ) -> None:
-        self.cache, self.limits, self.name, self.settings = limits.cache, limits, drafter.name, drafter.settings
-        self.cache.check(model.bearers())
+        super().__init__(model, drafter, limits)
         reader = model.reader(drafter.name)
         assert isinstance(reader, SharedReader)
         self.reader = reader
-        self.length = DraftLength(drafter.settings, _cost(model, drafter.name))
         self.processor, self.sample = logits_processor, bool(generation_config.do_sample)
         self.end = generation_config._eos_token_tensor
         self.vocabulary = model.backbone().vocab_size
         self.mask, self.positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         self.total = limits.before + input_ids.shape[1]
         self.known = model.abilities.shared_ids
-        self.drafted = 0
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Draft.
@@ -243,16 +271,6 @@ class AugmentingCandidateGenerator(CandidateGenerator):
         self.drafted = self.limits.readable(input_ids, text)
         scores = scores[: self.drafted]
         return input_ids[:, : text + self.drafted], torch.stack(scores, dim=1) if scores else None
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """Take note of how many of the draft's tokens were kept."""
-        accepted = min(int(num_matches), self.drafted)
-        self.length.learn(self.drafted, accepted)
-        statistics = self.settings.statistics
-        statistics.drafted += self.drafted
-        statistics.accepted += accepted
-        statistics.passes += 1
-        statistics.tokens += int(num_matches) + 1
 
     def _read(self, ids: Tensor, start: int, past: Any) -> Tensor:
         end = start + ids.shape[1]

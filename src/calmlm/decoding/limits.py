@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from calmlm.modeling import CalmModel
-from calmlm.readers import AlignedReader
+from calmlm.readers import AlignedReader, OwnReader
 from calmlm.state.cache import CalmCache
 from calmlm.state.longrope import room_before_turn
 
@@ -47,7 +47,7 @@ class DraftLimits:
         unread = self.cache.get_seq_length() - self.before
         for name in self.model.active:
             reader = self.model.reader(name)
-            if isinstance(reader, AlignedReader) and count > 0:
+            if isinstance(reader, (AlignedReader, OwnReader)) and count > 0:
                 ends = reader.room(ids[:, unread : text + count], self.cache.part(name))
                 count = min(count, unread + ends - text)
         return max(0, count)

@@ -24,10 +24,11 @@ from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig
 from calmlm.decoding.drafting import AugmentingCandidateGenerator, DraftConfig, Drafter
 from calmlm.decoding.limits import Bounded, DraftLimits
+from calmlm.decoding.own_drafts import OwnDrafts
 from calmlm.decoding.stopping import Gate, check_new_tokens, positions_before
 from calmlm.errors import ConfigError
 from calmlm.modeling import CalmModel
-from calmlm.readers import needs_tokens, no_cache
+from calmlm.readers import OwnReader, needs_tokens, no_cache
 from calmlm.state.cache import CalmCache, static_length, without_attention
 from calmlm.state.longrope import check_turn, turns
 from calmlm.state.past import Announced
@@ -203,6 +204,8 @@ class CalmGenerationMixin(GenerationMixin):
         given = kwargs["model_kwargs"]
         limits = DraftLimits(self.model, given["past_key_values"], given["earlier_tokens"], config.max_length, lengths)
         if isinstance(assistant, Drafter):
+            if isinstance(self.model.reader(assistant.name), OwnReader):
+                return OwnDrafts(self.model, assistant, limits)
             wanted = ("input_ids", "logits_processor", "generation_config", "model_kwargs")
             return AugmentingCandidateGenerator(self.model, assistant, limits, **{key: kwargs[key] for key in wanted})
         arguments = {key: value for key, value in given.items() if key not in LOOP_ARGUMENTS}

@@ -367,11 +367,6 @@ class CalmModel(CalmPreTrainedModel):
         entries = {name: entry for name, entry in self.config.augmenting.items() if name in self.active}
         reading = [name for name, entry in entries.items() if entry["reads"] in ("tokens", "text")]
         apart = [name for name, entry in entries.items() if entry["reads"] != "tokens"]
-        if apart and isinstance(anchor_cache, StaticCache):
-            raise ModelError(
-                f"A static cache needs augmenting models that share the anchor's token ids, but {apart[0]!r} does not: "
-                f"use a dynamic cache."
-            )
         cache = CalmCache.around(
             anchor_cache,
             {name: text_config(self.augmenting[name]) for name in reading},  # type: ignore[arg-type]

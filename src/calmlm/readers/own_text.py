@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from calmlm.bases.families import text_config
 from calmlm.bases.trees import tree_mask
+from calmlm.connectors.cross_attention import eager_attention
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
-from calmlm.state.past import Announced, Past
+from calmlm.state.past import Announced, Past, crop_cache
 from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST
 
@@ -54,6 +56,7 @@ class OwnReader(Common):
 
     transcoder: OwnWriter | None = None
 
+    @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
     def read(self, inputs: Inputs, past: Past) -> Stream:
         past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
@@ -74,6 +77,67 @@ class OwnReader(Common):
         frontier.choose(frontier.chosen)
         past.move(Shift(frontier.chosen))
         frontier.chosen = None
+
+    def draft(self, ids: Tensor, past: Past, most: int, confidence: float) -> bytes:
+        """What the model would write next, greedily: at most ``most`` of its tokens, as bytes.
+
+        It ends before a special token, and behind a token to which the model gives less probability than ``confidence``.
+        What was read for it is forgotten: the connections need states at the anchor's positions.
+
+        Args:
+            ids: (1, 1), the anchor's newest token, which the model has not read.
+            past: what it has read.
+            most: tokens.
+            confidence: from 0 to 1.
+        """
+        assert self.transcoder is not None
+        past = self.opening.begin(past, 1)
+        frontier, own = past.frontier, past.own
+        assert own is not None
+        nobody = torch.zeros_like(ids, dtype=torch.bool)
+        row = self._plan(ids, ~nobody, nobody, frontier)[0]
+        # Nothing new is there in the middle of a character; what begins with its end would be hard to tell.
+        if not row.nodes or row.branches or frontier.owner is None:
+            return b""
+        held = (frontier.owner != NOBODY).sum(1)
+        past.take_back(held - row.kept)
+        new, read, said = [token[0] for token in row.nodes], 0, b""
+        most = min(most, (self.backbone.max_positions or sys.maxsize) - past.opening - row.kept - len(new))
+        for _ in range(most):
+            logits = self._said_behind(new, read, past)
+            read += len(new)
+            probabilities = logits.float().softmax(-1)
+            token = int(probabilities.argmax())
+            piece = self.transcoder.spelled[token] if token < len(self.transcoder.spelled) else None
+            if not piece:
+                break
+            said += piece
+            if float(probabilities[0, token]) < confidence:
+                break
+            new = [token]
+        if read:
+            crop_cache(own, -read)
+        return said
+
+    def _said_behind(self, tokens: list[int], read: int, past: Past) -> Tensor:
+        """The model's logits (1, V_A) behind tokens of one row, which stay in its cache behind ``read`` such ones."""
+        assert past.frontier.owner is not None
+        filled = nn.functional.pad((past.frontier.owner != NOBODY).long(), (0, read + len(tokens)), value=1)
+        positions = self.opening.positions((filled.cumsum(1) - 1)[:, -len(tokens) :])
+        stream = Stream(None, None, None, None, eager_attention)
+        logits = self.run(
+            stream,
+            head=True,
+            **base_arguments(
+                self.backbone,
+                input_ids=self.on_device(torch.tensor([tokens])),
+                attention_mask=self.opening.attention(self.on_device(filled), len(tokens)),
+                position_ids=self.on_device(positions),
+                cache=past.own,
+            ),
+        )
+        assert logits is not None
+        return logits
 
     # What there is to read
 

@@ -22,6 +22,7 @@ class AlignedReader(Common):
 
     transcoder: Transcoder | Rewriter | None = None
 
+    @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
     def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
         past = self.opening.begin(past, inputs.ids.shape[0])

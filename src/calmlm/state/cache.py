@@ -156,7 +156,7 @@ class CalmCache(Cache):
         return cls(
             anchor,
             {name: own(name, config) for name, config in configs.items()},
-            {name: cross_cache(count, length) for name, count in connections.items()},
+            {name: cross_cache(count, None if name in apart else length) for name, count in connections.items()},
             {name: Frontier() for name in apart},
             openings,
         )

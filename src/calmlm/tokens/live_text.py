@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.boundaries import class_of
 from calmlm.tokens.parts import literal, parts_of, read_backend
+from calmlm.tokens.respelling import Respelling
 from calmlm.tokens.retokenization import Rewriting
-from calmlm.tokens.spelling import flat, in_word
+from calmlm.tokens.spelling import flat, in_word, token_bytes
 from calmlm.tokens.stream import CONTEXT, KEPT, Rewriter, Run, TextStream, split_bytes
 from calmlm.tokens.transcoding import Transcoder
 
@@ -77,8 +78,18 @@ class OwnWriter(Rewriter):
         self._given: dict[bytes, list[Token]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("at_beginning", "inside", "lead", "_given")
+        made = ("at_beginning", "inside", "lead", "_given", "spelled", "respelling")
         return {key: value for key, value in super().__getstate__().items() if key not in made}
+
+    @cached_property
+    def spelled(self) -> list[bytes | None]:
+        """The bytes of each augmenting token inside a text, None for special ones."""
+        return token_bytes(self.writer.tokenizer, "augmenting model")  # type: ignore[arg-type]
+
+    @cached_property
+    def respelling(self) -> Respelling:
+        """Writes what the augmenting model says in the anchor's tokens."""
+        return Respelling(self.alignment.pieces)
 
     def resume(self, ids: np.ndarray, told: np.ndarray, *, branches: bool = True) -> OwnStream:
         """The stream behind the anchor tokens ``ids`` (n,) of one text; ``told`` (n,) bool marks those that were given.

@@ -127,8 +127,9 @@ def _drafting_model(model: CalmModel, name: str | None) -> str:
     if name is None:
         if not can:
             raise ConfigError(
-                "Drafting must have an augmenting model that reads the anchor's token ids or, with alignment='own', its "
-                "own, and has output embeddings, but this composition has none that is switched on: leave drafting out."
+                "Drafting must have an augmenting model that reads the anchor's ids or, with alignment='own', its "
+                "own, and has output embeddings, but none of this composition's that is switched on does: leave "
+                "drafting out."
             )
         return min(can, key=lambda other: not isinstance(model.reader(other), SharedReader))
     if name not in can:

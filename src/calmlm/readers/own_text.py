@@ -81,7 +81,7 @@ class OwnReader(Common):
     def draft(self, ids: Tensor, past: Past, most: int, confidence: float) -> bytes:
         """What the model would write next, greedily: at most ``most`` of its tokens, as bytes.
 
-        It ends before a special token, and behind a token to which the model gives less probability than ``confidence``.
+        It ends before a special token, and behind a token to which the model gives a probability below ``confidence``.
         What was read for it is forgotten: the connections need states at the anchor's positions.
 
         Args:

@@ -19,7 +19,7 @@ class Respelling:
     """
 
     def __init__(self, pieces: Sequence[bytes | None]) -> None:
-        # Of two tokens of the same bytes the later one is taken: a character, and not the byte token that stands for it.
+        # Of two tokens of the same bytes the later one counts: a character, and not the byte token that stands for it.
         self.ids = {piece: index for index, piece in enumerate(pieces) if piece}
         self.longest = max(map(len, self.ids), default=0)
 

@@ -115,7 +115,7 @@ def argument_types(backend: str) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def read_arguments(backend: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+def read_arguments(backend: str, given: Mapping[str, Any], faults: list[str], place: str = "trainer") -> dict[str, Any]:
     """The arguments in the forms that the trainer takes; a sentence is added to `faults` for each that has none.
 
     Whole numbers stand for numbers, YAML's ``no`` for the word, mappings and lists for what is a line of text there.
@@ -123,22 +123,22 @@ def read_arguments(backend: str, given: Mapping[str, Any], faults: list[str]) ->
     types, found = argument_types(backend), {}
     for key, value in given.items():
         if key in OWNED:
-            faults.append(f"trainer.{key}: calmlm sets this itself; {OWNED[key]}.")
+            faults.append(f"{place}.{key}: calmlm sets this itself; {OWNED[key]}.")
         elif key not in types:
-            faults.append(_unknown(key, types.keys() - OWNED.keys(), backend))
+            faults.append(_unknown(key, types.keys() - OWNED.keys(), backend, place))
         else:
-            found[key] = _read(key, types[key], value, faults)
+            found[key] = _read(key, types[key], value, faults, place)
     return found
 
 
-def _unknown(key: str, known: Collection[str], backend: str) -> str:
+def _unknown(key: str, known: Collection[str], backend: str, place: str) -> str:
     if backend == "trainer" and find_spec("trl") is not None and key in argument_types("sft"):
-        return f"trainer.{key}: expected an argument of transformers' Trainer, but it is TRL's; set backend: sft."
-    return unknown_key(key, known, "trainer")
+        return f"{place}.{key}: expected an argument of transformers' Trainer, but it is TRL's; set backend: sft."
+    return unknown_key(key, known, place)
 
 
-def _read(key: str, hint: Any, value: Any, faults: list[str]) -> Any:
-    where, before = f"trainer.{key}", len(faults)
+def _read(key: str, hint: Any, value: Any, faults: list[str], place: str) -> Any:
+    where, before = f"{place}.{key}", len(faults)
     if value is False and "no" in _words(hint):
         return "no"  # which YAML reads as false
     value = read_value(FORMS.get(key, hint), value, faults, where)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import set_seed
 
-from calmlm.bases.sharding import gathered, is_spread
+from calmlm.bases.sharding import is_spread
 from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
@@ -23,6 +20,7 @@ from calmlm.data.sources import HubDataset, load_examples, read_lines
 from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
+from calmlm.training.align_stage import AlignStage
 from calmlm.training.backends import (
     Rows,
     make_arguments,
@@ -32,11 +30,11 @@ from calmlm.training.backends import (
     set_packing_length,
     upload,
 )
-from calmlm.training.run_folder import RunFolder, best_of, replacing_folder, steps_of
+from calmlm.training.outcome import Report, save_result
+from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.yaml import dump_yaml
 
-Report = Callable[[str], None]
 LOOKED_AT = 32  # rows of which a view has to show something
 LISTENED_TO = 16  # rows of which is told what the augmenting models understand
 
@@ -101,6 +99,9 @@ def train(
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    stage = None
+    if config.align is not None and checkpoint is None:
+        stage = AlignStage(config, model, tokenizer, max_length, folder)
 
     def start() -> None:
         with arguments.main_process_first(local=False, desc="making the output folder"):
@@ -110,6 +111,9 @@ def train(
     trainer.start = start
     if checkpoint is None:
         _listen(model, tokenizer, rows, report)
+    if stage is not None:
+        stage.run(start, resume=resume, report=report)
+        set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
@@ -134,22 +138,6 @@ def train(
     if arguments.push_to_hub:
         upload(trainer, folder.composition)
     return TrainingResult(folder.composition, steps, loss)
-
-
-def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: Report = print) -> None:
-    """Write a trained composition and its tokenizer; every process has to call this, and the first one writes.
-
-    Args:
-        trainer: which may have spread the model over processes.
-        model: the composition.
-        tokenizer: its own.
-        target: a folder, replaced as a whole.
-        report: takes a line about what could not be saved.
-    """
-    state = gathered(trainer.model_wrapped, model.is_composition)
-    if trainer.is_world_process_zero():
-        _save(model, tokenizer, target, report, state)
-    trainer.accelerator.wait_for_everyone()
 
 
 def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:
@@ -275,42 +263,6 @@ def check_views(model: Any, rows: Rows) -> None:
                 f"model.augmenting_view: expected conversations in the anchor's chat template, but the augmenting "
                 f"model {name!r} would see nothing of the data; give 'messages', or leave the view out."
             )
-
-
-def _save(model: Any, tokenizer: Any, target: Path, report: Report, state: dict[str, Any] | None) -> None:
-    """Save the result of a run; where that cannot be, in a folder for temporary files.
-
-    Raises:
-        CalmError: it does not lie where it was to be; the message says where it does.
-    """
-
-    def save(place: Path) -> None:
-        with replacing_folder(place) as fresh:
-            model.save_pretrained(fresh, state_dict=state)
-            with tempfile.TemporaryDirectory() as private:
-                aside = Path(private) / "tokenizer"  # half of its files would be taken for all
-                aside.mkdir()
-                try:
-                    tokenizer.save_pretrained(aside)
-                    shutil.copytree(aside, fresh, dirs_exist_ok=True)
-                except Exception as error:  # the weights took longer
-                    report(
-                        f"The tokenizer could not be saved beside the composition ({first_line(error)}): name one with "
-                        f"--tokenizer."
-                    )
-
-    try:
-        save(target)
-    except (OSError, SafetensorError) as error:
-        second = Path(tempfile.mkdtemp(prefix="calmlm-")) / target.name
-        try:
-            save(second)
-        except (OSError, SafetensorError):
-            raise error from None
-        raise CalmError(
-            f"Expected to save the composition in {target}, but that failed ({first_line(error)}), so it lies in "
-            f"{second}: move it."
-        ) from error
 
 
 def _part(entry: dict[str, Any] | None, key: str) -> Any:

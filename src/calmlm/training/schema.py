@@ -18,7 +18,16 @@ from calmlm.training.arguments import OWNED, read_arguments
 from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
-__all__ = ["OWNED", "DataConfig", "ModelConfig", "TrainingConfig", "connector_options", "load_config", "parse_config"]
+__all__ = [
+    "OWNED",
+    "AlignConfig",
+    "DataConfig",
+    "ModelConfig",
+    "TrainingConfig",
+    "connector_options",
+    "load_config",
+    "parse_config",
+]
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """A stage before the data: plain text, all of whose tokens count. It needs no labels, and no text of the task.
+
+    Args:
+        text: a file of plain text, a paragraph a line; by default `model.plain_text`.
+        trainer: arguments of the trainer for this stage, over those of the run; `max_steps` above all.
+    """
+
+    text: Place | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """One training run.
 
@@ -203,6 +225,7 @@ class TrainingConfig:
         tokenizer: id or folder of the tokenizer; the anchor's when left out.
         backend: "sft" for TRL's SFTTrainer, "trainer" for transformers' Trainer.
         trainer: arguments of SFTConfig or TrainingArguments.
+        align: a stage on plain text before the data; none when left out.
     """
 
     output: Place
@@ -211,6 +234,7 @@ class TrainingConfig:
     tokenizer: Place | None = None
     backend: Literal["sft", "trainer"] = "sft"
     trainer: dict[str, Any] = field(default_factory=dict)
+    align: AlignConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -270,6 +294,15 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):
         arguments = read_arguments(backend, arguments, faults)
+    align = values.get("align")
+    if isinstance(align, Mapping):
+        if align.get("text") is None and (model is None or model.plain_text is None):
+            faults.append("align.text: expected a file of plain text, but neither this nor model.plain_text names one.")
+        own = align.get("trainer", {})
+        if backend in ("sft", "trainer") and isinstance(own, Mapping):
+            checked = read_arguments(backend, own, faults, "align.trainer")
+            if config is not None and config.align is not None:
+                config = dataclasses.replace(config, align=dataclasses.replace(config.align, trainer=checked))
     if values.get("output") == "":
         faults.append("output: expected a folder, but it is empty; name one.")
     if faults or config is None:

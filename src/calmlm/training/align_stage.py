@@ -1,0 +1,125 @@
+"""A stage on plain text before the data: the connections learn to carry what a text says, from texts without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from calmlm.bases.sharding import is_spread
+from calmlm.data.context import own_contexts
+from calmlm.data.formats import Example
+from calmlm.data.labels import encode_examples
+from calmlm.data.sources import read_lines
+from calmlm.errors import CalmError, ConfigError
+from calmlm.files.storage import WEIGHTS_NAME, read_tensors
+from calmlm.training.backends import make_arguments, make_trainer, refusal, set_packing_length
+from calmlm.training.outcome import Report, save_result
+from calmlm.training.run_folder import RunFolder
+from calmlm.training.schema import TrainingConfig
+from calmlm.training.yaml import dump_yaml
+
+__all__ = ["AlignStage"]
+
+FOLDER = "align"  # in the folder of the run, itself a run's folder
+ELSEWHERE = ("eval_", "hub_", "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+"""Arguments of the run that this stage has no part in: it evaluates nothing and uploads nothing."""
+
+
+class AlignStage:
+    """The stage, with everything checked that can be checked before it begins.
+
+    Args:
+        config: of the run.
+        model: the composition that the run trains.
+        tokenizer: its own.
+        max_length: tokens of a text at most.
+        folder: of the run.
+
+    Raises:
+        CalmError: the text cannot be read, the arguments are refused, or an augmenting model would read none of it.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, model: Any, tokenizer: Any, max_length: int | None, folder: RunFolder
+    ) -> None:
+        assert config.align is not None
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.folder = RunFolder(folder.path / FOLDER)
+        source = config.align.text or config.model.plain_text
+        assert source is not None
+        lines = read_lines(source)
+        examples = [Example("text", {"text": line}, f"{source}, text {n}") for n, line in enumerate(lines, start=1)]
+        own = own_contexts(model)
+        self.rows = encode_examples(examples, tokenizer, max_length=max_length, loss_on="all", own=own).rows
+        self._check()
+        given = {key: value for key, value in config.trainer.items() if not key.startswith(ELSEWHERE)}
+        given |= {key: value for key, value in config.align.trainer.items() if not key.startswith(ELSEWHERE)}
+        try:
+            self.arguments = make_arguments(config.backend, given, self.folder, evaluates=False)
+            set_packing_length(self.arguments, max_length)
+            self.trainer = make_trainer(config.backend, model, self.arguments, tokenizer, self.rows, None, self.folder)
+        except ConfigError as error:
+            raise ConfigError(f"align.{error}" if str(error).startswith("trainer") else str(error)) from error
+
+    def run(self, start: Callable[[], None], *, resume: bool, report: Report) -> None:
+        """Train on the text, unless an earlier run has; the model holds the result, and so does `align/composition`.
+
+        Args:
+            start: makes the folder of the whole run.
+            resume: whether to go on with what an earlier run left.
+            report: takes a line of progress.
+        """
+        done = self.folder.composition / WEIGHTS_NAME
+        if resume and done.is_file():
+            report(f"The stage on plain text is done: {self.folder.composition}.")
+            changed = [key for key in self.folder.changes(self.config.to_dict()) if key.startswith("align")]
+            if changed:
+                report(
+                    f"It was run with other settings: {', '.join(changed)}. Start anew with --overwrite to change it."
+                )
+            tensors = read_tensors(done, self.model.composition_tensors().items(), str(self.folder.composition))
+            self.model.load_state_dict(tensors, strict=False)
+            return
+        checkpoint = self.folder.last_checkpoint() if resume else None
+
+        def begin() -> None:
+            start()
+            with self.arguments.main_process_first(local=False, desc="making the output folder"):
+                if self.arguments.process_index == 0:
+                    self.folder.start(dump_yaml(self.config.to_dict()), resume=resume)
+
+        self.trainer.start = begin
+        report(f"First {len(self.rows)} plain texts.")
+        try:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except CalmError:
+            raise
+        except Exception as error:  # whatever a trainer finds out about its arguments in its first step
+            if self.trainer.begun:
+                raise
+            raise refusal(error) from error
+        save_result(self.trainer, self.model, self.tokenizer, self.folder.composition, report)
+
+    def _check(self) -> None:
+        """Raise where an augmenting model reads no plain text, or one trainer could not follow another.
+
+        Raises:
+            ConfigError: naming what stands against it.
+        """
+        inner = self.model.model
+        if inner.reads_prompts:
+            raise ConfigError(
+                "align: expected augmenting models that read all of a text, but with refresh: false one reads prompts "
+                "alone, and plain text has none; leave one of both out."
+            )
+        for name in inner.active:
+            if not any(inner.shows(name, row["input_ids"]) for row in self.rows):
+                raise ConfigError(
+                    f"align: expected augmenting models that read plain text, but {name!r} reads the content of "
+                    f"conversations alone; leave model.augmenting_view or align out."
+                )
+        if is_spread(self.model) or self.config.trainer.get("fsdp") or self.config.trainer.get("deepspeed"):
+            raise ConfigError(
+                "align: expected a model that each process holds whole, but it is to be spread over processes; train "
+                "on the text in a run of its own, and go on from its result as model.composition."
+            )

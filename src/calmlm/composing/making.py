@@ -171,13 +171,8 @@ def compose(
         "augmenting_tokenizer": augmenting_tokenizer,
         "words": words,
     }
-    for argument, given in by_name.items():
-        unknown = sorted(set(given) - set(sources)) if isinstance(given, Mapping) else []
-        if unknown:
-            raise ConfigError(
-                f"{argument} must name augmenting models ({', '.join(sources)}), but got {', '.join(unknown)}: use "
-                f"their names."
-            )
+    _check_by_name(by_name, list(sources))
+    _check_starts(plain_text, init)
     _check_options(sorted(set(load_options) & NOT_RECORDED))
     if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
         raise ConfigError(
@@ -210,15 +205,6 @@ def compose(
     anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
     searched: dict[str, int] = {}
     freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
-    if plain_text is not None and (
-        isinstance(plain_text, str) or not all(isinstance(text, str) for text in plain_text)
-    ):
-        raise ConfigError(
-            f"plain_text must be a list of texts, but got {type(plain_text).__name__} or other things in it: put each "
-            f"line into a list."
-        )
-    if init not in (None, "aligned"):
-        raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
@@ -233,20 +219,16 @@ def compose(
                 f"load it a second time to compose it with itself."
             )
         entry = _entry(model, origin, augmenting_layers_path)
-        speaks = words.get(name) if isinstance(words, Mapping) else words
+        speaks = _of(words, name)
         if is_decoder(model):
             backbone = Backbone.of(model, role, augmenting_layers_path)
             backbone.probe(role)
-            theirs = (
-                augmenting_tokenizer.get(name) if isinstance(augmenting_tokenizer, Mapping) else augmenting_tokenizer
-            )
+            theirs = _of(augmenting_tokenizer, name)
             if theirs is None:
                 theirs = _tokenizer_of(model, origin, **remote)
-            method = alignment.get(name, "own") if isinstance(alignment, Mapping) else alignment
-            view = augmenting_view.get(name) if isinstance(augmenting_view, Mapping) else augmenting_view
+            method, view = _of(alignment, name, "own"), _of(augmenting_view, name)
             found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
-            prefix = augmenting_prefix.get(name) if isinstance(augmenting_prefix, Mapping) else augmenting_prefix
-            entry |= opening_entry(tokenizer, theirs, found, prefix, view, backbone)
+            entry |= opening_entry(tokenizer, theirs, found, _of(augmenting_prefix, name), view, backbone)
             if found is not None and (ingestor == "anchor" or speaks == "pointer"):
                 found = with_firsts(found, tokenizer, theirs)
             if found is not None:
@@ -262,17 +244,8 @@ def compose(
         else:
             backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
             entry["reads"] = "inputs"
-            if connector in CONNECTORS and CONNECTORS[connector].reads_distribution and not backbone.vocab_size:
-                raise ConfigError(
-                    f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is "
-                    f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
-                )
-            if ingestor == "anchor":
-                raise ConfigError(
-                    f"ingestor='anchor' needs an augmenting model that says tokens, but the {role} is an encoder: use "
-                    f"ingestor='learned'."
-                )
-        wanted = connections.get(name, "every-4") if isinstance(connections, Mapping) else connections
+            _check_encoder(backbone, connector, ingestor, role)
+        wanted = _of(connections, name, "every-4")
         sizes = len(backbone.layers), len(anchor_backbone.layers)
         if isinstance(wanted, str) and wanted.startswith(ALIGNED):
             searched[name] = aligned_count(wanted)
@@ -355,6 +328,61 @@ def compose(
         if init is not None or name in searched:
             start_aligned(composed, name, tokenizer, plain_text)
     return composed.eval()
+
+
+def _of(given: Any, name: str, default: Any = None) -> Any:
+    """What was given for all augmenting models, or by name for this one."""
+    return given.get(name, default) if isinstance(given, Mapping) else given
+
+
+def _check_by_name(arguments: dict[str, Any], names: list[str]) -> None:
+    """Raise for arguments by name that name no augmenting model.
+
+    Raises:
+        ConfigError: naming argument and names.
+    """
+    for argument, given in arguments.items():
+        unknown = sorted(set(given) - set(names)) if isinstance(given, Mapping) else []
+        if unknown:
+            raise ConfigError(
+                f"{argument} must name augmenting models ({', '.join(names)}), but got {', '.join(unknown)}: use "
+                f"their names."
+            )
+
+
+def _check_starts(plain_text: Any, init: Any) -> None:
+    """Raise for starts of connections that there are not.
+
+    Raises:
+        ConfigError: for texts that are no list of texts, or another ``init``.
+    """
+    if plain_text is not None and (
+        isinstance(plain_text, str) or not all(isinstance(text, str) for text in plain_text)
+    ):
+        raise ConfigError(
+            f"plain_text must be a list of texts, but got {type(plain_text).__name__} or other things in it: put each "
+            f"line into a list."
+        )
+    if init not in (None, "aligned"):
+        raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
+
+
+def _check_encoder(backbone: Backbone, connector: str, ingestor: str, role: str) -> None:
+    """Raise for an encoder that lacks what a connector takes.
+
+    Raises:
+        ConfigError: naming the connector's option.
+    """
+    if connector in CONNECTORS and CONNECTORS[connector].reads_distribution and not backbone.vocab_size:
+        raise ConfigError(
+            f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is "
+            f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
+        )
+    if ingestor == "anchor":
+        raise ConfigError(
+            f"ingestor='anchor' needs an augmenting model that says tokens, but the {role} is an encoder: use "
+            f"ingestor='learned'."
+        )
 
 
 def _is_name(source: Any) -> bool:

@@ -555,3 +555,15 @@ def test_models_in_gguf_files_are_trained_over(settings: Settings, tmp_path: Pat
     with pytest.raises(CalmError, match=r"other\.gguf"):
         go(values)
     assert not Path(values["output"]).exists()
+
+
+def test_plain_text_alone_stands_for_the_recipe(settings: Settings, tmp_path: Path) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("\n".join(f"{number}+{number}={2 * number} and so on" for number in range(12)), encoding="utf-8")
+    values = settings(max_steps=2)
+    values["model"] |= {"plain_text": str(text)}
+    del values["model"]["connections"]
+    entry = calmlm.CalmForCausalLM.from_pretrained(go(values)).config.augmenting["augmenting"]
+    assert entry["connector"]["kind"] == "graft"
+    assert entry["words"]["kind"] == "map"
+    assert entry["adapters"]

@@ -30,7 +30,7 @@ def fault(values: dict[str, Any]) -> str:
 def test_minimal() -> None:
     config = parse_config(minimal())
     assert config.backend == "sft"
-    assert config.model == ModelConfig(anchor="b", augmenting="a", connections="every-4")
+    assert config.model == ModelConfig(anchor="b", augmenting="a")
     assert config.data.loss_on == "completion"
 
 

@@ -38,6 +38,16 @@ NOT_RECORDED = frozenset(("subfolder", "variant", "config", "key_mapping", "igno
 """Options of ``from_pretrained`` that make another model of what lies at an id, as all settings of its configuration
 do."""
 
+RECIPE: dict[str, Any] = {
+    "connections": "aligned-1",
+    "connector": "graft",
+    "words": "map",
+    "init": "aligned",
+    "opened": True,
+    "adapters": 16,
+}
+"""How models are joined where ``plain_text`` is given and nothing else is said; chosen by ``calmlm repro real``."""
+
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
@@ -47,7 +57,7 @@ Connections: TypeAlias = str | int | Sequence[Sequence[int]]
 def compose(
     anchor: Source,
     augmenting: Source | Mapping[str, Source],
-    connections: Connections | Mapping[str, Connections] = "every-4",
+    connections: Connections | Mapping[str, Connections] | None = None,
     num_heads: int | None = None,
     *,
     norm: bool = True,
@@ -59,7 +69,7 @@ def compose(
     projection: str = "linear",
     ingestor: str = "learned",
     top_k: int | None = None,
-    connector: str = "cross_attention",
+    connector: str | None = None,
     words: str | Mapping[str, str] | None = None,
     adapters: Any = None,
     init: str | None = None,
@@ -92,15 +102,19 @@ def compose(
 ) -> CalmForCausalLM:
     """Join a frozen anchor and frozen augmenting models by trainable cross-attentions.
 
-    The result starts out as the anchor, bit for bit; only the connections train.
+    The result starts out as the anchor, bit for bit, unless ``opened`` says otherwise; only the connections train.
+
+    Without ``plain_text`` the default is the paper's CALM. With it, and nothing said of how the models are joined
+    (``connections``, ``connector``, ``num_heads``, ``words``, ``init``, ``adapters``), the default is ``RECIPE``, what
+    did best with two real models: a graft that starts from what both know, a map of words, and adapters.
 
     Args:
         anchor: the large model m_B: a hub id, a folder or a loaded causal language model. One that was changed after it
             was loaded has no name by which the composition could load it again: save it first, or pass it each time.
         augmenting: the small model m_A, likewise; or several, by name. A named model without a language-modelling head
             (a text, image or sound encoder) reads ``augmenting_inputs`` of its own instead of the text.
-        connections: ``"every-4"`` (the paper's), ``"top"``, a number, or pairs ``(augmenting_layer, anchor_layer)``,
-            0-based: the output of the first layer is read into the output of the second. See
+        connections: ``"every-4"`` (the paper's, the default), ``"top"``, a number, or pairs ``(augmenting_layer,
+            anchor_layer)``, 0-based: the output of the first layer is read into the output of the second. See
             ``calmlm.config.resolve_connections``. ``"aligned-2"`` looks for the two that communicate most before any
             training, on ``development``. Several augmenting models may have their own, by name.
         num_heads: heads of the cross-attentions; by default the anchor's own number.
@@ -108,7 +122,7 @@ def compose(
             ``calmlm.config.ConnectorConfig``.
         ingestor, top_k: options of the connector ``"legonn"``: ``ingestor="anchor"`` gives the anchor the ``top_k``
             likeliest next tokens of the augmenting model in its own input embeddings.
-        connector: ``"cross_attention"`` (CALM), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
+        connector: ``"cross_attention"`` (CALM, the default), ``"flamingo"``, ``"graft"`` or ``"legonn"``, see
             ``calmlm.connectors``.
         words: ``"map"`` lets augmenting models speak in the anchor's last state as well, through a map that is computed
             from both vocabularies, see ``calmlm.connectors.word_map``; ``"pointer"`` mixes their probabilities into the
@@ -160,6 +174,12 @@ def compose(
         ConfigError: for names, connections or options that do not fit.
         ModelError: for a model that cannot be loaded or composed or has adapters, or tokenizers that cannot be aligned.
     """
+    chosen = (connections, connector, num_heads, words, init, adapters)
+    recipe = plain_text is not None and all(one is None for one in chosen)
+    if recipe:
+        connections, connector, words, init, opened, adapters = RECIPE.values()
+    connections = "every-4" if connections is None else connections
+    connector = "cross_attention" if connector is None else connector
     shared = {"attn_implementation": attn_implementation, **load_options, "trust_remote_code": trust_remote_code}
     sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
     check_names(sources)
@@ -244,6 +264,11 @@ def compose(
         else:
             backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
             entry["reads"] = "inputs"
+            if recipe:
+                raise ConfigError(
+                    f"plain_text alone must come with augmenting models that read text, but the {role} is an encoder: "
+                    f"leave plain_text out, or choose connections."
+                )
             _check_encoder(backbone, connector, ingestor, role)
         wanted = _of(connections, name, "every-4")
         sizes = len(backbone.layers), len(anchor_backbone.layers)

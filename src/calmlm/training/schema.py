@@ -75,15 +75,16 @@ class ModelConfig:
         composition: folder of a saved composition, instead of the two.
         revision: commit, branch or tag of the anchor.
         augmenting_revision: the same for the augmenting model.
-        connections: "every-4" (the paper), "top", "aligned-1", a number, or pairs [augmenting_layer, anchor_layer]
-            counted from 0; several augmenting models may have their own, {name: ...}.
+        connections: "every-4" (the paper, the default), "top", "aligned-1", a number, or pairs [augmenting_layer,
+            anchor_layer] counted from 0; several augmenting models may have their own, {name: ...}.
         num_heads: heads of each cross-attention; the anchor's own number when left out.
         connector: its kind ("cross_attention", "flamingo", "graft", "legonn") and the options of `calmlm.compose`.
         words: "map", to let augmenting models speak in the anchor's last state as well, or "pointer", to let them
             speak in its probabilities; or {name: ...}. With `connections: none` there alone.
         adapters: the rank of low-rank adapters on the anchor, or settings of `peft.LoraConfig`.
         init: "aligned", to let connections start from maps that `plain_text` teaches.
-        plain_text: a file of plain text, a paragraph a line, from which maps are made.
+        plain_text: a file of plain text, a paragraph a line, from which maps are made. If nothing else says how the
+            models are joined, it stands for all of `calmlm.compose`'s recipe: graft, map of words and adapters.
         development: a file of examples as in `data`, by which `connections: aligned-2` chooses.
         train_map: whether maps are trained as well; by default those of grafts are, and those of words not.
         refresh: whether augmenting models read generated tokens too.
@@ -102,7 +103,7 @@ class ModelConfig:
     composition: Place | None = None
     revision: str | None = None
     augmenting_revision: str | None = None
-    connections: str | int | list[list[int]] | dict[str, Any] = "every-4"
+    connections: str | int | list[list[int]] | dict[str, Any] | None = None
     num_heads: int | None = None
     connector: dict[str, Any] = field(default_factory=dict)
     words: str | dict[str, str] | None = None
@@ -128,7 +129,7 @@ class ModelConfig:
             of_starts = ("adapters", "init", "plain_text", "development", "train_map")
             extra = [name for name in (*of_models, *of_reading, *of_starts) if getattr(self, name) is not None]
             extra += ["connector"] if self.connector else []
-            extra += ["connections"] if self.connections != "every-4" else []
+            extra += ["connections"] if self.connections is not None else []
             extra += ["refresh"] if not self.refresh else []
             extra += ["alignment"] if self.alignment != "own" else []
             return [

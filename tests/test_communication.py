@@ -12,7 +12,8 @@ import torch
 
 import calmlm
 from calmlm.cli import main
-from calmlm.communication import Communication, Listening, _Ear, listen
+from calmlm.communication import Communication, Listening, listen
+from calmlm.communication.ear import Ear
 from compositions import awaken
 from tiny import tiny_model
 from tokenizers_tiny import tokenizer, with_beginning
@@ -153,15 +154,15 @@ def test_what_was_heard_is_believed_only_where_it_is_confirmed(monkeypatch: pyte
     model = composed(ours, theirs)
     given: dict[str, Any] = {"others": 2, "augmenting_tokenizers": {"augmenting": theirs}}
     right = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
-    heard = _Ear._run
+    heard = Ear._run
 
-    def colder(self: _Ear, *args: Any, **options: Any) -> None:
+    def colder(self: Ear, *args: Any, **options: Any) -> None:
         head = self.base.get_output_embeddings().weight.data
         head.mul_(0.5)
         heard(self, *args, **options)
         head.mul_(2)
 
-    monkeypatch.setattr(_Ear, "_run", colder)
+    monkeypatch.setattr(Ear, "_run", colder)
     found = listen(model, ours, rows_of(ours), **given).augmenting["augmenting"]
     assert found.alone == pytest.approx(right.alone, rel=1e-4)
     assert found.inside != pytest.approx(right.inside, rel=0.02)

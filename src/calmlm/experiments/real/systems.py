@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.communication import token_nats
+from calmlm.communication.tokenwise import token_nats
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.fitting import prompt_argument
 from calmlm.experiments.real.layout import batches, laid_out

@@ -274,7 +274,8 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             attention_mask: (B, past + T), 1 at real tokens; padding may stand on either side.
             position_ids: (B or 1, T) int64, counted from 0 in every family; by the models themselves by default.
             past_key_values: the ``CalmCache`` of an earlier call, or an empty cache.
-            labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers.
+            labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers, but for
+                ``shift_labels`` (B, K) beside them, which stand for the K columns that have logits.
             use_cache: whether to return a cache; by default in evaluation mode.
             logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
             augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
@@ -306,8 +307,9 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         if pointed is not None:
             needed = None
             if labels is not None and self.training:
-                ignored = loss_arguments.get("ignore_index", -100)
-                needed = needed_for(labels, loss_arguments.get("shift_labels"), ignored)
+                shifted = loss_arguments.get("shift_labels")
+                whole = shifted is not None and shifted.shape == labels.shape  # or it says so of some columns alone
+                needed = needed_for(labels, shifted if whole else None, loss_arguments.get("ignore_index", -100))
             composed = None if composition_mask is None else composition_mask.bool()[:, None, None]
             logits = pointed_logits(logits, pointed, self.model.heads, logits_to_keep, composed=composed, needed=needed)
         loss = None

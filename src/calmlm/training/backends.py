@@ -20,6 +20,7 @@ from calmlm.files.publishing import check_published
 from calmlm.readers import given_of, prompt_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
+from calmlm.training.lean_loss import lean
 from calmlm.training.run_folder import RunFolder
 
 __all__ = [
@@ -284,7 +285,10 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     class Composed(ComposedTrainer, Trainer):
-        pass
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            # Whoever wants to see logits is given all of them.
+            alone = not (return_outputs or self.label_smoother or self.compute_loss_func or self.args.torch_compile)
+            return super().compute_loss(model, lean(inputs) if alone else inputs, return_outputs, **kwargs)
 
     # Despite its name the collator for any rows with labels: it pads those with -100.
     collate = DataCollatorForSeq2Seq(tokenizer)

@@ -1,0 +1,33 @@
+"""Logits where there is a label, and nowhere else: the head over a large vocabulary is a good part of a step.
+
+TRL's trainer does this by itself. For transformers' Trainer it is done with two arguments that models of transformers
+take: ``logits_to_keep``, the columns, and ``shift_labels``, what is to be predicted in them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmlm.data.labels import IGNORE
+
+__all__ = ["lean"]
+
+
+def lean(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with which a model computes logits in those columns alone in which some row has a label.
+
+    Args:
+        batch: with ``labels`` (B, T) int64. One that says by itself which logits it wants, or has no label at all,
+            comes back as it is.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or "logits_to_keep" in batch or "shift_labels" in batch:
+        return batch
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    columns = (shifted != IGNORE).any(0).nonzero()[:, 0]
+    if not len(columns) or len(columns) == labels.shape[1]:
+        return batch
+    return {**batch, "logits_to_keep": columns, "shift_labels": shifted[:, columns]}

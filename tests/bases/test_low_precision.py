@@ -101,6 +101,20 @@ def test_quantised_bases_train_generate_save_and_load(
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
 
 
+@pytest.mark.parametrize("which", ["anchor", "augmenting", "both"])
+def test_bases_that_torchao_has_quantised_in_memory(which: str, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    anchor, augmenting = tiny_model("llama", seed=1, **SIZES["llama"]), tiny_model("qwen2", seed=2, **SIZES["qwen2"])
+    for base in [anchor] * (which != "augmenting") + [augmenting] * (which != "anchor"):
+        quantization.quantize_(base, quantization.Int8WeightOnlyConfig())
+    model, ids = awaken(calmlm.compose(anchor, augmenting, 2)), tiny_tokens(2, 6)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, **GREEDY), greedy_without_cache(model, ids, 8))
+    model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    again = calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenting=augmenting)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes(folders: Path, bits: int) -> None:

@@ -48,7 +48,12 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:
-    """Whether a model's tensors are a quantiser's; transformers unpacks some GGUF files as it loads them."""
+    """Whether a model's tensors are a quantiser's; transformers unpacks some GGUF files as it loads them.
+
+    torchao can quantise a model in memory, of which only its tensors tell.
+    """
+    if any(type(tensor.detach()) is not Tensor and not is_sharded(tensor) for tensor in model.parameters()):
+        return True
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None or getattr(quantiser.quantization_config, "quant_method", None) != "gguf":
         return quantiser is not None

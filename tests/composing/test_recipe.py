@@ -51,13 +51,25 @@ def test_it_is_what_it_stands_for(other: str | None, given: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize(
-    "choice", [{"connections": "every-4"}, {"connector": "cross_attention"}, {"num_heads": 1}, {"words": "map"}]
-)
+    "choice",
+    [
+        {"connections": "every-4"}, {"connector": "cross_attention"}, {"num_heads": 1}, {"words": "map"},
+        {"gate": True}, {"norm": False}, {"rank": 4}, {"projection": "residual"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_one_choice_takes_it_back(choice: dict[str, Any]) -> None:
     entry = made(plain_text=TEXTS, **choice).config.augmenting["augmenting"]
     assert entry["connector"]["kind"] == "cross_attention" and "adapters" not in entry
     assert ("words" in entry) == ("words" in choice)
     assert entry["connections"] == made().config.augmenting["augmenting"]["connections"]
+
+
+def test_its_gate_may_be_shut_and_its_text_come_once() -> None:
+    model = made(plain_text=(text for text in TEXTS), opened=False)
+    assert model.config.augmenting["augmenting"]["connector"]["opened"] is False
+    ids = tiny_tokens(2, 6)
+    assert torch.equal(logits_of(model, ids), logits_of(model.anchor, ids))
 
 
 def test_an_encoder_has_no_part_in_it() -> None:

@@ -17,6 +17,7 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.training import align_stage, pipeline
 from calmlm.training.pipeline import train
 from calmlm.training.schema import parse_config
+from tiny import tiny_model
 
 BACKENDS = ["sft", "trainer"]
 LINES = [f"{number}+{number + 1}={2 * number + 1} is a sum" for number in range(12)]
@@ -126,6 +127,9 @@ def test_what_belongs_to_the_run_alone_stays_there(staged: Settings) -> None:
         ({"align": {"text": "a.txt", "trainer": {"max_steps": "two"}}}, r"align\.trainer\.max_steps: expected"),
         ({"align": {"text": "a.txt", "steps": 2}}, "'steps' is no key in 'align'"),
         ({"align": 3}, "align: expected"),
+        ({"align": {"text": ""}}, r"align\.text: expected a file of plain text"),
+        ({"align": {"text": "a.txt", "trainer": {"bf16": True}}}, r"align\.trainer\.bf16: .*holds for the whole run"),
+        ({"align": {"text": "a.txt", "trainer": {"pad_token": "b"}}}, r"align\.trainer\.pad_token"),
     ],
 )
 def test_faults_are_named(change: dict[str, Any], match: str, settings: Settings) -> None:
@@ -137,7 +141,7 @@ def test_faults_are_named(change: dict[str, Any], match: str, settings: Settings
     ("change", "kind", "match"),
     [
         ({"align": {"text": "none.txt"}}, DataError, r"none\.txt"),
-        ({"align": {"trainer": {"optim": "zzz"}}}, ConfigError, r"align\.trainer: expected"),
+        ({"align": {"trainer": {"lr_scheduler_type": "zzz"}}}, ConfigError, r"align\.trainer"),
         ({"model": {"refresh": False}}, ConfigError, "align: expected augmenting models that read all of a text"),
         ({"trainer": {"fsdp": "full_shard"}}, ConfigError, "fsdp|align: expected a model"),
     ],
@@ -151,3 +155,85 @@ def test_nothing_is_written_before_it_can_begin(
     with pytest.raises(kind, match=match):
         go(values)
     assert not Path(values["output"]).exists()
+
+
+# What an earlier run has left
+
+
+def stopped(values: dict[str, Any], module: Any, step: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(step, module, patch)
+        with pytest.raises(KeyboardInterrupt):
+            go(values, **options)
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(found[name], tensor, atol=1e-6, rtol=1e-5) for name, tensor in expected.items())
+
+
+def test_a_stage_of_an_overwritten_run_is_gone(staged: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = staged()
+    go(values)
+    values["align"]["trainer"]["learning_rate"] = 0.001
+    expected = go(values | {"output": values["output"] + "-whole"})
+    stopped(values, align_stage, 6, monkeypatch, overwrite=True)
+    assert equal(go(values, resume=True), expected)
+    without = {key: value for key, value in values.items() if key != "align"}
+    go(without, overwrite=True)
+    assert not (Path(values["output"]) / "align").exists()
+
+
+@pytest.mark.parametrize(("module", "step"), [(pipeline, 3), (align_stage, 6)], ids=["behind it", "in it"])
+def test_a_stage_of_another_composition_is_not_gone_on_from(
+    module: Any, step: int, staged: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = staged()
+    stopped(values, module, step, monkeypatch)
+    for change in ({"connections": [[0, 0]]}, {"augmenting": str(tmp_path / "other")}):
+        tiny_model("gpt2", seed=77).save_pretrained(tmp_path / "other")
+        with pytest.raises(ConfigError, match="--resume: expected the composition"):
+            go(values | {"model": values["model"] | change}, resume=True)
+    lines: list[str] = []
+    values["data"]["max_length"] = 9
+    train(parse_config(values), resume=True, report=lines.append)
+    assert any("begun with other settings: data.max_length" in line for line in lines)
+
+
+def test_no_step_too_many(staged: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = staged(lr_scheduler_type="constant")
+    values["align"]["trainer"]["max_steps"] = 5
+    expected = go(values | {"output": values["output"] + "-whole"})
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align_stage, "save_result", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(values)
+    assert equal(go(values, resume=True), expected)
+
+
+def test_without_its_optimizer_it_is_not_gone_on_with(staged: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = staged(save_only_model=True)
+    stopped(values, align_stage, 6, monkeypatch)
+    with pytest.raises(ConfigError, match=r"optimizer\.pt"):
+        go(values, resume=True)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{"save_strategy": "best", "metric_for_best_model": "loss"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}],
+)
+def test_arguments_that_need_evaluation_are_the_runs_alone(trainer: dict[str, Any], staged: Settings) -> None:
+    values = staged(eval_strategy="steps", eval_steps=4, **trainer)
+    values["data"]["eval"] = values["data"]["train"]
+    assert go(values)
+
+
+def test_epochs_win_over_the_steps_of_the_run(staged: Settings) -> None:
+    values = staged(save_steps=1)
+    values["align"]["trainer"] = {"num_train_epochs": 1, "save_total_limit": 9}
+    go(values)
+    names = {path.name for path in (Path(values["output"]) / "align" / "checkpoints").iterdir()}
+    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}, "twelve texts, four at a time"

@@ -165,7 +165,7 @@ def _check_composition(own: Own) -> None:
         name = "connections" if isinstance(model.connections, dict) else "words"
         raise ConfigError(f"{name} must be those of one augmenting model, but got a mapping: write them alone.")
     if above is not None and below is not None:
-        resolve_connections(model.connections or "every-4", above, below)
+        resolve_connections("every-4" if model.connections is None else model.connections, above, below)
     options = {**model.connector, "kind": "cross_attention", "num_heads": model.num_heads}
     ConnectorConfig.build(options, anchor.hidden_size, getattr(anchor, "num_attention_heads", None) or 1)
     check_dtype(model.dtype)

@@ -48,6 +48,8 @@ RECIPE: dict[str, Any] = {
 }
 """How models are joined where ``plain_text`` is given and nothing else is said; chosen by ``calmlm repro real``."""
 
+OF_RECIPE = ("connections", "connector", "words", "init", "adapters")
+
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
@@ -73,7 +75,7 @@ def compose(
     words: str | Mapping[str, str] | None = None,
     adapters: Any = None,
     init: str | None = None,
-    opened: bool = False,
+    opened: bool | None = None,
     train_map: bool | None = None,
     plain_text: Sequence[str] | None = None,
     development: Sequence[Mapping[str, Any]] | None = None,
@@ -105,8 +107,9 @@ def compose(
     The result starts out as the anchor, bit for bit, unless ``opened`` says otherwise; only the connections train.
 
     Without ``plain_text`` the default is the paper's CALM. With it, and nothing said of how the models are joined
-    (``connections``, ``connector``, ``num_heads``, ``words``, ``init``, ``adapters``), the default is ``RECIPE``, what
-    did best with two real models: a graft that starts from what both know, a map of words, and adapters.
+    (``connections``, ``connector`` and its options, ``words``, ``init``, ``adapters``, ``refresh``), the default is
+    ``RECIPE``, what did best with two real models: a graft that starts from what both know, a map of words, and
+    adapters.
 
     Args:
         anchor: the large model m_B: a hub id, a folder or a loaded causal language model. One that was changed after it
@@ -132,7 +135,8 @@ def compose(
             composition: they train and are saved with it, and are off with it.
         init: ``"aligned"`` lets connections start from maps between both models' states that are fitted on
             ``plain_text``, see ``calmlm.composing.aligning``; by default they start from noise.
-        opened: of grafts, whether their gates are open at the start, so that they speak before they are trained.
+        opened: of grafts, whether their gates are open at the start, so that they speak before they are trained; by
+            default those of the recipe are.
         train_map: whether maps are trained as well as gates; by default those of grafts are corrected by training, and
             those of words stay.
         plain_text: a few hundred sentences of what the anchor is to write, without labels: of these maps of states are
@@ -174,12 +178,15 @@ def compose(
         ConfigError: for names, connections or options that do not fit.
         ModelError: for a model that cannot be loaded or composed or has adapters, or tokenizers that cannot be aligned.
     """
-    chosen = (connections, connector, num_heads, words, init, adapters)
-    recipe = plain_text is not None and all(one is None for one in chosen)
+    plain_text = list(plain_text) if plain_text is not None and not isinstance(plain_text, str) else plain_text
+    chosen = (connections, connector, num_heads, words, init, adapters, query_key_bias, rank, top_k)
+    usual = norm and refresh and not (gate or rotary or null_key) and (projection, ingestor) == ("linear", "learned")
+    recipe = plain_text is not None and usual and all(one is None for one in chosen)
     if recipe:
-        connections, connector, words, init, opened, adapters = RECIPE.values()
+        opened = RECIPE["opened"] if opened is None else opened
+        connections, connector, words, init, adapters = (RECIPE[key] for key in OF_RECIPE)
     connections = "every-4" if connections is None else connections
-    connector = "cross_attention" if connector is None else connector
+    connector, opened = "cross_attention" if connector is None else connector, bool(opened)
     shared = {"attn_implementation": attn_implementation, **load_options, "trust_remote_code": trust_remote_code}
     sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
     check_names(sources)

@@ -14,19 +14,24 @@ from calmlm.errors import CalmError, ConfigError
 from calmlm.files.storage import WEIGHTS_NAME, read_tensors
 from calmlm.training.backends import make_arguments, make_trainer, refusal, set_packing_length
 from calmlm.training.outcome import Report, save_result
-from calmlm.training.run_folder import RunFolder
+from calmlm.training.run_checks import check_continues, check_ids, check_same
+from calmlm.training.run_folder import RunFolder, steps_of
 from calmlm.training.schema import TrainingConfig
 from calmlm.training.yaml import dump_yaml
 
 __all__ = ["AlignStage"]
 
-FOLDER = "align"  # in the folder of the run, itself a run's folder
 ELSEWHERE = ("eval_", "hub_", "push_to_hub", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
 """Arguments of the run that this stage has no part in: it evaluates nothing and uploads nothing."""
+EVALUATING = {"save_strategy": ("best",), "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy")}
+"""Arguments of the run that ask for evaluation by their value."""
 
 
 class AlignStage:
     """The stage, with everything checked that can be checked before it begins.
+
+    Attributes:
+        begun: whether it has made the folder of the run, or an earlier run has.
 
     Args:
         config: of the run.
@@ -44,22 +49,34 @@ class AlignStage:
     ) -> None:
         assert config.align is not None
         self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.folder = RunFolder(folder.path / FOLDER)
+        self.folder, self.begun = RunFolder(folder.align), False
         source = config.align.text or config.model.plain_text
         assert source is not None
         lines = read_lines(source)
         examples = [Example("text", {"text": line}, f"{source}, text {n}") for n, line in enumerate(lines, start=1)]
         own = own_contexts(model)
-        self.rows = encode_examples(examples, tokenizer, max_length=max_length, loss_on="all", own=own).rows
+        encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on="all", own=own)
+        self.rows, self.cut = encoded.rows, encoded.truncated
+        check_ids(model, self.rows)
         self._check()
-        given = {key: value for key, value in config.trainer.items() if not key.startswith(ELSEWHERE)}
-        given |= {key: value for key, value in config.align.trainer.items() if not key.startswith(ELSEWHERE)}
         try:
-            self.arguments = make_arguments(config.backend, given, self.folder, evaluates=False)
+            self.arguments = make_arguments(config.backend, self._arguments(), self.folder, evaluates=False)
             set_packing_length(self.arguments, max_length)
             self.trainer = make_trainer(config.backend, model, self.arguments, tokenizer, self.rows, None, self.folder)
         except ConfigError as error:
             raise ConfigError(f"align.{error}" if str(error).startswith("trainer") else str(error)) from error
+
+    def _arguments(self) -> dict[str, Any]:
+        """The run's arguments, as far as they concern the stage, and its own over them."""
+        assert self.config.align is not None
+        own = self.config.align.trainer
+        given = {key: value for key, value in self.config.trainer.items() if not key.startswith(ELSEWHERE)}
+        for key, values in EVALUATING.items():
+            if given.get(key) in values:
+                del given[key]
+        if "num_train_epochs" in own:
+            given.pop("max_steps", None)
+        return given | own
 
     def run(self, start: Callable[[], None], *, resume: bool, report: Report) -> None:
         """Train on the text, unless an earlier run has; the model holds the result, and so does `align/composition`.
@@ -68,37 +85,57 @@ class AlignStage:
             start: makes the folder of the whole run.
             resume: whether to go on with what an earlier run left.
             report: takes a line of progress.
+
+        Raises:
+            ConfigError: what an earlier run left belongs to another composition.
         """
-        done = self.folder.composition / WEIGHTS_NAME
-        if resume and done.is_file():
-            report(f"The stage on plain text is done: {self.folder.composition}.")
-            changed = [key for key in self.folder.changes(self.config.to_dict()) if key.startswith("align")]
+        done = self.folder.composition
+        finished = resume and (done / WEIGHTS_NAME).is_file()
+        checkpoint = self.folder.last_checkpoint() if resume and not finished else None
+        if finished or checkpoint is not None:
+            changed = self.folder.changes(self.config.to_dict())
             if changed:
-                report(
-                    f"It was run with other settings: {', '.join(changed)}. Start anew with --overwrite to change it."
-                )
-            tensors = read_tensors(done, self.model.composition_tensors().items(), str(self.folder.composition))
-            self.model.load_state_dict(tensors, strict=False)
+                report(f"The stage on plain text was begun with other settings: {', '.join(changed)}.")
+        if finished:
+            check_same(self.model, done)
+            report(f"The stage on plain text is done: {done}.")
+            self._take(done)
+            self.begun = True
             return
-        checkpoint = self.folder.last_checkpoint() if resume else None
+        if checkpoint is not None:
+            check_continues(self.model, checkpoint)
 
         def begin() -> None:
             start()
+            self.begun = True
             with self.arguments.main_process_first(local=False, desc="making the output folder"):
                 if self.arguments.process_index == 0:
                     self.folder.start(dump_yaml(self.config.to_dict()), resume=resume)
 
         self.trainer.start = begin
-        report(f"First {len(self.rows)} plain texts.")
+        cut = f", of which {self.cut} are cut" if self.cut else ""
+        report(f"First {len(self.rows)} plain texts{cut}.")
+        if checkpoint is not None and steps_of(checkpoint) >= self.arguments.max_steps > 0:
+            self.trainer.begin()
+            self._take(checkpoint)  # Trainer would look at the limit behind one more step
+        else:
+            self._train(None if checkpoint is None else str(checkpoint))
+        save_result(self.trainer, self.model, self.tokenizer, done, report)
+
+    def _train(self, checkpoint: str | None) -> None:
         try:
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.trainer.train(resume_from_checkpoint=checkpoint)
         except CalmError:
             raise
         except Exception as error:  # whatever a trainer finds out about its arguments in its first step
             if self.trainer.begun:
                 raise
             raise refusal(error) from error
-        save_result(self.trainer, self.model, self.tokenizer, self.folder.composition, report)
+
+    def _take(self, saved: Any) -> None:
+        """Let the model hold what was saved."""
+        tensors = read_tensors(saved / WEIGHTS_NAME, self.model.composition_tensors().items(), str(saved))
+        self.model.load_state_dict(tensors, strict=False)
 
     def _check(self) -> None:
         """Raise where an augmenting model reads no plain text, or one trainer could not follow another.

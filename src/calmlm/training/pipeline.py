@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from calmlm.data.formats import Example
 from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples, read_lines
-from calmlm.errors import CalmError, ConfigError, first_line
-from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors
+from calmlm.errors import CalmError, ConfigError
+from calmlm.files.storage import WEIGHTS_NAME, read_tensors
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.training.align_stage import AlignStage
 from calmlm.training.backends import (
@@ -31,11 +30,11 @@ from calmlm.training.backends import (
     upload,
 )
 from calmlm.training.outcome import Report, save_result
+from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.yaml import dump_yaml
 
-LOOKED_AT = 32  # rows of which a view has to show something
 LISTENED_TO = 16  # rows of which is told what the augmenting models understand
 
 
@@ -104,9 +103,10 @@ def train(
         stage = AlignStage(config, model, tokenizer, max_length, folder)
 
     def start() -> None:
+        kept = resume or (stage is not None and stage.begun)  # the stage lies in the folder
         with arguments.main_process_first(local=False, desc="making the output folder"):
             if arguments.process_index == 0:
-                folder.start(dump_yaml(config.to_dict()), resume=resume)
+                folder.start(dump_yaml(config.to_dict()), resume=kept)
 
     trainer.start = start
     if checkpoint is None:
@@ -156,119 +156,6 @@ def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:
             )
     for warning in found.warnings():
         report(f"warning: {warning}")
-
-
-def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
-    """Raise unless a checkpoint was written while this composition was trained.
-
-    Args:
-        model: the composition.
-        checkpoint: a complete one.
-        spread: whether the trainer spreads the model over processes, and saves its optimizer in files of other names.
-
-    Raises:
-        ConfigError: naming what differs, or that its optimizer is missing.
-    """
-    from calmlm.files.loading import read_config
-
-    before, now = read_config(checkpoint), model.config
-    pairs: dict[str, tuple[Any, Any]] = {"the anchor": (before.anchor, now.anchor)}
-    for name in (*before.augmenting, *now.augmenting):
-        pairs[name] = (before.augmenting.get(name), now.augmenting.get(name))
-    reading = ("fingerprint", "reads", "alignment", "view", "beginning", "prefix")
-    parts = (*reading, "connections", "connector", "words", "adapters")
-    for name, (one, other) in pairs.items():
-        differing = [key for key in parts if _part(one, key) != _part(other, key)]
-        if differing:
-            raise ConfigError(
-                f"--resume: expected the composition that {checkpoint} belongs to, but the configuration asks for "
-                f"another {differing[0]} of {name}; take that back, or start anew with --overwrite."
-            )
-    for file in () if spread else ("optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / file).is_file():
-            raise ConfigError(
-                f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "
-                f"anew with --overwrite, or from that checkpoint as model.composition."
-            )
-
-
-def check_ids(model: Any, rows: Rows) -> None:
-    """Raise where a model that reads the anchor's tokens has no embedding for one.
-
-    Raises:
-        ConfigError: naming the token.
-    """
-    most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.abilities.shared_ids
-    if most >= size:
-        raise ConfigError(
-            f"tokenizer: expected ids below {size}, the vocabulary of the models that read them, but the data have "
-            f"{most}; name the anchor's own tokenizer."
-        )
-
-
-def check_inputs(model: Any) -> None:
-    """Raise where an augmenting model reads what no text has.
-
-    Raises:
-        ConfigError: naming the model.
-    """
-    for name, entry in model.config.augmenting.items():
-        if entry["reads"] == "inputs":
-            raise ConfigError(
-                f"model.augmenting: expected models that read the data's text, but {name!r} is an encoder with inputs "
-                f"of its own; train it in Python, with transformers' Trainer and augmenting_inputs in each batch."
-            )
-
-
-def check_saving(model: Any, tokenizer: Any, *, checkpoints: bool) -> None:
-    """Raise where what the run ends with could not be written, for its form.
-
-    Args:
-        model: the composition.
-        tokenizer: is saved beside it.
-        checkpoints: whether the trainer will save both on the way, and stop where that fails.
-
-    Raises:
-        ConfigError: naming what cannot be written.
-    """
-    try:
-        portable_config(model.config, Path()).to_json_string()
-        model.generation_config.to_json_string()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"model: expected models whose configuration can be saved, but it cannot ({first_line(error)}); mend their "
-            f"config.json and generation_config.json."
-        ) from error
-    if not checkpoints:
-        return
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            tokenizer.save_pretrained(place)
-        except Exception as error:  # some kinds have files and code of their own
-            raise ConfigError(
-                f"tokenizer: expected one that can be saved with each checkpoint, but it cannot ({first_line(error)}); "
-                f"name another, or set trainer.save_strategy to no."
-            ) from error
-
-
-def check_views(model: Any, rows: Rows) -> None:
-    """Raise where an augmenting model reads the content of messages alone, and the data hold none.
-
-    Raises:
-        ConfigError: naming the model.
-    """
-    for name in model.model.active:
-        if not any(model.model.shows(name, row["input_ids"]) for row in rows[:LOOKED_AT]):
-            raise ConfigError(
-                f"model.augmenting_view: expected conversations in the anchor's chat template, but the augmenting "
-                f"model {name!r} would see nothing of the data; give 'messages', or leave the view out."
-            )
-
-
-def _part(entry: dict[str, Any] | None, key: str) -> Any:
-    """A part of a composition's configuration; of a fingerprint, what does not hang on how the model was loaded."""
-    found = (entry or {}).get(key)
-    return {k: v for k, v in found.items() if k != "dtype"} if key == "fingerprint" and found else found
 
 
 def _listed(sources: str | HubDataset | list[str | HubDataset] | None) -> list[str | HubDataset]:

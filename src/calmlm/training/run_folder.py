@@ -26,6 +26,7 @@ class RunFolder:
     checkpoints/     one folder for each checkpoint
     logs/            TensorBoard's
     composition/     the result
+    align/           of a run with a stage on plain text: the folder of that stage
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +35,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.composition = self.path / "composition"
+        self.align = self.path / "align"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse to write where something stands already, unless that was asked for. Changes nothing.
@@ -74,10 +76,10 @@ class RunFolder:
         return isinstance(found, dict) and {"output", "model", "data", "trainer"} <= found.keys()
 
     def start(self, config_text: str, *, resume: bool) -> None:
-        """Make the folder. Unless resumed, the checkpoints and logs of an earlier run go; its result stays for now."""
+        """Make the folder. Unless resumed, what an earlier run left on its way goes; its result stays for now."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for folder in (self.checkpoints, self.logs):
+            for folder in (self.checkpoints, self.logs, self.align):
                 shutil.rmtree(folder, ignore_errors=True)
         write_text(self.config, config_text)
 

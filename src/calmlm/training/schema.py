@@ -202,13 +202,21 @@ class DataConfig:
         return found
 
 
+OF_STAGES = (
+    "gradient_accumulation_steps", "learning_rate", "logging_steps", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "max_grad_norm", "max_steps", "num_train_epochs", "per_device_train_batch_size", "save_steps", "save_strategy",
+    "save_total_limit", "seed", "data_seed", "warmup_steps", "weight_decay",
+)  # fmt: skip
+"""What a stage may set for itself; everything else holds for the whole run."""
+
+
 @dataclass(frozen=True)
 class AlignConfig:
     """A stage before the data: plain text, all of whose tokens count. It needs no labels, and no text of the task.
 
     Args:
         text: a file of plain text, a paragraph a line; by default `model.plain_text`.
-        trainer: arguments of the trainer for this stage, over those of the run; `max_steps` above all.
+        trainer: how long and how fast it trains, over the run's own arguments; see `OF_STAGES`.
     """
 
     text: Place | None = None
@@ -297,11 +305,17 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
         arguments = read_arguments(backend, arguments, faults)
     align = values.get("align")
     if isinstance(align, Mapping):
-        if align.get("text") is None and (model is None or model.plain_text is None):
+        if not align.get("text") and (align.get("text") == "" or model is None or not model.plain_text):
             faults.append("align.text: expected a file of plain text, but neither this nor model.plain_text names one.")
         own = align.get("trainer", {})
         if backend in ("sft", "trainer") and isinstance(own, Mapping):
             checked = read_arguments(backend, own, faults, "align.trainer")
+            faults += [
+                f"align.trainer.{key}: expected an argument of a stage ({', '.join(OF_STAGES)}), but this one holds "
+                f"for the whole run; set it under 'trainer'."
+                for key in checked
+                if key not in OF_STAGES
+            ]
             if config is not None and config.align is not None:
                 config = dataclasses.replace(config, align=dataclasses.replace(config.align, trainer=checked))
     if values.get("output") == "":

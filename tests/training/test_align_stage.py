@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from calmlm.errors import ConfigError, DataError
 from calmlm.training import align_stage, pipeline
 from calmlm.training.pipeline import train
 from calmlm.training.schema import parse_config
 from tiny import tiny_model
+from training.callbacks import interrupt_at
 
 BACKENDS = ["sft", "trainer"]
 LINES = [f"{number}+{number + 1}={2 * number + 1} is a sum" for number in range(12)]
@@ -40,24 +40,6 @@ def staged(settings: Settings, tmp_path: Path) -> Settings:
 def go(values: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
     found = train(parse_config(values), report=lambda line: None, **options)
     return load_file(found.composition / "model.safetensors")
-
-
-def interrupt_at(step: int, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trainers that a module makes stop as by Ctrl-C at the end of a step."""
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-    make = module.make_trainer
-
-    def make_and_interrupt(*args: Any) -> Any:
-        trainer = make(*args)
-        trainer.add_callback(Interrupt())
-        return trainer
-
-    monkeypatch.setattr(module, "make_trainer", make_and_interrupt)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

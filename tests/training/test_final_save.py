@@ -17,6 +17,7 @@ from calmlm.errors import CalmError, ConfigError
 from calmlm.training import pipeline
 from calmlm.training.pipeline import train
 from calmlm.training.schema import parse_config
+from training.callbacks import join
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -28,14 +29,7 @@ def at_the_end(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             act()
 
-    make = pipeline.make_trainer
-
-    def made(*args: Any) -> Any:
-        trainer = make(*args)
-        trainer.add_callback(Happens())
-        return trainer
-
-    monkeypatch.setattr(pipeline, "make_trainer", made)
+    join(Happens(), pipeline, monkeypatch)
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:

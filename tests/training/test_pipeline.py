@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 import calmlm
 from calmlm.cli import main
@@ -25,6 +25,7 @@ from calmlm.training.schema import TrainingConfig, parse_config
 from gguf_files import write_gguf
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
+from training.callbacks import interrupt_at
 
 BACKENDS = ["sft", "trainer"]
 Settings = Callable[..., dict[str, Any]]
@@ -36,24 +37,6 @@ def go(values: dict[str, Any], **options: Any) -> Path:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next run stop as by Ctrl-C at the end of a step."""
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise KeyboardInterrupt
-
-    make = run_module.make_trainer
-
-    def make_and_interrupt(*args: Any) -> Any:
-        trainer = make(*args)
-        trainer.add_callback(Interrupt())
-        return trainer
-
-    monkeypatch.setattr(run_module, "make_trainer", make_and_interrupt)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -106,7 +89,7 @@ def test_resumed_equals_uninterrupted(backend: str, settings: Settings, monkeypa
     whole = load_file(go({**values, "output": values["output"] + "-whole"}) / "model.safetensors")
 
     with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
+        interrupt_at(8, run_module, patch)
         with pytest.raises(KeyboardInterrupt):
             go(values)
     run = RunFolder(values["output"])
@@ -184,7 +167,7 @@ def test_overwriting_keeps_the_old_result_until_the_new_one_is_there(
     composition = go(values)
     before = snapshot(composition)
     with monkeypatch.context() as patch:
-        interrupt_at(3, patch)
+        interrupt_at(3, run_module, patch)
         with pytest.raises(KeyboardInterrupt):
             go(values, overwrite=True)
     assert snapshot(composition) == before

@@ -48,8 +48,6 @@ RECIPE: dict[str, Any] = {
 }
 """How models are joined where ``plain_text`` is given and nothing else is said; chosen by ``calmlm repro real``."""
 
-OF_RECIPE = ("connections", "connector", "words", "init", "adapters")
-
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
@@ -183,8 +181,8 @@ def compose(
     usual = norm and refresh and not (gate or rotary or null_key) and (projection, ingestor) == ("linear", "learned")
     recipe = plain_text is not None and usual and all(one is None for one in chosen)
     if recipe:
-        opened = RECIPE["opened"] if opened is None else opened
-        connections, connector, words, init, adapters = (RECIPE[key] for key in OF_RECIPE)
+        connections, connector, words, init, open_, adapters = RECIPE.values()
+        opened = open_ if opened is None else opened
     connections = "every-4" if connections is None else connections
     connector, opened = "cross_attention" if connector is None else connector, bool(opened)
     shared = {"attn_implementation": attn_implementation, **load_options, "trust_remote_code": trust_remote_code}

@@ -10,10 +10,10 @@ from calmlm.data.context import own_contexts
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import read_lines
-from calmlm.errors import CalmError, ConfigError
-from calmlm.files.storage import WEIGHTS_NAME, read_tensors
-from calmlm.training.backends import make_arguments, make_trainer, refusal, set_packing_length
-from calmlm.training.outcome import Report, save_result
+from calmlm.errors import ConfigError
+from calmlm.files.storage import WEIGHTS_NAME
+from calmlm.training.backends import make_arguments, make_trainer, set_packing_length, train_with
+from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.run_checks import check_continues, check_ids, check_same
 from calmlm.training.run_folder import RunFolder, steps_of
 from calmlm.training.schema import TrainingConfig
@@ -99,7 +99,7 @@ class AlignStage:
         if finished:
             check_same(self.model, done)
             report(f"The stage on plain text is done: {done}.")
-            self._take(done)
+            take(self.model, done)
             self.begun = True
             return
         if checkpoint is not None:
@@ -108,34 +108,17 @@ class AlignStage:
         def begin() -> None:
             start()
             self.begun = True
-            with self.arguments.main_process_first(local=False, desc="making the output folder"):
-                if self.arguments.process_index == 0:
-                    self.folder.start(dump_yaml(self.config.to_dict()), resume=resume)
+            self.folder.start_in_one(self.arguments, dump_yaml(self.config.to_dict()), resume=resume)
 
         self.trainer.start = begin
         cut = f", of which {self.cut} are cut" if self.cut else ""
         report(f"First {len(self.rows)} plain texts{cut}.")
         if checkpoint is not None and steps_of(checkpoint) >= self.arguments.max_steps > 0:
             self.trainer.begin()
-            self._take(checkpoint)  # Trainer would look at the limit behind one more step
+            take(self.model, checkpoint)  # Trainer would look at the limit behind one more step
         else:
-            self._train(None if checkpoint is None else str(checkpoint))
+            train_with(self.trainer, checkpoint)
         save_result(self.trainer, self.model, self.tokenizer, done, report)
-
-    def _train(self, checkpoint: str | None) -> None:
-        try:
-            self.trainer.train(resume_from_checkpoint=checkpoint)
-        except CalmError:
-            raise
-        except Exception as error:  # whatever a trainer finds out about its arguments in its first step
-            if self.trainer.begun:
-                raise
-            raise refusal(error) from error
-
-    def _take(self, saved: Any) -> None:
-        """Let the model hold what was saved."""
-        tensors = read_tensors(saved / WEIGHTS_NAME, self.model.composition_tensors().items(), str(saved))
-        self.model.load_state_dict(tensors, strict=False)
 
     def _check(self) -> None:
         """Raise where an augmenting model reads no plain text, or one trainer could not follow another.

@@ -28,9 +28,9 @@ __all__ = [
     "argument_types",
     "make_arguments",
     "make_trainer",
-    "refusal",
     "set_end",
     "set_packing_length",
+    "train_with",
     "upload",
 ]
 
@@ -141,7 +141,7 @@ def make_trainer(
         except CalmError:
             raise
         except Exception as error:
-            raise refusal(error) from error
+            raise _refusal(error) from error
         finally:
             arguments.output_dir = place
     reporters = [trainer.pop_callback(kind) for kind in get_reporting_integration_callbacks(arguments.report_to)]
@@ -152,7 +152,23 @@ def make_trainer(
     return trainer
 
 
-def refusal(error: Exception) -> ConfigError:
+def train_with(trainer: Any, checkpoint: Path | None) -> Any:
+    """Train, from a checkpoint on if there is one; returns what the trainer does.
+
+    Raises:
+        ConfigError: for whatever the trainer finds out about its arguments in its first step.
+    """
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except CalmError:
+        raise
+    except Exception as error:
+        if trainer.begun:
+            raise
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> ConfigError:
     """What to raise in place of an error that a trainer came to before its first step was done."""
     return ConfigError(
         f"trainer: expected arguments that the trainer can begin with, but it refused them: {reason_of(error)}"

@@ -1,4 +1,4 @@
-"""What a run ends with: a composition and its tokenizer, written whole."""
+"""What a run ends with: a composition and its tokenizer, written whole and taken up again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from safetensors import SafetensorError
 
 from calmlm.bases.sharding import gathered
 from calmlm.errors import CalmError, first_line
+from calmlm.files.storage import WEIGHTS_NAME, read_tensors
 from calmlm.training.run_folder import replacing_folder
 
-__all__ = ["Report", "save_result"]
+__all__ = ["Report", "save_result", "take"]
 
 Report = Callable[[str], None]
+
+
+def take(model: Any, saved: Path) -> None:
+    """Let a composition hold the tensors of a checkpoint, or of a result."""
+    tensors = read_tensors(saved / WEIGHTS_NAME, model.composition_tensors().items(), str(saved))
+    model.load_state_dict(tensors, strict=False)
 
 
 def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: Report = print) -> None:

@@ -16,20 +16,19 @@ from calmlm.data.formats import Example
 from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples, read_lines
-from calmlm.errors import CalmError, ConfigError
-from calmlm.files.storage import WEIGHTS_NAME, read_tensors
+from calmlm.errors import ConfigError
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.training.align_stage import AlignStage
 from calmlm.training.backends import (
     Rows,
     make_arguments,
     make_trainer,
-    refusal,
     set_end,
     set_packing_length,
+    train_with,
     upload,
 )
-from calmlm.training.outcome import Report, save_result
+from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
@@ -104,9 +103,7 @@ def train(
 
     def start() -> None:
         kept = resume or (stage is not None and stage.begun)  # the stage lies in the folder
-        with arguments.main_process_first(local=False, desc="making the output folder"):
-            if arguments.process_index == 0:
-                folder.start(dump_yaml(config.to_dict()), resume=kept)
+        folder.start_in_one(arguments, dump_yaml(config.to_dict()), resume=kept)
 
     trainer.start = start
     if checkpoint is None:
@@ -120,19 +117,10 @@ def train(
         report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
         trainer.begin()
         # Trainer would look at the limit behind one more step.
-        kept = best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint
-        tensors = read_tensors(kept / WEIGHTS_NAME, model.composition_tensors().items(), str(kept))
-        model.load_state_dict(tensors, strict=False)
+        take(model, best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint)
         steps, loss = steps_of(checkpoint), math.nan
     else:
-        try:
-            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except CalmError:
-            raise
-        except Exception as error:  # whatever a trainer finds out about its arguments in its first step
-            if trainer.begun:
-                raise
-            raise refusal(error) from error
+        outcome = train_with(trainer, checkpoint)
         steps, loss = outcome.global_step, outcome.training_loss
     save_result(trainer, model, tokenizer, folder.composition, report)
     if arguments.push_to_hub:

@@ -83,6 +83,17 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         write_text(self.config, config_text)
 
+    def start_in_one(self, arguments: Any, config_text: str, *, resume: bool) -> None:
+        """Let the first of a trainer's processes make the folder; the others wait for it.
+
+        Args:
+            arguments: the trainer's.
+            config_text, resume: see ``start``.
+        """
+        with arguments.main_process_first(local=False, desc="making the output folder"):
+            if arguments.process_index == 0:
+                self.start(config_text, resume=resume)
+
     def changes(self, config: dict[str, Any]) -> list[str]:
         """Which settings differ from those that the run was started with, as dotted keys."""
         try:

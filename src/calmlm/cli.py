@@ -404,57 +404,73 @@ def visual_arithmetic(
     run(preset, _seeds(seeds), output, cache, max_steps=max_steps, items=items, report=say)
 
 
-@repro.command("real")
-def real(
-    config: Annotated[
-        Path, typer.Option(help="A YAML file of models, data and rows.", show_default=True, callback=expanded)
-    ] = Path("configs/real/translation.yaml"),
-    seeds: Annotated[str, typer.Option(help="A cell for each, separated by commas.")] = "0,1,2",
-    rows: Annotated[
-        str | None, typer.Option(help="Rows of the file, separated by commas; all by default.", show_default=False)
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The data as JSON lines, instead of their id.", show_default=False, callback=expanded),
-    ] = None,
-    models: Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)] = Path(
-        "models"
-    ),
-    anchor: Annotated[
-        str | None, typer.Option(help="Another m_B, by id or folder.", show_default=False, callback=expanded)
-    ] = None,
-    augmenting: Annotated[
-        str | None, typer.Option(help="Another m_A, by id or folder.", show_default=False, callback=expanded)
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where cells and report go.", callback=expanded)] = Path(
-        "experiments/real/results"
-    ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
-    items: Annotated[int | None, typer.Option(min=2, help="Cuts each measure, for a trial.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
-    stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
-) -> None:
-    """Two real models: one reads varieties of Arabic and Hindi that the other does not. Finished cells stay."""
-    from transformers.utils import logging
+def _with_real_models(name: str, config_file: str, folder: str, about: str) -> None:
+    """Add an experiment with two real models, whose file and folder are these by default."""
 
-    from calmlm.experiments.real.run import run
+    @repro.command(name, help=about)
+    def command(
+        config: Annotated[
+            Path, typer.Option(help="A YAML file of models, data and rows.", show_default=True, callback=expanded)
+        ] = Path(config_file),
+        seeds: Annotated[str, typer.Option(help="A cell for each, separated by commas.")] = "0,1,2",
+        rows: Annotated[
+            str | None, typer.Option(help="Rows of the file, separated by commas; all by default.", show_default=False)
+        ] = None,
+        data: Annotated[
+            Path | None,
+            typer.Option(help="The data as JSON lines, instead of their id.", show_default=False, callback=expanded),
+        ] = None,
+        models: Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)] = Path(
+            "models"
+        ),
+        anchor: Annotated[
+            str | None, typer.Option(help="Another m_B, by id or folder.", show_default=False, callback=expanded)
+        ] = None,
+        augmenting: Annotated[
+            str | None, typer.Option(help="Another m_A, by id or folder.", show_default=False, callback=expanded)
+        ] = None,
+        output: Annotated[Path, typer.Option(help="Where cells and report go.", callback=expanded)] = Path(folder),
+        steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
+        items: Annotated[int | None, typer.Option(min=2, help="Cuts each measure, for a trial.")] = None,
+        threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
+        stored_only: Annotated[
+            bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")
+        ] = False,
+    ) -> None:
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    run(
-        config,
-        _seeds(seeds),
-        None if rows is None else [row.strip() for row in rows.split(",") if row.strip()],
-        output,
-        models,
-        data=data,
-        anchor=anchor,
-        augmenting=augmenting,
-        steps=steps,
-        items=items,
-        threads=threads,
-        stored_only=stored_only,
-        report=say,
-    )
+        from calmlm.experiments.real.run import run
+
+        logging.disable_progress_bar()
+        run(
+            config,
+            _seeds(seeds),
+            None if rows is None else [row.strip() for row in rows.split(",") if row.strip()],
+            output,
+            models,
+            data=data,
+            anchor=anchor,
+            augmenting=augmenting,
+            steps=steps,
+            items=items,
+            threads=threads,
+            stored_only=stored_only,
+            report=say,
+        )
+
+
+_with_real_models(
+    "real",
+    "configs/real/translation.yaml",
+    "experiments/real/results",
+    "Two real models: one reads varieties of Arabic and Hindi that the other does not. Finished cells stay.",
+)
+_with_real_models(
+    "translation",
+    "configs/real/varieties.yaml",
+    "experiments/translation/results",
+    "Translation from 40 language varieties with two real models, beside every rival. Finished cells stay.",
+)
 
 
 def _seeds(text: str) -> list[int]:

@@ -22,7 +22,8 @@ from calmlm.experiments.real.measures import bits, first_line_of, text_of
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties, load_settings
 from calmlm.experiments.real.report import goals, summarise
 from calmlm.experiments.real.resampling import Figures, bits_of, difference
-from calmlm.experiments.real.run import cell_path, run, seeds_of
+from calmlm.experiments.real.routing import Routed
+from calmlm.experiments.real.run import cascade, cell_path, run, seeds_of
 from calmlm.experiments.real.systems import Alone, Cascade, Composed
 from calmlm.experiments.real.world import Item, World, read_sentences
 from documents import ROOT
@@ -35,6 +36,7 @@ METHODS = {
     "m_A": Method("m_A", "m_A"),
     "m_B": Method("m_B", "m_B"),
     "cascade": Method("Cascade", "cascade", examples=True),
+    "router": Method("Router", "router", examples=True),
     "ensemble": Method("Ensemble", "ensemble"),
     "lora": Method("LoRA", "lora", rank=2, steps=2, learning_rate=1e-3, batch_size=2),
     "words": Method(
@@ -109,6 +111,21 @@ def test_d_c_spreads_over_its_varieties(world: World) -> None:
         assert item.other != item.prompt
 
 
+def test_a_model_alone_can_read_examples_in_the_variety_that_is_asked() -> None:
+    settings = dataclasses.replace(TINY, shots_in="own", shown=["yy_Latn"])
+    world = World(settings, 0, sentences())
+    assert {item.variety for item in world.examples} == {"yy_Latn"}
+    english = [item.target for item in world.examples]
+    for variety, text in world.before.items():
+        examples = world.examples_of(variety)
+        assert {item.variety for item in examples} == {variety}
+        assert [item.target for item in examples] == english  # no further sentence is shown
+        assert text == "".join(f"{item.prompt} {item.target}\n\n" for item in examples)
+    in_turn = World(TINY, 0, sentences())
+    assert set(in_turn.before.values()) == {in_turn.shown}
+    assert [item.variety for item in in_turn.examples] == VARIETIES.inside
+
+
 def test_what_is_asked_stands_in_all_varieties(world: World) -> None:
     assert [item.variety for item in world.tested] == [v for v in VARIETIES.all for _ in range(3)]
     first = [item for item in world.tested if item.sentence == 0]
@@ -179,6 +196,16 @@ def test_a_cell_is_another_one_where_anything_but_a_title_changes() -> None:
     for changed in (TINY.cut(1, None), TINY.cut(None, 2), dataclasses.replace(TINY, anchor=BaseModel("z"))):
         assert changed.mark("lora") != TINY.mark("lora")
     assert TINY.cut(1, None).mark("m_B") == TINY.mark("m_B")
+
+
+def test_later_settings_leave_the_marks_of_stored_cells() -> None:
+    for name in ("m_A", "lora"):
+        marks = {
+            dataclasses.replace(TINY, **changed).mark(name)
+            for changed in ({}, {"headline": "lora"}, {"shots_in": "own"}, {"shown": ["xx_Latn"]})
+        }
+        assert len(marks) == 3  # a page's headline changes no figure
+    assert SETTINGS.mark("m_A") == "6a0175bc"  # of a committed cell
 
 
 def test_what_depends_on_no_seed_is_made_once() -> None:
@@ -333,7 +360,57 @@ def test_an_ensemble_writes_what_it_predicts(pair: Pair, world: World) -> None:
     assert pair.tokenizer.decode(ensemble.said(best).argmax(-1)) == written
 
 
+# The router
+
+
+class Fixed(Alone):
+    """Needs so many nats for each item, and writes its name."""
+
+    def __init__(self, model: Any, tokens: Any, name: str, nats: dict[str, float]) -> None:
+        super().__init__(model, tokens)
+        self.name, self.known = name, nats
+
+    def nats(self, items: Any, swapped: bool = False) -> list[float]:
+        return [self.known[item.variety] + item.sentence for item in items]
+
+    def write(self, items: Any, new_tokens: int) -> list[str]:
+        return [f"{self.name} {item.sentence}" for item in items]
+
+
+def test_the_router_sends_each_prompt_to_who_knows_more(pair: Pair, world: World) -> None:
+    ours = Fixed(pair.anchor, pair.tokenizer, "m_B", {"xx_Latn": 1.0, "yy_Latn": 9.0, "eng_Latn": 5.0})
+    theirs = Fixed(None, None, "m_A", {"xx_Latn": 2.0, "yy_Latn": 3.0, "eng_Latn": 0.0})
+    items = [item for item in world.tested if item.variety in ("xx_Latn", "yy_Latn")] + world.english[:1]
+    router = Routed(ours, theirs)
+    assert not any(router.chosen(items))
+    assert router.fit(items[:-1]) == 0.5
+    assert router.nats(items) == [1.0, 2.0, 3.0, 3.0, 4.0, 5.0, 5.0]
+    assert router.write(items, 3)[2:5] == ["m_B 2", "m_A 0", "m_A 1"]
+    # States are those of each prompt alone.
+    alone = torch.cat([router.states([item]) for item in items[:4]])
+    torch.testing.assert_close(router.states(items[:4]), alone, atol=1e-5, rtol=1e-4)
+
+
 # Training
+
+
+def test_a_cascade_drafts_each_example_after_the_others(
+    pair: Pair, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, str]] = []
+
+    def write(self: Alone, items: Any, new_tokens: int) -> list[str]:
+        read.extend((self.before[item.variety], item.prompt) for item in items)
+        return ["draft"] * len(items)
+
+    monkeypatch.setattr(Alone, "write", write)
+    made = cascade(pair, METHODS["cascade"], world)
+    first, second = world.examples
+    assert read == [(f"{second.prompt}{second.completion}\n\n", first.prompt),
+                    (f"{first.prompt}{first.completion}\n\n", second.prompt)]  # fmt: skip
+    told = f"{first.prompt} draft\nEnglish:{first.completion}\n\n"
+    assert all(text.startswith(told) for text in made.writer.before.values())
+    assert made.writer.before.keys() == set(VARIETIES.all)
 
 
 def test_the_cascade_shows_the_draft(pair: Pair, world: World) -> None:
@@ -466,7 +543,7 @@ def test_every_system_makes_a_cell(tmp_path: Path, pair: Pair, monkeypatch: pyte
     monkeypatch.setattr(run_module, "load_settings", lambda path: TINY)
     monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
-    rows = ["cascade", "ensemble"]
+    rows = ["cascade", "router", "ensemble"]
     result = run("x.yaml", (0,), rows, tmp_path, data=tmp_path / "data.jsonl", threads=1, report=lambda line: None)
     assert list(result["rows"]) == rows
     assert 0 < result["rows"]["ensemble"]["weight"] <= 1
@@ -487,6 +564,7 @@ def test_a_row_that_fails_leaves_the_others(tmp_path: Path, pair: Pair, monkeypa
 
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "real" / "translation.yaml")
-    assert main(["repro", "real", "--config", config, "--rows", "nothing", "--output", str(tmp_path)]) == 2
-    assert "Rows must be among" in capsys.readouterr().err
+    for command, file in (("real", "translation"), ("translation", "varieties")):
+        config = str(ROOT / "configs" / "real" / f"{file}.yaml")
+        assert main(["repro", command, "--config", config, "--rows", "nothing", "--output", str(tmp_path)]) == 2
+        assert "Rows must be among" in capsys.readouterr().err

@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from calmlm.data.conversations import common_prefix
-from calmlm.data.extras import require
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.real.layout import Text
+from calmlm.experiments.real.scores import corpus, counted
 from calmlm.experiments.real.world import Item, World
 
-__all__ = ["System", "bits", "chrf", "first_line_of", "measure", "text_of"]
+__all__ = ["System", "bits", "first_line_of", "measure", "text_of"]
 
 T = TypeVar("T")
 
@@ -66,18 +66,6 @@ def first_line_of(text: str) -> str:
     return text.strip().split("\n")[0].strip()
 
 
-def chrf(written: Sequence[str], items: Sequence[Item]) -> float:
-    """chrF of translations.
-
-    Raises:
-        MissingExtraError: without sacrebleu.
-    """
-    require("sacrebleu", "compare", "chrF")
-    from sacrebleu.metrics import CHRF
-
-    return float(CHRF().corpus_score(list(written), [[item.target for item in items]]).score)
-
-
 def measure(
     system: System, world: World, swapped: bool, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
@@ -85,8 +73,8 @@ def measure(
 
     Returns:
         ``nats`` and ``swapped_nats`` of each tested item (the second None where m_A has no part or is not asked),
-        ``english_nats`` of each plain line, ``written`` texts with their ``chrf`` inside and outside D_C, and how many
-        seconds each took.
+        ``english_nats`` of each plain line, ``written`` texts with their ``chrf`` inside and outside D_C and what chrF
+        and BLEU count in each (``scores``), and how many seconds each took.
     """
     settings = world.settings
     tested, english, asked = world.tested, world.english, world.written
@@ -105,10 +93,11 @@ def measure(
     found["english_nats"] = timed("english", lambda: _rounded(system.nats(english)))
     written = timed("written", lambda: [first_line_of(text) for text in system.write(asked, settings.new_tokens)])
     found |= {"written": written, "measuring_seconds": seconds}
+    found["scores"] = counted(written, [item.target for item in asked])
     for column, varieties in (("inside", settings.varieties.inside), ("outside", settings.varieties.outside)):
         chosen = [index for index, item in enumerate(asked) if item.variety in varieties]
         if chosen:
-            found[f"chrf_{column}"] = round(chrf([written[i] for i in chosen], [asked[i] for i in chosen]), 2)
+            found[f"chrf_{column}"] = round(corpus("chrf", [found["scores"]["chrf"][i] for i in chosen]), 2)
     return found
 
 

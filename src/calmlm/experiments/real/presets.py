@@ -17,6 +17,9 @@ from calmlm.training.yaml import parse_yaml
 
 __all__ = ["BaseModel", "Method", "Settings", "Varieties", "load_settings"]
 
+LATER: dict[str, Any] = {"shots_in": "turn", "shown": []}
+"""Settings that cells were stored without: they count in a cell's mark where they differ from these."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -32,8 +35,9 @@ class Method:
 
     Attributes:
         title: how the report calls it.
-        system: what it is. ``m_A`` and ``m_B`` alone; ``cascade``: m_A translates, m_B is given that; ``ensemble``:
-            both models' probabilities at one weight; ``lora`` and ``full`` train m_B; ``composed``: a composition.
+        system: what it is. ``m_A`` and ``m_B`` alone; ``cascade``: m_A translates, m_B is given that; ``router``: m_B's
+            state at the prompt says which of the two answers; ``ensemble``: both models' probabilities at one weight;
+            ``lora`` and ``full`` train m_B; ``composed``: a composition.
         examples: whether some examples are read first: by the model alone, or in a composition or ensemble by m_A.
         compose: arguments of ``calmlm.compose``; ``plain_text`` is filled in.
         augmenting: ``real``, or ``random`` for fresh weights in the same architecture.
@@ -43,7 +47,7 @@ class Method:
     """
 
     title: str
-    system: Literal["m_A", "m_B", "cascade", "ensemble", "lora", "full", "composed"]
+    system: Literal["m_A", "m_B", "cascade", "router", "ensemble", "lora", "full", "composed"]
     examples: bool = False
     compose: dict[str, Any] = field(default_factory=dict)
     augmenting: Literal["real", "random"] = "real"
@@ -99,6 +103,10 @@ class Settings:
         pairs: D_C's, spread evenly over its varieties; each is another sentence.
         plain: lines of plain English beside them in D_C, which m_A has nothing to add to.
         shots: examples that a method with ``examples`` reads first.
+        shots_in: the examples of a model alone: all ``inside`` in turn, or in the variety that is asked, as papers have
+            it (``own``). A composition reads one text before all prompts, with varieties in turn.
+        headline: the row that the page by varieties is about.
+        shown: the varieties that are shown in turn; those inside D_C by default.
         plain_lines: lines of plain English that ``calmlm.compose`` takes as ``plain_text``.
         test, development: sentences that are kept for either.
         items: of the test sentences, how many are asked in each variety.
@@ -129,6 +137,9 @@ class Settings:
     written: int = 12
     new_tokens: int = 80
     swapped: bool = True
+    shots_in: Literal["turn", "own"] = "turn"
+    shown: list[str] = field(default_factory=list)
+    headline: str = ""
 
     def cut(self, steps: int | None, items: int | None) -> Settings:
         """The same with fewer steps of each training, or fewer items of each measure, for a trial."""
@@ -158,7 +169,9 @@ class Settings:
 
     def mark(self, name: str) -> str:
         """Eight digits that stand for all that a cell of a method depends on, but for its seed."""
-        shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("methods", "name")}
+        later = {key: value for key, value in LATER.items() if getattr(self, key) == value}
+        left_out = {"methods", "name", "headline", *later}
+        shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
 
@@ -172,6 +185,11 @@ class Settings:
                 found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
             if bool(method.compose) != (method.system == "composed"):
                 found.append(f"methods.{name}.compose: expected arguments for system 'composed', and none for others.")
+        if self.headline and self.headline not in self.methods:
+            found.append(f"headline: expected one of the methods, but got {self.headline}.")
+        for variety in self.shown:
+            if variety not in self.varieties.inside:
+                found.append(f"shown: expected varieties inside D_C, but got {variety}.")
         asked = {"items": self.test, "english_items": self.test, "written": self.items, "weighed": self.development}
         for measure, most in asked.items():
             if not 2 <= getattr(self, measure) <= most:

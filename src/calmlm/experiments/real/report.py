@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calmlm.experiments.real.by_variety import compare, page
+from calmlm.experiments.real.picture import draw
 from calmlm.experiments.real.presets import Method, Settings
 from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference
 from calmlm.files.results import to_json, write_result
@@ -16,6 +18,7 @@ INTERVAL = (
     "In brackets 95 % intervals by a two-level bootstrap: seeds are drawn with replacement, then sentences, the same "
     "ones for what is compared. With few seeds they understate the variation between seeds."
 )
+WIDEST = 12  # varieties that a table has columns for
 Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Cells by method and seed."""
 
@@ -38,6 +41,8 @@ def summarise(settings: Settings, cells: Cells) -> dict[str, dict[str, Any]]:
             ("inside", "", settings.varieties.inside),
             ("outside", "_outside", settings.varieties.outside),
         ):
+            if not chosen:
+                continue
             figures = _figures(by_seed, chosen)
             row[column] = bits_of(figures)
             if all(cell["swapped_nats"] is not None for cell in by_seed.values()):
@@ -71,6 +76,8 @@ def goals(settings: Settings, rows: Mapping[str, Mapping[str, Any]]) -> list[str
     The best composition is, among those with the same examples, the one with the fewest bits per byte inside D_C.
     """
     lines: list[str] = []
+    if settings.headline:  # asked for by variety, on a page of its own
+        return lines
 
     def figure(name: str, key: str) -> float | None:
         found = rows.get(name, {}).get(key)
@@ -146,14 +153,17 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
             f"{row['training_seconds']:.0f}" if "training_seconds" in row else "-",
         ]
         lines.append(f"| {_title(row, result)} | " + " | ".join(parts) + " |")
-    lines += ["", f"## Outside D_C ({', '.join(varieties.outside)})", ""]
-    lines += ["| | bits per byte | swapped | gain | LoRA | ensemble |", "|---" + "|---:" * 5 + "|"]
-    for row in rows.values():
-        lines.append(f"| {_title(row, result)} | " + " | ".join(_compared(row, "outside", "_outside")) + " |")
-    lines += ["", "## By variety", "", "The last ones are apart: m_A knows little of them.", ""]
-    lines += ["| | " + " | ".join(varieties.all) + " |", "|---" + "|---:" * len(varieties.all) + "|"]
-    for row in rows.values():
-        lines.append(f"| {row['title']} | " + " | ".join(f"{row[key].mean:.3f}" for key in varieties.all) + " |")
+    if varieties.outside:
+        lines += ["", f"## Outside D_C ({', '.join(varieties.outside)})", ""]
+        lines += ["| | bits per byte | swapped | gain | LoRA | ensemble |", "|---" + "|---:" * 5 + "|"]
+        for row in rows.values():
+            lines.append(f"| {_title(row, result)} | " + " | ".join(_compared(row, "outside", "_outside")) + " |")
+    if len(varieties.all) <= WIDEST:
+        apart = "The last ones are apart: m_A knows little of them." if varieties.apart else ""
+        lines += ["", "## By variety", *(["", apart] if apart else []), ""]
+        lines += ["| | " + " | ".join(varieties.all) + " |", "|---" + "|---:" * len(varieties.all) + "|"]
+        for row in rows.values():
+            lines.append(f"| {row['title']} | " + " | ".join(f"{row[key].mean:.3f}" for key in varieties.all) + " |")
     reached = goals(settings, rows)
     if reached:
         lines += ["", "## What is asked for", "", *reached]
@@ -210,9 +220,15 @@ def _shown(estimate: Estimate | None, sign: bool = False) -> str:
 
 
 def write_report(settings: Settings, result: Mapping[str, Any], cells: Cells, output: Path) -> list[Path]:
-    """Write ``<name>.json`` and ``.md``; the cells stay where they are."""
+    """Write ``<name>.json`` and ``.md``, and a page by varieties if the settings ask for it; the cells stay."""
     base = output / settings.name
     paths = [base.with_suffix(".json"), base.with_suffix(".md")]
+    if settings.headline:
+        found = compare(settings, cells)
+        result = {**result, "by_variety": found}
+        picture = draw(settings, found, output / f"{settings.name}-varieties.png")
+        paths += [output / f"{settings.name}-varieties.md", *([picture] if picture is not None else [])]
+        write_result(paths[2], page(settings, found, picture.name if picture is not None else None))
     write_result(paths[0], to_json(result, indent=2) + "\n")
     write_result(paths[1], markdown(settings, result, cells))
     return paths

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DRAWS", "Estimate", "Figures", "bits_of", "difference"]
+__all__ = ["DRAWS", "Estimate", "Figures", "bits_of", "difference", "estimate", "shares"]
 
 DRAWS = 2000
 
@@ -69,8 +69,8 @@ class Figures:
 def bits_of(figures: Figures) -> Estimate:
     """Bits per byte: seeds and sentences are drawn with replacement."""
     generator = torch.Generator().manual_seed(0)
-    draws = figures.drawn(_draws(len(figures.nats), generator, share=True), _draws(len(figures.sizes), generator))
-    return _estimate(figures.bits, draws)
+    draws = figures.drawn(shares(len(figures.nats), generator), _draws(len(figures.sizes), generator))
+    return estimate(figures.bits, draws)
 
 
 def difference(one: Figures, other: Figures) -> Estimate:
@@ -79,20 +79,25 @@ def difference(one: Figures, other: Figures) -> Estimate:
     """
     generator = torch.Generator().manual_seed(0)
     sentences = _draws(len(one.sizes), generator)
-    seeds = _draws(len(one.nats), generator, share=True)
+    seeds = shares(len(one.nats), generator)
     paired = len(one.nats) == len(other.nats)
-    others = seeds if paired else _draws(len(other.nats), generator, share=True)
-    return _estimate(one.bits - other.bits, one.drawn(seeds, sentences) - other.drawn(others, sentences))
+    others = seeds if paired else shares(len(other.nats), generator)
+    return estimate(one.bits - other.bits, one.drawn(seeds, sentences) - other.drawn(others, sentences))
 
 
-def _draws(count: int, generator: torch.Generator, share: bool = False) -> Tensor:
-    """How often each of so many is drawn in as many draws with replacement, (DRAWS, count) float64."""
-    chosen = torch.randint(count, (DRAWS, count), generator=generator)
-    found = torch.zeros(DRAWS, count, dtype=torch.float64)
-    found.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-    return found / count if share else found
+def _draws(count: int, generator: torch.Generator, draws: int = DRAWS) -> Tensor:
+    """How often each of so many is drawn in as many draws with replacement, (draws, count) float64."""
+    chosen = torch.randint(count, (draws, count), generator=generator)
+    found = torch.zeros(draws, count, dtype=torch.float64)
+    return found.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
 
 
-def _estimate(mean: float, draws: Tensor) -> Estimate:
+def shares(count: int, generator: torch.Generator, draws: int = DRAWS) -> Tensor:
+    """The same as shares of a whole: each row adds up to 1."""
+    return _draws(count, generator, draws) / count
+
+
+def estimate(mean: float, draws: Tensor) -> Estimate:
+    """A mean with the interval of its draws."""
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(mean, low, high)

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from calmlm.experiments.real.joined import Pair, Trained, composed, fine_tuned, 
 from calmlm.experiments.real.measures import System, first_line_of, measure
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
+from calmlm.experiments.real.routing import Routed
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
-from calmlm.experiments.real.world import World, read_sentences
+from calmlm.experiments.real.world import World, as_text, read_sentences
 from calmlm.experiments.record import origin
 from calmlm.files.results import to_json, write_result
 from calmlm.files.storage import check_writable
@@ -160,11 +161,14 @@ def make_cell(settings: Settings, name: str, pair: Pair, world: World, report: C
 
 def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], None]) -> tuple[System, dict[str, Any]]:
     """The system of a method, and what is to be said of it."""
-    shown = world.shown if method.examples else ""
-    if method.system == "m_A":
-        return Alone(pair.augmenting, pair.augmenting_tokenizer, shown, hears=True), {}
-    if method.system == "m_B":
-        return Alone(pair.anchor, pair.tokenizer, shown), {}
+    before = world.before if method.examples else None
+    ours = Alone(pair.anchor, pair.tokenizer, before, hears=True)
+    theirs = Alone(pair.augmenting, pair.augmenting_tokenizer, before, hears=True)
+    if method.system in ("m_A", "m_B"):
+        return (theirs if method.system == "m_A" else ours), {}
+    if method.system == "router":
+        router = Routed(ours, theirs)
+        return router, {"routed": router.fit(world.weighed)}
     if method.system == "cascade":
         return cascade(pair, method, world), {}
     if method.system == "ensemble":
@@ -186,15 +190,23 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
 def cascade(pair: Pair, method: Method, world: World) -> Cascade:
     """m_A translates after the examples; with ``examples``, m_B has seen what m_A makes of each after the others."""
     new_tokens = world.settings.new_tokens
-    before = ""
+
+    def translator(before: Mapping[str, str]) -> Alone:
+        return Alone(pair.augmenting, pair.augmenting_tokenizer, before)
+
+    drafted: dict[str, str] = {}  # by the examples' text, which many varieties may share
     if method.examples:
-        for index, item in enumerate(world.examples):
-            others = [other for place, other in enumerate(world.examples) if place != index]
-            rest = "".join(f"{other.prompt}{other.completion}\n\n" for other in others)
-            draft = Alone(pair.augmenting, pair.augmenting_tokenizer, rest).write([item], new_tokens)[0]
-            before += f"{told(item.prompt, first_line_of(draft))}{item.completion}\n\n"
-    translator = Alone(pair.augmenting, pair.augmenting_tokenizer, world.shown)
-    return Cascade(translator, Alone(pair.anchor, pair.tokenizer, before), new_tokens, first_line_of)
+        for examples in (world.examples_of(variety) for variety in world.before):
+            text = as_text(examples)
+            if text in drafted:
+                continue
+            drafted[text] = ""
+            for index, item in enumerate(examples):
+                rest = as_text([other for place, other in enumerate(examples) if place != index])
+                draft = translator({item.variety: rest}).write([item], new_tokens)[0]
+                drafted[text] += f"{told(item.prompt, first_line_of(draft))}{item.completion}\n\n"
+    before = {variety: drafted.get(text, "") for variety, text in world.before.items()}
+    return Cascade(translator(world.before), Alone(pair.anchor, pair.tokenizer, before), new_tokens, first_line_of)
 
 
 def stored(settings: Settings, folder: Path, seeds: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,14 @@ class Alone:
     Args:
         model: m_A, m_B, or m_B after a training.
         tokenizer: its own.
-        before: examples that it reads before each prompt; plain text has none.
-        hears: whether it is m_A, so that swapping what m_A reads means something.
+        before: examples that it reads before each prompt, by variety; plain text has none.
+        hears: whether it is also measured with another prompt: what it gets out of a text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, before: str = "", hears: bool = False) -> None:
-        self.model, self.tokenizer, self.before, self.hears = model, tokenizer, before, hears
+    def __init__(
+        self, model: Any, tokenizer: Any, before: Mapping[str, str] | None = None, hears: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.before, self.hears = model, tokenizer, before or {}, hears
 
     def nats(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
         """Each target's negative log-probability."""
@@ -46,7 +48,7 @@ class Alone:
     @torch.no_grad()
     def predicted(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
         """The same, where ``swapped`` concerns what m_A reads alone."""
-        texts = [text_of(i, self.tokenizer, self.before if i.prompt else "", swapped) for i in items]
+        texts = [text_of(i, self.tokenizer, self.before.get(i.variety, ""), swapped) for i in items]
         found = [0.0] * len(texts)
         for chosen in batches(texts):
             batch, width = laid_out([texts[index] for index in chosen], self.pad)
@@ -84,7 +86,7 @@ class Alone:
 
     def write(self, items: Sequence[Item], new_tokens: int) -> list[str]:
         """Greedy continuations."""
-        prompts = [encode_prompt(self.before + item.prompt, self.tokenizer) for item in items]
+        prompts = [encode_prompt(self.before.get(item.variety, "") + item.prompt, self.tokenizer) for item in items]
         order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
         found = [""] * len(items)
         for start in range(0, len(order), WRITTEN_AT_ONCE):

@@ -15,7 +15,7 @@ from calmlm.data.sources import HubDataset, read_hub
 from calmlm.errors import DataError, first_line
 from calmlm.experiments.real.presets import Settings
 
-__all__ = ["Item", "World", "asked", "read_sentences"]
+__all__ = ["Item", "World", "as_text", "asked", "read_sentences"]
 
 Sentence = dict[str, str]
 """One sentence, by variety."""
@@ -50,6 +50,11 @@ class Item:
     def size(self) -> int:
         """Bytes of the target."""
         return len(self.target.encode())
+
+
+def as_text(examples: Sequence[Item]) -> str:
+    """Examples as a text before a prompt."""
+    return "".join(f"{item.prompt}{item.completion}\n\n" for item in examples)
 
 
 def asked(source: str) -> str:
@@ -148,18 +153,31 @@ class World:
         random.Random(f"order-{self.seed}").shuffle(mixed)
         return mixed
 
-    @cached_property
-    def examples(self) -> list[Item]:
-        """Examples for a prompt, which D_C does not hold; short ones of its varieties in turn."""
-        settings, varieties = self.settings, self.settings.varieties.inside
+    def examples_in(self, varieties: Sequence[str]) -> list[Item]:
+        """Examples for a prompt, which D_C does not hold in any language: short ones in these varieties in turn."""
+        settings = self.settings
         rest = self.drawn[settings.pairs + settings.plain :]
         short = sorted(rest, key=lambda s: len(s[settings.english]) > EXAMPLE)[: settings.shots]
         return [self._item(s, varieties[index % len(varieties)], index) for index, s in enumerate(short)]
 
+    @cached_property
+    def examples(self) -> list[Item]:
+        """Those that one text shows before all prompts."""
+        return self.examples_in(self.settings.shown or self.settings.varieties.inside)
+
     @property
     def shown(self) -> str:
         """The examples as a text before a prompt."""
-        return "".join(f"{item.prompt}{item.completion}\n\n" for item in self.examples)
+        return as_text(self.examples)
+
+    def examples_of(self, variety: str) -> list[Item]:
+        """Those that a model alone reads before a prompt in a variety."""
+        return self.examples_in([variety]) if self.settings.shots_in == "own" else self.examples
+
+    @cached_property
+    def before(self) -> dict[str, str]:
+        """The examples that a model alone reads before a prompt, as text, by variety."""
+        return {variety: as_text(self.examples_of(variety)) for variety in self.settings.varieties.all}
 
     def lines(self, count: int) -> list[str]:
         """Plain English of the training sentences, those outside D_C first."""

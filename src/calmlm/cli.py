@@ -328,14 +328,26 @@ def compare(
 
 
 @app.command()
-def demo() -> None:
-    """Two small models that cannot calculate with keys, and their composition that can."""
+def demo(
+    what: Annotated[
+        str, typer.Argument(help="keys, with models that come with calmlm, or translation, with two real models.")
+    ] = "keys",
+    models: Annotated[
+        Path, typer.Option(help="Where scripts/models put the two models of `translation`.", callback=expanded)
+    ] = Path("models"),
+) -> None:
+    """Two models that cannot, and their composition that can: it calculates with keys, or translates."""
     from transformers.utils import logging
 
-    from calmlm.demo.show import show
+    from calmlm.demo import show, translating
 
     logging.disable_progress_bar()
-    show()
+    if what not in ("keys", "translation"):
+        raise ConfigError(f"Expected keys or translation, but got '{what}': write `calmlm demo translation`.")
+    if what == "keys":
+        show.show()
+    else:
+        translating.show(models)
 
 
 @repro.command("kv-arithmetic")
@@ -433,9 +445,17 @@ def _with_real_models(name: str, config_file: str, folder: str, about: str) -> N
         steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
         items: Annotated[int | None, typer.Option(min=2, help="Cuts each measure, for a trial.")] = None,
         threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
+        dtype: Annotated[
+            str | None,
+            typer.Option(help="bfloat16 or float32; what is faster on this machine.", show_default=False),
+        ] = None,
         stored_only: Annotated[
             bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")
         ] = False,
+        keep: Annotated[
+            Path | None,
+            typer.Option(help="Where trained compositions are saved.", show_default=False, callback=expanded),
+        ] = None,
     ) -> None:
         from transformers.utils import logging
 
@@ -454,7 +474,9 @@ def _with_real_models(name: str, config_file: str, folder: str, about: str) -> N
             steps=steps,
             items=items,
             threads=threads,
+            dtype=dtype,
             stored_only=stored_only,
+            keep=keep,
             report=say,
         )
 

@@ -21,9 +21,10 @@ from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import Row, Stage, fit
 from calmlm.experiments.real.layout import AUGMENTING, reading_others
-from calmlm.experiments.real.presets import BaseModel, Method
+from calmlm.experiments.real.presets import BaseModel, Method, Settings
 from calmlm.experiments.real.world import Item, World
-from calmlm.experiments.record import device
+from calmlm.experiments.record import device, origin
+from calmlm.files.results import to_json, write_result
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import load_tokenizer
 
@@ -35,6 +36,7 @@ __all__ = [
     "fresh",
     "open_pair",
     "rows_of",
+    "save_trained",
     "train_composition",
     "with_lora",
 ]
@@ -42,7 +44,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pair:
-    """Both base models in bfloat16, with their tokenizers; none of them is changed."""
+    """Both base models in one dtype, with their tokenizers; none of them is changed."""
 
     anchor: PreTrainedModel
     augmenting: PreTrainedModel
@@ -68,19 +70,23 @@ class Trained:
 
 
 @reading_once()
-def open_pair(anchor: BaseModel, augmenting: BaseModel, models: str | Path) -> Pair:
+def open_pair(
+    anchor: BaseModel, augmenting: BaseModel, models: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> Pair:
     """Load both models and their tokenizers.
 
     Args:
         anchor, augmenting: what to load: the file, if one is named, or else the id.
         models: the folder of the files.
+        dtype: in which they compute. The weights are rounded to bfloat16 all the same: those of one pair are equal.
 
     Raises:
         ModelError: there is no such file or model.
         DataError: a model has no tokenizer.
     """
     ours, theirs = _place(anchor, models), _place(augmenting, models)
-    return Pair(_loaded(ours, "anchor"), _loaded(theirs, "augmenting model"), *map(_tokenizer, (ours, theirs)))
+    both = (_loaded(ours, "anchor").to(dtype), _loaded(theirs, "augmenting model").to(dtype))
+    return Pair(*both, *map(_tokenizer, (ours, theirs)))
 
 
 def _place(model: BaseModel, models: str | Path) -> str:
@@ -158,6 +164,15 @@ def train_composition(pair: Pair, method: Method, world: World) -> Trained:
     return _trained(model, rows, pair, method.stage, world.seed, collate)
 
 
+def save_trained(model: calmlm.CalmForCausalLM, folder: Path, settings: Settings, command: str | None) -> None:
+    """Save a trained composition in bfloat16, as its bases' weights are, with their ids and where it comes from."""
+    tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.composition_tensors().items()}
+    model.config.anchor["id"] = settings.anchor.id
+    model.config.augmenting[AUGMENTING]["id"] = settings.augmenting.id
+    model.save_pretrained(folder, state_dict=tensors)
+    write_result(folder / "origin.json", to_json(origin(command), indent=2) + "\n")
+
+
 def with_lora(pair: Pair, method: Method, world: World) -> Trained:
     """Train low-rank matrices beside all linear maps of m_B, in float32.
 
@@ -175,10 +190,10 @@ def with_lora(pair: Pair, method: Method, world: World) -> Trained:
 
 
 def fine_tuned(pair: Pair, method: Method, world: World) -> Trained:
-    """Train all weights of m_B: in float32, or most steps would be rounded away, computing in bfloat16."""
+    """Train all weights of m_B: in float32, or most steps would be rounded away, computing in the pair's dtype."""
     model = copy.deepcopy(pair.anchor).float().requires_grad_(True)
     rows = rows_of(world.composition, pair.tokenizer)
-    found = _trained(model, rows, pair, method.stage, world.seed, bf16=True)
+    found = _trained(model, rows, pair, method.stage, world.seed, bf16=pair.anchor.dtype == torch.bfloat16)
     model.to(pair.anchor.dtype)
     return found
 

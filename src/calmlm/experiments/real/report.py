@@ -169,6 +169,8 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
         lines += ["", "## What is asked for", "", *reached]
     lines += ["", "## How", "", _how(settings, first)]
     if first is not None:
+        dtypes = {cell.get("dtype", "bfloat16") for by_seed in cells.values() for cell in by_seed.values()}
+        lines[-1] += f" The base models compute in {' or '.join(sorted(dtypes))}, which a cell names."
         made = "".join(f", {name} {version}" for name, version in first["versions"].items())
         machines = sorted({_machine(cell) for by_seed in cells.values() for cell in by_seed.values()})
         commits = sorted({cell["commit"][:7] for by_seed in cells.values() for cell in by_seed.values()})
@@ -202,8 +204,8 @@ def _how(settings: Settings, cell: Mapping[str, Any] | None) -> str:
         f"the {settings.shots} examples and what a training starts from. {settings.items} sentences are asked in each "
         f"variety, {settings.english_items} lines of plain English, and {settings.written} sentences are translated in "
         f"each but those apart. Bytes are those of the English text; its end does not count. The ensemble's weight is "
-        f"chosen on {settings.weighed} development sentences in each variety of D_C; nothing else is. The base models "
-        f"are in bfloat16, what is trained in float32. Seconds are those of the training."
+        f"chosen on {settings.weighed} development sentences in each variety of D_C; nothing else is. What is "
+        f"trained is in float32. Seconds are those of the training."
     )
 
 

@@ -13,17 +13,26 @@ from typing import Any
 import torch
 
 from calmlm.bases.fingerprint import fingerprint
-from calmlm.errors import CalmError
+from calmlm.errors import CalmError, ConfigError
 from calmlm.experiments.fitting import check_seeds
 from calmlm.experiments.real.ensemble import Ensemble
-from calmlm.experiments.real.joined import Pair, Trained, composed, fine_tuned, open_pair, train_composition, with_lora
+from calmlm.experiments.real.joined import (
+    Pair,
+    Trained,
+    composed,
+    fine_tuned,
+    open_pair,
+    save_trained,
+    train_composition,
+    with_lora,
+)
 from calmlm.experiments.real.measures import System, first_line_of, measure
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
 from calmlm.experiments.real.routing import Routed
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
 from calmlm.experiments.real.world import World, as_text, read_sentences
-from calmlm.experiments.record import origin
+from calmlm.experiments.record import faster_dtype, origin
 from calmlm.files.results import to_json, write_result
 from calmlm.files.storage import check_writable
 
@@ -34,6 +43,7 @@ TRAININGS: dict[str, Callable[[Pair, Method, World], Trained]] = {
     "full": fine_tuned,
     "composed": train_composition,
 }
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BY_WORDS = {"connections": "none", "words": "map"}
 
 
@@ -60,7 +70,9 @@ def run(
     steps: int | None = None,
     items: int | None = None,
     threads: int | None = None,
+    dtype: str | None = None,
     stored_only: bool = False,
+    keep: str | Path | None = None,
     command: str | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -77,7 +89,9 @@ def run(
         steps: upper limit for the steps of each training, for a trial.
         items: upper limit for the items of each measure, for a trial.
         threads: of torch; its own number by default.
+        dtype: bfloat16 or float32, in which the base models compute; by default the faster one on this machine.
         stored_only: whether to report on what is stored and make nothing.
+        keep: folder for the trained compositions, one folder for each row and seed that is made.
         command: that the cells name as their origin.
         report: called with each line of progress.
 
@@ -95,8 +109,13 @@ def run(
     if augmenting is not None:
         settings = dataclasses.replace(settings, augmenting=BaseModel(augmenting))
     check_seeds(seeds)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}: choose one of these.")
     names, folder = settings.chosen(rows), Path(output)
     check_writable(folder / f"{settings.name}.json")
+    kept = None if keep is None else Path(keep)
+    if kept is not None:
+        check_writable(kept / "any")
     if threads is not None:
         torch.set_num_threads(threads)
     # A seed after the other, so that a run that is stopped has whole ones.
@@ -105,14 +124,15 @@ def run(
     if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
         sentences = read_sentences(data if data is not None else settings.data)
         World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
-        pair = open_pair(settings.anchor, settings.augmenting, models)
+        pair = open_pair(settings.anchor, settings.augmenting, models, DTYPES[dtype] if dtype else faster_dtype())
         for name, seed in wanted:
             path = cell_path(folder, settings, name, seed)
             if path.is_file():  # made before, or by another run meanwhile
                 continue
             report(f"{name}, seed {seed} ...")
             try:
-                cell = make_cell(settings, name, pair, World(settings, seed, sentences), report)
+                place = kept and kept / f"{name}-seed-{seed}"
+                cell = make_cell(settings, name, pair, World(settings, seed, sentences), report, place, command)
             except CalmError as error:  # of one row; the others go on
                 report(f"{name}, seed {seed}: {error}")
                 failed.append(f"{name}, seed {seed} ({error})")
@@ -140,15 +160,26 @@ def run(
     return result
 
 
-def make_cell(settings: Settings, name: str, pair: Pair, world: World, report: Callable[[str], None]) -> dict[str, Any]:
-    """Train and measure one method."""
+def make_cell(
+    settings: Settings,
+    name: str,
+    pair: Pair,
+    world: World,
+    report: Callable[[str], None],
+    keep: Path | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Train and measure one method; a composition is saved in ``keep`` before it is measured."""
     start = time.perf_counter()
     method = settings.methods[name]
     system, about = prepared(pair, method, world, report)
+    if keep is not None and method.system == "composed":
+        save_trained(system.model, keep, settings, command)  # type: ignore[attr-defined]
     found = measure(system, world, settings.swapped, report)
     items = {"tested": world.tested, "english": world.english}
     return {
         "settings": dataclasses.asdict(method),
+        "dtype": str(pair.anchor.dtype).removeprefix("torch."),
         "models": {role: fingerprint(model) for role, model in vars(pair).items() if hasattr(model, "config")},
         "left_out": world.left_out,
         "sizes": {group: [item.size for item in chosen] for group, chosen in items.items()},

@@ -19,7 +19,7 @@ from calmlm.experiments.real.layout import batches, laid_out
 from calmlm.experiments.real.measures import by_row, text_of
 from calmlm.experiments.real.world import Item
 
-__all__ = ["Alone", "Cascade", "Composed", "on_device", "told"]
+__all__ = ["Alone", "Cascade", "Composed", "FirstLine", "on_device", "told"]
 
 WRITTEN_AT_ONCE = 24
 
@@ -107,7 +107,7 @@ class Alone:
             do_sample=False,
             pad_token_id=self.pad,
             eos_token_id=self.tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([_FirstLine(self.tokenizer, width)]),
+            stopping_criteria=StoppingCriteriaList([FirstLine(self.tokenizer, width)]),
             **self.writing(),
         )
         return self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
@@ -117,7 +117,7 @@ class Alone:
         return {}
 
 
-class _FirstLine(StoppingCriteria):
+class FirstLine(StoppingCriteria):
     """Ends a row where its first line ends, since no more of it is read.
 
     Args:

@@ -21,7 +21,7 @@ from calmlm.baselines.lora import rank_for
 from calmlm.baselines.merging import METHODS, WEIGHTS
 from calmlm.baselines.merging import merge as merge_vectors
 from calmlm.baselines.mixture import NoisyTopKGate, _BalancedTrainer, upcycle
-from calmlm.baselines.router import Router, prompts_of, read, train_router
+from calmlm.baselines.router import prompts_of, read
 from calmlm.baselines.soup import greedy, uniform, weighted
 from calmlm.baselines.text_tool import TextTool
 from calmlm.errors import ModelError
@@ -32,6 +32,7 @@ from calmlm.experiments.kv_arithmetic.pretraining import new_model
 from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.tokenizer import build_tokenizer
 from calmlm.experiments.kv_arithmetic.world import World
+from calmlm.experiments.prompt_choice import Router, train_router
 from compositions import assert_helpful, awaken
 from tiny import tiny_model
 from tokens.test_views import chatty

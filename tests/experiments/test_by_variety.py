@@ -14,7 +14,7 @@ from calmlm.experiments.real.by_variety import Written, compare, estimated, goal
 from calmlm.experiments.real.picture import draw
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties, load_settings
 from calmlm.experiments.real.report import write_report
-from calmlm.experiments.real.scores import corpus, counted
+from calmlm.experiments.real.sentence_counts import corpus, counted
 from documents import ROOT
 
 VARIETIES = Varieties(["xx_Latn", "yy_Latn"], [], ["zz_Latn"])

@@ -19,10 +19,10 @@ from calmlm.experiments.real.ensemble import Ensemble, sent
 from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
 from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
 from calmlm.experiments.real.measures import bits, first_line_of, text_of
+from calmlm.experiments.real.picking import Routed
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties, load_settings
 from calmlm.experiments.real.report import goals, summarise
 from calmlm.experiments.real.resampling import Figures, bits_of, difference
-from calmlm.experiments.real.routing import Routed
 from calmlm.experiments.real.run import cascade, cell_path, run, seeds_of
 from calmlm.experiments.real.systems import Alone, Cascade, Composed
 from calmlm.experiments.real.world import Item, World, read_sentences

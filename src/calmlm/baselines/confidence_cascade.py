@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from calmlm.baselines.choosing import Routed
-from calmlm.baselines.given import Bases, Budget, Data, losses_of, positions
+from calmlm.baselines.given import Bases, Budget, Data, losses_of
 from calmlm.baselines.router import prompts_of
+from calmlm.experiments.prompt_choice import positions
 
 __all__ = ["Confidence", "best_threshold", "fit"]
 

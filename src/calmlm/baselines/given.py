@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calmlm.bases.families import counted
-from calmlm.bases.structure import accepts
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import IGNORED, Row, Stage, collator, prompt_argument
 from calmlm.experiments.flops import Meter
@@ -25,7 +23,6 @@ __all__ = [
     "least_loss",
     "losses_of",
     "padded",
-    "positions",
     "row_losses",
 ]
 
@@ -125,13 +122,6 @@ def padded(rows: list[Row], pad: int, device: Any = None) -> dict[str, Tensor]:
     """A batch of rows, padded on the right: ``input_ids``, ``labels`` and ``attention_mask``, each (B, T) int64."""
     batch = collator(pad, masked=True)(rows)
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def positions(model: Any, attention_mask: Tensor) -> dict[str, Any]:
-    """The positions of prompts that are padded on the left, for a model that takes any; most count the padding."""
-    if not accepts(model, "position_ids"):
-        return {}
-    return {"position_ids": counted(attention_mask, attention_mask)}
 
 
 def batches_of(model: Any, rows: list[Row], pad: int, batch_size: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -5,47 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calmlm.baselines.choosing import Routed
-from calmlm.baselines.given import Bases, Budget, Data, batches_of, losses_of, positions, row_losses
+from calmlm.baselines.given import Bases, Budget, Data, batches_of, losses_of, row_losses
 from calmlm.experiments.fitting import IGNORED, Row
+from calmlm.experiments.prompt_choice import Router, train_router
 
-__all__ = ["Router", "fit", "prompts_of", "read", "train_router"]
-
-STEPS = 300
-RIDGE = 1e-3
-
-
-class Router(nn.Module):
-    """``argmax(W h + b)``, where h is the anchor's last hidden state at the last token of the prompt.
-
-    Args:
-        anchor: reads the prompt.
-        choices: how many models there are.
-    """
-
-    def __init__(self, anchor: Any, choices: int) -> None:
-        super().__init__()
-        self.anchor = anchor
-        self.score = nn.Linear(anchor.config.get_text_config(decoder=True).hidden_size, choices).to(anchor.device)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
-
-    @torch.no_grad()
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What it looks at, (B, D_B) float32; prompts are padded on the left."""
-        output = self.anchor(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=True,
-            **positions(self.anchor, attention_mask),
-        )
-        return output.hidden_states[-1][:, -1].float()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Indices of the chosen models, (B,)."""
-        return self.score(self.states(input_ids, attention_mask)).argmax(-1)
+__all__ = ["fit", "prompts_of", "read"]
 
 
 def prompts_of(rows: list[Row], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -75,29 +42,6 @@ def read(router: Router, rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
         states[indices] = output.hidden_states[-1][torch.arange(len(last)), last].float().cpu()
         losses[indices] = row_losses(output.logits, batch["labels"]).cpu()
     return states, losses
-
-
-def train_router(router: Router, states: Tensor, better: Tensor, steps: int = STEPS) -> None:
-    """Fit the linear map by logistic regression.
-
-    Args:
-        router: its ``score`` is changed.
-        states: (rows, D_B).
-        better: (rows,) int64, which model is better on each row.
-        steps: of L-BFGS, at most.
-    """
-    with torch.enable_grad():
-        optimizer = torch.optim.LBFGS(router.score.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-        states, better = states.to(router.score.weight.device), better.to(router.score.weight.device)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(router.score(states), better)
-            loss = loss + RIDGE * router.score.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
 
 
 def fit(bases: Bases, data: Data, budget: Budget) -> Routed:

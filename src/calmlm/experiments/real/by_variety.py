@@ -9,7 +9,7 @@ import torch
 
 from calmlm.experiments.real.presets import Settings
 from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference, estimate, shares
-from calmlm.experiments.real.scores import METRICS, Metric, corpus
+from calmlm.experiments.real.sentence_counts import METRICS, Metric, corpus
 
 __all__ = ["LEAST", "compare", "goals", "page"]
 

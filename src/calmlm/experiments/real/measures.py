@@ -12,7 +12,7 @@ from torch import Tensor
 from calmlm.data.conversations import common_prefix
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.experiments.real.layout import Text
-from calmlm.experiments.real.scores import corpus, counted
+from calmlm.experiments.real.sentence_counts import corpus, counted
 from calmlm.experiments.real.world import Item, World
 
 __all__ = ["System", "bits", "first_line_of", "measure", "text_of"]

@@ -27,9 +27,9 @@ from calmlm.experiments.real.joined import (
     with_lora,
 )
 from calmlm.experiments.real.measures import System, first_line_of, measure
+from calmlm.experiments.real.picking import Routed
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
-from calmlm.experiments.real.routing import Routed
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
 from calmlm.experiments.real.world import World, as_text, read_sentences
 from calmlm.experiments.record import faster_dtype, origin

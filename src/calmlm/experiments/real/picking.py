@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calmlm.baselines.router import Router, train_router
 from calmlm.data.labels import encode_prompt
+from calmlm.experiments.prompt_choice import Router, train_router
 from calmlm.experiments.real.systems import Alone
 from calmlm.experiments.real.world import Item
 

@@ -1,0 +1,46 @@
+"""Write training data for two real models: translations from 40 language varieties into English.
+
+    scripts/models                                   # the two models, into models/
+    python examples/translation.py                   # writes runs/translation/, from openlanguagedata/oldi_seed
+    calmlm train configs/real/train.yaml             # joins the models
+
+The same sentences as in `calmlm repro translation`, seed 0. With --data, they come from a file of JSON lines, each with
+one sentence in all varieties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from calmlm.experiments.real.presets import load_settings
+from calmlm.experiments.real.world import Item, World, read_sentences
+
+SETTINGS = Path(__file__).parent.parent / "configs" / "real" / "varieties.yaml"
+
+
+def write(path: Path, items: Sequence[Item]) -> None:
+    lines = [json.dumps({"prompt": item.prompt, "completion": item.completion}, ensure_ascii=False) for item in items]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(items):,} records in {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write D_C, development pairs and plain English.")
+    parser.add_argument("--data", default=None, help="a file of sentences; openlanguagedata/oldi_seed by default")
+    parser.add_argument("--output", type=Path, default=Path("runs/translation"))
+    given = parser.parse_args(arguments)
+    settings = load_settings(SETTINGS)
+    world = World(settings, 0, read_sentences(given.data or settings.data))
+    given.output.mkdir(parents=True, exist_ok=True)
+    write(given.output / "train.jsonl", world.composition)
+    write(given.output / "eval.jsonl", world.weighed)
+    plain = given.output / "plain.txt"
+    plain.write_text("\n".join(world.lines(settings.plain_lines)) + "\n", encoding="utf-8")
+    print(f"{settings.plain_lines} lines of English in {plain}")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/translation"))
     given = parser.parse_args(arguments)
     settings = load_settings(SETTINGS)
-    world = World(settings, 0, read_sentences(given.data or settings.data))
+    world = World(settings, 0, read_sentences(settings, given.data))
     given.output.mkdir(parents=True, exist_ok=True)
     write(given.output / "train.jsonl", world.composition)
     write(given.output / "eval.jsonl", world.weighed)

@@ -148,7 +148,7 @@ def test_the_picture_needs_its_figures(tmp_path: Path) -> None:
 def test_the_report_has_a_page_by_varieties(tmp_path: Path) -> None:
     result = {"rows": {}, "seeds": [0, 1]}
     names = [path.name for path in write_report(SETTINGS, result, CELLS, tmp_path)]
-    assert names == ["by.json", "by.md", "by-varieties.md", "by-varieties.png"]
+    assert names == ["by.json", "by.md", "by-by-variety.md", "by-by-variety.png"]
     assert all((tmp_path / name).is_file() for name in names)
     plain = dataclasses.replace(SETTINGS, headline="")
     assert [path.name for path in write_report(plain, result, CELLS, tmp_path)] == ["by.json", "by.md"]

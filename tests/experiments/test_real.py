@@ -14,6 +14,7 @@ import torch
 
 from calmlm.cli import main
 from calmlm.data.labels import IGNORE
+from calmlm.data.sources import Record
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
 from calmlm.experiments.real.ensemble import Ensemble, sent
 from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
@@ -151,16 +152,47 @@ def test_data_that_cannot_be_used(tmp_path: Path) -> None:
         World(TINY, 0, sentences(9))
     (tmp_path / "broken.jsonl").write_text("{")
     with pytest.raises(DataError, match="Expected lines of JSON in .*broken.jsonl, but they cannot be read"):
-        read_sentences(tmp_path / "broken.jsonl")
+        read_sentences(TINY, tmp_path / "broken.jsonl")
     (tmp_path / "list.jsonl").write_text("[1]")
     with pytest.raises(DataError, match="Expected an object of JSON in each line"):
-        read_sentences(tmp_path / "list.jsonl")
+        read_sentences(TINY, tmp_path / "list.jsonl")
 
 
 def test_a_packed_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in sentences(3)).encode()))
-    assert read_sentences(path) == sentences(3)
+    assert read_sentences(TINY, path) == sentences(3)
+
+
+SPLITS = {"training": "train", "development": "validation", "test": "test"}
+
+
+def test_a_data_set_that_is_split_keeps_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(TINY, splits=SPLITS, subset="zz-en", keys={"en": "eng_Latn"})
+    rows = sentences(60)
+    parts = {"train": rows[:40], "validation": rows[40:50], "test": [*rows[50:], rows[0]]}
+    for split, part in parts.items():
+        (tmp_path / f"some_{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    world = World(settings, 0, read_sentences(settings, tmp_path / "some_{split}.jsonl"))
+    assert {s["eng_Latn"] for s in world.test} <= {row["eng_Latn"] for row in parts["test"]}
+    assert {s["eng_Latn"] for s in world.development} <= {row["eng_Latn"] for row in rows[40:50]}
+    # A sentence that is asked is not learned, even if the data set has it twice.
+    assert {s["eng_Latn"] for s in world.training} == {row["eng_Latn"] for row in rows[1:40]}
+    with pytest.raises(DataError, match="Expected 5 sentences for test, but got 2: lower test"):
+        World(settings, 0, [{**row, "part": "training"} for row in rows[:30]]
+              + [{**row, "part": "test"} for row in rows[30:32]])  # fmt: skip
+
+    def read_hub(source: Any) -> list[Any]:
+        assert (source.dataset, source.name) == ("no/data", "zz-en")
+        turned = [
+            {"en" if key == "eng_Latn" else key: text for key, text in row.items()} for row in parts[source.split]
+        ]
+        return [Record({"translation": row}, "row") for row in turned]
+
+    monkeypatch.setattr("calmlm.experiments.real.world.read_hub", read_hub)
+    assert World(settings, 0, read_sentences(settings)).test == world.test
+    faulty = dataclasses.replace(settings, splits={"test": "test"})
+    assert faulty.faults() == ["splits: expected training, development, test, but got test."]
 
 
 # Settings

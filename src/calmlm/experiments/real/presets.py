@@ -15,9 +15,12 @@ from calmlm.experiments.fitting import Stage
 from calmlm.training.fields import read_fields
 from calmlm.training.yaml import parse_yaml
 
-__all__ = ["BaseModel", "Method", "Settings", "Varieties", "load_settings"]
+__all__ = ["PARTS", "BaseModel", "Method", "Settings", "Varieties", "load_settings"]
 
-LATER: dict[str, Any] = {"shots_in": "turn", "shown": []}
+PARTS = ("training", "development", "test")
+"""What sentences are for."""
+
+LATER: dict[str, Any] = {"shots_in": "turn", "shown": [], "subset": None, "splits": {}, "keys": {}}
 """Settings that cells were stored without: they count in a cell's mark where they differ from these."""
 
 
@@ -98,6 +101,10 @@ class Settings:
         data: id of the data set, whose rows hold one sentence in all varieties.
         varieties: which are used.
         methods: the lines of the table, in order.
+        subset: of the data set, as ``datasets`` calls its configurations.
+        splits: ``{part: split}`` for a data set that is split already, for the parts training, development and test;
+            otherwise its rows are split by sentence.
+        keys: ``{key of the hub's rows: key}``, where these differ.
         english: the key of what is translated into.
         longest: sentences that are longer than so many characters in any variety are left out.
         pairs: D_C's, spread evenly over its varieties; each is another sentence.
@@ -140,6 +147,9 @@ class Settings:
     shots_in: Literal["turn", "own"] = "turn"
     shown: list[str] = field(default_factory=list)
     headline: str = ""
+    subset: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
     def cut(self, steps: int | None, items: int | None) -> Settings:
         """The same with fewer steps of each training, or fewer items of each measure, for a trial."""
@@ -187,6 +197,8 @@ class Settings:
                 found.append(f"methods.{name}.compose: expected arguments for system 'composed', and none for others.")
         if self.headline and self.headline not in self.methods:
             found.append(f"headline: expected one of the methods, but got {self.headline}.")
+        if self.splits and set(self.splits) != set(PARTS):
+            found.append(f"splits: expected {', '.join(PARTS)}, but got {', '.join(self.splits)}.")
         for variety in self.shown:
             if variety not in self.varieties.inside:
                 found.append(f"shown: expected varieties inside D_C, but got {variety}.")

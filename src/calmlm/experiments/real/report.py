@@ -228,8 +228,8 @@ def write_report(settings: Settings, result: Mapping[str, Any], cells: Cells, ou
     if settings.headline:
         found = compare(settings, cells)
         result = {**result, "by_variety": found}
-        picture = draw(settings, found, output / f"{settings.name}-varieties.png")
-        paths += [output / f"{settings.name}-varieties.md", *([picture] if picture is not None else [])]
+        picture = draw(settings, found, output / f"{settings.name}-by-variety.png")
+        paths += [output / f"{settings.name}-by-variety.md", *([picture] if picture is not None else [])]
         write_result(paths[2], page(settings, found, picture.name if picture is not None else None))
     write_result(paths[0], to_json(result, indent=2) + "\n")
     write_result(paths[1], markdown(settings, result, cells))

@@ -84,7 +84,8 @@ def run(
         rows: methods to make, by name; all by default.
         output: folder of the report and of ``cells``.
         models: folder of the models' files.
-        data: a file of JSON lines, one sentence in all varieties in each; the file's data set by default.
+        data: a file of JSON lines, one sentence in all varieties in each, with ``{split}`` in its name where the data
+            set is split; the settings' data set by default.
         anchor, augmenting: ids or folders of other models.
         steps: upper limit for the steps of each training, for a trial.
         items: upper limit for the items of each measure, for a trial.
@@ -122,7 +123,7 @@ def run(
     wanted = dict.fromkeys((name, seed if settings.methods[name].seeded else 0) for seed in seeds for name in names)
     failed: list[str] = []
     if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
-        sentences = read_sentences(data if data is not None else settings.data)
+        sentences = read_sentences(settings, data)
         World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
         pair = open_pair(settings.anchor, settings.augmenting, models, DTYPES[dtype] if dtype else faster_dtype())
         for name, seed in wanted:

@@ -13,12 +13,14 @@ from typing import Any
 
 from calmlm.data.sources import HubDataset, read_hub
 from calmlm.errors import DataError, first_line
-from calmlm.experiments.real.presets import Settings
+from calmlm.experiments.real.presets import PARTS, Settings
 
 __all__ = ["Item", "World", "as_text", "asked", "read_sentences"]
 
 Sentence = dict[str, str]
 """One sentence, by variety."""
+PART = "part"
+"""The key of a row's part, one of ``PARTS``."""
 
 EXAMPLE = 120  # characters of a sentence that is shown as an example
 
@@ -62,15 +64,29 @@ def asked(source: str) -> str:
     return f"{source}\nEnglish:"
 
 
-def read_sentences(source: str | Path) -> list[dict[str, Any]]:
-    """The rows of a data set: a file of JSON lines, packed by gzip or not, or an id on the hub.
+def read_sentences(settings: Settings, source: str | Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a data set, each with its ``part`` where the data set is split already.
+
+    Args:
+        settings: the experiment's.
+        source: a file of JSON lines, packed by gzip or not, instead of the settings' id on the hub; where there are
+            splits, ``{split}`` in its name stands for each.
 
     Raises:
-        DataError: there are none, or something else is there.
+        DataError: there are no rows, or something else is there.
     """
-    path = Path(source)
-    if not path.exists() and path.suffix not in (".gz", ".jsonl"):
-        return _together(record.fields for record in read_hub(HubDataset(str(source))))
+    found: list[dict[str, Any]] = []
+    for part, split in (settings.splits or {"": "train"}).items():
+        if source is not None:
+            rows = _read_file(Path(str(source).replace("{split}", split)))
+        else:
+            hub = HubDataset(settings.data, split=split, name=settings.subset)
+            rows = _together((record.fields for record in read_hub(hub)), settings)
+        found += [{**row, PART: part} if part else row for row in rows]
+    return found
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -84,12 +100,37 @@ def read_sentences(source: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _together(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each sentence, where the hub has one for each sentence and variety."""
+def _together(rows: Iterable[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """One row for each sentence: the hub's own, or made of one for each sentence and variety.
+
+    Raises:
+        DataError: rows of another form.
+    """
     found: dict[Any, dict[str, Any]] = {}
-    for row in rows:
-        found.setdefault(row["id"], {})[f"{row['iso_639_3']}_{row['iso_15924']}"] = row["text"]
+    for number, row in enumerate(rows):
+        if isinstance(row.get("translation"), dict):
+            found[number] = {settings.keys.get(key, key): text for key, text in row["translation"].items()}
+        elif {"id", "iso_639_3", "iso_15924", "text"} <= row.keys():
+            found.setdefault(row["id"], {})[f"{row['iso_639_3']}_{row['iso_15924']}"] = row["text"]
+        else:
+            raise DataError(
+                f"Expected rows with 'translation', or with 'id', 'iso_639_3', 'iso_15924' and 'text', in "
+                f"{settings.data}, but got {', '.join(row)}: name other data, or a file with --data."
+            )
     return list(found.values())
+
+
+def _in_parts(rows: Sequence[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """As many rows for the test and for development as the settings ask for, each from its part, then the training's.
+
+    Raises:
+        DataError: a part has too few.
+    """
+    training, development, test = ([row for row in rows if row[PART] == part] for part in PARTS)
+    for part, there, asked_for in (("test", test, settings.test), ("development", development, settings.development)):
+        if len(there) < asked_for:
+            raise DataError(f"Expected {asked_for} sentences for {part}, but got {len(there)}: lower {part}.")
+    return [*test[: settings.test], *development[: settings.development], *training]
 
 
 class World:
@@ -113,17 +154,22 @@ class World:
                 f"Expected sentences in {', '.join(keys)}, but the data have none in {', '.join(missing)}: name other "
                 f"data, or other varieties."
             )
-        whole = [{key: str(row[key]) for key in keys} for row in rows if all(row.get(key) for key in keys)]
-        by_english = {sentence[settings.english]: sentence for sentence in whole}  # a few stand there twice
-        kept = [s for s in by_english.values() if max(map(len, s.values())) <= settings.longest]
+        whole = [row for row in rows if all(row.get(key) for key in keys)]
+        # A few stand there twice; of those in two parts, the part that is asked keeps them.
+        whole.sort(key=lambda row: PARTS.index(row.get(PART, PARTS[0])))
+        by_english = {str(row[settings.english]): row for row in whole}
+        kept = [row for row in by_english.values() if max(len(str(row[key])) for key in keys) <= settings.longest]
         self.left_out = len(by_english) - len(kept)
         random.Random("split").shuffle(kept)
+        if settings.splits:
+            kept = _in_parts(kept, settings)
         needed = settings.test + settings.development + settings.pairs + settings.plain + settings.shots
         if len(kept) < needed:
             raise DataError(
                 f"Expected at least {needed} sentences in all varieties, but got {len(kept)}: lower pairs, plain, test "
                 f"or development."
             )
+        kept = [{key: str(row[key]) for key in keys} for row in kept]
         self.test, rest = kept[: settings.test], kept[settings.test :]
         self.development, self.training = rest[: settings.development], rest[settings.development :]
 

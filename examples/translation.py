@@ -22,13 +22,15 @@ SETTINGS = Path(__file__).parent.parent / "configs" / "real" / "varieties.yaml"
 
 
 def write(path: Path, items: Sequence[Item]) -> None:
-    lines = [json.dumps({"prompt": item.prompt, "completion": item.completion}, ensure_ascii=False) for item in items]
+    plain = not any(item.prompt for item in items)
+    rows = [{"text": i.target} if plain else {"prompt": i.prompt, "completion": i.completion} for i in items]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(items):,} records in {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write D_C, development pairs and plain English.")
+    parser = argparse.ArgumentParser(description="Write D_C, what is asked, and plain English.")
     parser.add_argument("--data", default=None, help="a file of sentences; openlanguagedata/oldi_seed by default")
     parser.add_argument("--output", type=Path, default=Path("runs/translation"))
     given = parser.parse_args(arguments)
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     write(given.output / "train.jsonl", world.composition)
     write(given.output / "eval.jsonl", world.weighed)
+    write(given.output / "test.jsonl", world.written)
+    write(given.output / "english.jsonl", world.english)
     plain = given.output / "plain.txt"
     plain.write_text("\n".join(world.lines(settings.plain_lines)) + "\n", encoding="utf-8")
     print(f"{settings.plain_lines} lines of English in {plain}")

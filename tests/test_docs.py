@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import calmlm
+from calmlm.cli import main
 from compositions import tiny_composition
 from documents import ROOT, anchors, blocks, check_command, check_options, console, inline, links, pages
 from gguf_files import write_gguf
@@ -180,6 +182,19 @@ def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(names["model"].model.active) == {"eyes"}
 
 
+def test_code_of_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m/gemma-3-270m-q4_k_m")
+    for seed, place in enumerate(places):
+        path = tmp_path / "models" / f"{place}.gguf"
+        path.parent.mkdir(parents=True)
+        write_gguf(path, seed=seed)
+    assert run("docs/real-models.md", {})["untrained"].config.augmenting["augmenting"]["words"]
+    rows = [{"prompt": f"the cat {n}", "completion": f" sat on the mat {n}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["inspect", "runs/translation/untrained", "--text", "rows.jsonl"]) == 0
+
+
 def test_code_of_generation() -> None:
     shared = {"vocab_size": 97}
     model = tiny_composition("llama", "gpt2", anchor_options=shared, augmenting_options=shared)
@@ -194,5 +209,5 @@ def test_code_of_generation() -> None:
 def test_every_page_with_code_has_a_test_that_runs_it() -> None:
     """What needs data sets from a hub is compiled only."""
     with_code = {name_of(page) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")}
-    run_here = {"docs/any-two-models.md", "docs/generation.md"}
+    run_here = {"docs/any-two-models.md", "docs/generation.md", "docs/real-models.md"}
     assert with_code == {"README.md", "configs/benchmarks/README.md", *run_here}

@@ -17,7 +17,16 @@ from calmlm.data.labels import IGNORE
 from calmlm.data.sources import Record
 from calmlm.errors import CalmError, ConfigError, DataError, ModelError
 from calmlm.experiments.real.ensemble import Ensemble, sent
-from calmlm.experiments.real.joined import Pair, composed, fresh, open_pair, rows_of, train_composition, with_lora
+from calmlm.experiments.real.joined import (
+    Pair,
+    composed,
+    fine_tuned,
+    fresh,
+    open_pair,
+    rows_of,
+    train_composition,
+    with_lora,
+)
 from calmlm.experiments.real.layout import AUGMENTING, Text, batches, laid_out, reading_others
 from calmlm.experiments.real.measures import bits, first_line_of, text_of
 from calmlm.experiments.real.picking import Routed
@@ -40,6 +49,7 @@ METHODS = {
     "router": Method("Router", "router", examples=True),
     "ensemble": Method("Ensemble", "ensemble"),
     "lora": Method("LoRA", "lora", rank=2, steps=2, learning_rate=1e-3, batch_size=2),
+    "full": Method("Full", "full", steps=2, learning_rate=1e-3, batch_size=2),
     "words": Method(
         "Words", "composed", compose={"connections": "none", "words": "map"}, steps=2, learning_rate=1e-3, batch_size=2
     ),
@@ -600,3 +610,23 @@ def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path
         config = str(ROOT / "configs" / "real" / f"{file}.yaml")
         assert main(["repro", command, "--config", config, "--rows", "nothing", "--output", str(tmp_path)]) == 2
         assert "Rows must be among" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("composition", [True, False], ids=["composition", "model"])
+def test_a_batch_in_parts_trains_as_a_whole_one(pair: Pair, world: World, composition: bool) -> None:
+    """Parts of 1 to 7 labels: each label counts as much as in the whole batch."""
+    found = []
+    for rows_at_once in (None, 1):
+        method = dataclasses.replace(
+            METHODS["words" if composition else "full"], batch_size=4, rows_at_once=rows_at_once
+        )
+        made = train_composition(pair, method, world) if composition else fine_tuned(pair, method, world)
+        found.append(made)
+    whole, parts = (dict(made.model.named_parameters()) for made in found)
+    start = composed(pair, METHODS["words"], world) if composition else pair.anchor
+    before = dict(start.named_parameters())
+    changed = [name for name, one in whole.items() if one.requires_grad and not torch.equal(one, before[name])]
+    assert changed
+    for name in changed:
+        step, other = whole[name] - before[name], parts[name] - before[name]
+        assert (step - other).norm() < 0.02 * step.norm(), name

@@ -540,6 +540,21 @@ def test_models_in_gguf_files_are_trained_over(settings: Settings, tmp_path: Pat
     assert not Path(values["output"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "times", "said"), [("bfloat16", 30.0, 1), ("bfloat16", 0.3, 0), ("float32", 30.0, 0)]
+)
+def test_numbers_that_the_processor_is_slow_in_are_named(
+    dtype: str, times: float, said: int, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calmlm.training.pipeline.slowness", lambda _: times)
+    values = settings(max_steps=1)
+    values["model"]["dtype"] = dtype
+    lines: list[str] = []
+    train(parse_config(values), report=lines.append)
+    message = f"This processor takes 30 times as long in {dtype} as in float32: set model.dtype=float32."
+    assert lines.count(message) == said
+
+
 def test_plain_text_alone_stands_for_the_recipe(settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "plain.txt"
     text.write_text("\n".join(f"{number}+{number}={2 * number} and so on" for number in range(12)), encoding="utf-8")

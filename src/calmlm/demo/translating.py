@@ -17,6 +17,7 @@ from rich.table import Table
 from transformers import StoppingCriteriaList, TextStreamer
 
 import calmlm
+from calmlm.bases.speed import faster_dtype
 from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_prompt
 from calmlm.demo import TRANSLATION
@@ -27,7 +28,7 @@ from calmlm.experiments.real.measures import first_line_of
 from calmlm.experiments.real.presets import BaseModel
 from calmlm.experiments.real.systems import FirstLine
 from calmlm.experiments.real.world import asked
-from calmlm.experiments.record import faster_dtype
+from calmlm.experiments.record import device
 from calmlm.files.loading import read_config
 
 __all__ = ["FILES", "Sentence", "Speaker", "sentences", "show", "speakers"]
@@ -120,7 +121,7 @@ def speakers(models: str | Path) -> dict[str, Speaker]:
     config = read_config(folder)
     entry = config.augmenting[AUGMENTING]
     ours, theirs = BaseModel(config.anchor["id"], FILES["anchor"]), BaseModel(entry["id"], FILES["augmenting"])
-    pair: Pair = open_pair(ours, theirs, models, faster_dtype())
+    pair: Pair = open_pair(ours, theirs, models, faster_dtype(device()))
     model = calmlm.CalmForCausalLM.from_pretrained(folder, anchor=pair.anchor, augmenting=pair.augmenting)
     before = pair.augmenting_tokenizer.decode(entry["prefix"])
     return {

@@ -172,9 +172,14 @@ class SupervisedTrainer(Trainer):
     """
 
     def compute_loss(  # type: ignore[override]
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+        **_: Any,
     ) -> Any:
-        """Mean cross-entropy over the labelled positions."""
+        """Mean cross-entropy over the labelled positions: of the whole batch, where this is a part of one."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
         given |= prompt_argument(model, inputs["labels"])
         labels = inputs["labels"][:, 1:]
@@ -188,6 +193,9 @@ class SupervisedTrainer(Trainer):
         else:
             logits = model(**given, use_cache=False).logits[:, :-1][supervised]
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[supervised])
+        if self.args.gradient_accumulation_steps > 1:  # the parts' losses add up, or are divided by their number
+            parts = 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps
+            loss = loss * parts * supervised.sum() / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
 
@@ -200,6 +208,7 @@ def fit(
     collate: Callable[[list[Row]], dict[str, Any]] | None = None,
     trainer_class: type[Trainer] = SupervisedTrainer,
     meter: Meter | None = None,
+    rows_at_once: int | None = None,
     **options: Any,
 ) -> list[tuple[int, float]]:
     """Train the parameters of ``model`` that require gradients; return (step, loss) as logged.
@@ -213,13 +222,15 @@ def fit(
         collate: makes a batch of rows; by default ids and labels, padded on the right.
         trainer_class: ``Trainer`` itself for models that are not causal language models.
         meter: counts the operations of the training.
+        rows_at_once: how many rows of a batch are in memory together; all by default.
         options: further arguments of TrainingArguments.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=stage.steps,
-            per_device_train_batch_size=stage.batch_size,
+            per_device_train_batch_size=rows_at_once or stage.batch_size,
+            gradient_accumulation_steps=stage.batch_size // (rows_at_once or stage.batch_size),
             learning_rate=stage.learning_rate,
             weight_decay=stage.weight_decay,
             lr_scheduler_type="cosine",

@@ -26,7 +26,7 @@ from calmlm.errors import first_line
 from calmlm.files.results import to_json
 from calmlm.files.storage import write_text
 
-__all__ = ["Stages", "commit", "device", "faster_dtype", "machine", "made_by", "origin"]
+__all__ = ["Stages", "commit", "device", "machine", "made_by", "origin"]
 
 _DONE = "stage.json"
 
@@ -130,23 +130,6 @@ def made_by(result: dict[str, Any]) -> str:
 def device() -> str:
     """Where an experiment's models run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def faster_dtype() -> torch.dtype:
-    """bfloat16, or float32 where this processor multiplies faster in it.
-
-    With AMX, bfloat16 is several times as fast; without, it may take forty times as long.
-    """
-    if device() != "cpu":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        one, other = torch.ones(64, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
-        torch.mm(one, other)  # the first time prepares
-        start = time.perf_counter()
-        torch.mm(one, other)
-        seconds[dtype] = time.perf_counter() - start
-    return min(seconds, key=lambda dtype: seconds[dtype])
 
 
 def commit() -> str:

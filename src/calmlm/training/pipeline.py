@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from calmlm.bases.sharding import is_spread
+from calmlm.bases.speed import slowness
 from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
@@ -34,6 +36,7 @@ from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.yaml import dump_yaml
 
+SLOW = 2.0  # times as long as in float32, from which on it is said
 LISTENED_TO = 16  # rows of which is told what the augmenting models understand
 
 
@@ -113,6 +116,7 @@ def train(
         set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
+    _warn_of_slow_numbers(model, report)
     if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
         report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
         trainer.begin()
@@ -126,6 +130,17 @@ def train(
     if arguments.push_to_hub:
         upload(trainer, folder.composition)
     return TrainingResult(folder.composition, steps, loss)
+
+
+def _warn_of_slow_numbers(model: Any, report: Report) -> None:
+    """Say so where frozen models compute in a dtype that this processor has no instructions for."""
+    base = next(model.anchor.parameters())
+    if base.device.type != "cpu" or base.dtype not in (torch.bfloat16, torch.float16):
+        return
+    times = slowness(base.dtype)
+    if times > SLOW:
+        name = str(base.dtype).removeprefix("torch.")
+        report(f"This processor takes {times:.0f} times as long in {name} as in float32: set model.dtype=float32.")
 
 
 def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:

@@ -19,7 +19,7 @@ from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.errors import ModelError
-from calmlm.experiments.fitting import Row, Stage, fit
+from calmlm.experiments.fitting import Row, fit
 from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method, Settings
 from calmlm.experiments.real.world import Item, World
@@ -161,7 +161,7 @@ def train_composition(pair: Pair, method: Method, world: World) -> Trained:
     others = method.reads == "other"
     rows = rows_of(world.composition, pair.tokenizer, others)
     collate = reading_others(_pad(pair)) if others else None
-    return _trained(model, rows, pair, method.stage, world.seed, collate)
+    return _trained(model, rows, pair, method, world.seed, collate)
 
 
 def save_trained(model: calmlm.CalmForCausalLM, folder: Path, settings: Settings, command: str | None) -> None:
@@ -186,14 +186,14 @@ def with_lora(pair: Pair, method: Method, world: World) -> Trained:
     set_seed(world.seed)
     settings = LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, settings)  # the matrices live inside `model`, which is what trains and writes
-    return _trained(model, rows_of(world.composition, pair.tokenizer), pair, method.stage, world.seed)
+    return _trained(model, rows_of(world.composition, pair.tokenizer), pair, method, world.seed)
 
 
 def fine_tuned(pair: Pair, method: Method, world: World) -> Trained:
     """Train all weights of m_B: in float32, or most steps would be rounded away, computing in the pair's dtype."""
     model = copy.deepcopy(pair.anchor).float().requires_grad_(True)
     rows = rows_of(world.composition, pair.tokenizer)
-    found = _trained(model, rows, pair, method.stage, world.seed, bf16=pair.anchor.dtype == torch.bfloat16)
+    found = _trained(model, rows, pair, method, world.seed, bf16=pair.anchor.dtype == torch.bfloat16)
     model.to(pair.anchor.dtype)
     return found
 
@@ -202,14 +202,15 @@ def _trained(
     model: Any,
     rows: list[Row],
     pair: Pair,
-    stage: Stage,
+    method: Method,
     seed: int,
     collate: Callable[[list[Row]], dict[str, Any]] | None = None,
     **options: Any,
 ) -> Trained:
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     start = time.perf_counter()
-    losses = fit(model, rows, _pad(pair), stage, seed, collate=collate, **options) if stage.steps else []
+    given = {"collate": collate, "rows_at_once": method.rows_at_once, **options}
+    losses = fit(model, rows, _pad(pair), method.stage, seed, **given) if method.steps else []
     return Trained(model, parameters, round(time.perf_counter() - start, 1), losses)
 
 

@@ -47,6 +47,7 @@ class Method:
         reads: what m_A reads in training: its ``own`` row's prompt, or that of an ``other`` row of the same variety.
         rank: of LoRA's matrices.
         steps, learning_rate, batch_size: of the training; no steps for what is not trained.
+        rows_at_once: how many rows of a batch are in memory together; all by default.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Method:
     steps: int = 0
     learning_rate: float = 0.0
     batch_size: int = 16
+    rows_at_once: int | None = None
 
     @property
     def seeded(self) -> bool:
@@ -183,6 +185,8 @@ class Settings:
         left_out = {"methods", "name", "headline", *later}
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
+        if own["rows_at_once"] is None:  # as in cells that were stored without it
+            del own["rows_at_once"]
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
 
     def faults(self) -> list[str]:
@@ -193,6 +197,8 @@ class Settings:
                 found.append(f"methods.{name}.steps: expected none, since {method.system} is not trained.")
             if method.steps and method.learning_rate <= 0:
                 found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
+            if method.rows_at_once is not None and method.batch_size % max(1, method.rows_at_once):
+                found.append(f"methods.{name}.rows_at_once: expected a part of {method.batch_size} rows.")
             if bool(method.compose) != (method.system == "composed"):
                 found.append(f"methods.{name}.compose: expected arguments for system 'composed', and none for others.")
         if self.headline and self.headline not in self.methods:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calmlm.bases.fingerprint import fingerprint
+from calmlm.bases.speed import faster_dtype
 from calmlm.errors import CalmError, ConfigError
 from calmlm.experiments.fitting import check_seeds
 from calmlm.experiments.real.ensemble import Ensemble
@@ -32,7 +33,7 @@ from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_se
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
 from calmlm.experiments.real.world import World, as_text, read_sentences
-from calmlm.experiments.record import faster_dtype, origin
+from calmlm.experiments.record import device, origin
 from calmlm.files.results import to_json, write_result
 from calmlm.files.storage import check_writable
 
@@ -125,7 +126,8 @@ def run(
     if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
         sentences = read_sentences(settings, data)
         World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
-        pair = open_pair(settings.anchor, settings.augmenting, models, DTYPES[dtype] if dtype else faster_dtype())
+        chosen = DTYPES[dtype] if dtype else faster_dtype(device())
+        pair = open_pair(settings.anchor, settings.augmenting, models, chosen)
         for name, seed in wanted:
             path = cell_path(folder, settings, name, seed)
             if path.is_file():  # made before, or by another run meanwhile

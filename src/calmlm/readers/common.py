@@ -19,6 +19,7 @@ from calmlm.connectors.cross_attention import CrossAttention, eager_attention
 from calmlm.connectors.gate import ConvexGate
 from calmlm.readers.inputs import Inputs
 from calmlm.readers.preamble import Opening
+from calmlm.readers.recording import Reading, Recorder, gathered, placed
 from calmlm.state.hooks import Call, Slot, Stream
 from calmlm.state.past import Past
 
@@ -60,12 +61,47 @@ class Common:
         """The cross-attention of the first connection; all have the same options."""
         return self.first.attention
 
-    def run(self, stream: Stream, *, head: bool = False, **arguments: Any) -> Tensor | None:
+    def run(
+        self,
+        stream: Stream,
+        *,
+        head: bool = False,
+        rows: Callable[[], list[Reading]] | None = None,
+        **arguments: Any,
+    ) -> Tensor | None:
         """Run the model without gradients; hooks on its connected layers put their outputs into ``stream``.
+
+        Args:
+            stream: of the call.
+            head: whether the model's logits are wanted.
+            rows: makes what the rows are known by, where the call reads whole texts: a recorder may know their states.
+            arguments: of the model.
 
         Returns:
             with ``head``, the logits of the last position, (B, V_A).
         """
+        recorder: Recorder | None = self.slot.recorder
+        if recorder is None or rows is None or head:
+            return self._run(stream, head, arguments)
+        read = rows()
+        if not read:
+            return self._run(stream, head, arguments)
+        known = recorder.recall(self.name, read)
+        if known is None:
+            self._run(stream, head, arguments)
+            hidden = stream.hidden
+            if self.first.reads_distribution:  # all connections take the same
+                hidden = dict(list(hidden.items())[:1])
+            recorder.record(self.name, read, gathered(hidden, read))
+        elif known and known[0]:
+            width = arguments["input_ids"].shape[1] if read[0].columns is not None else 0
+            hidden = placed(known, read, width, execution_device(self.backbone.decoder))
+            if self.first.reads_distribution:
+                hidden = dict.fromkeys(self.layers, next(iter(hidden.values())))
+            stream.hidden.update(hidden)
+        return None
+
+    def _run(self, stream: Stream, head: bool, arguments: dict[str, Any]) -> Tensor | None:
         self.slot.call = Call({self.name: stream})
         try:
             with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
+from calmlm.readers.recording import Reading, reading
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -77,7 +79,8 @@ class EncoderReader(Common):
                 f"augmenting_inputs={{{self.name!r}: {{...}}}} with what its encoder takes."
             )
         try:
-            self.run(stream, **{key: self.on_device(value) for key, value in given.items()})
+            rows = partial(_readings, given) if stream.cache is None else None
+            self.run(stream, rows=rows, **{key: self.on_device(value) for key, value in given.items()})
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             raise DataError(
                 f"augmenting_inputs[{self.name!r}] must be what {type(self.model).__name__} takes, but with "
@@ -158,6 +161,33 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
                 f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
             )
+
+
+def _readings(given: dict[str, Any]) -> list[Reading]:
+    """What the items of a call are known by: all that the encoder takes; nothing where items cannot be told apart."""
+    tensors = {name: value for name, value in sorted(given.items()) if isinstance(value, Tensor) and value.ndim}
+    counts = {len(value) for value in tensors.values()}
+    if len(counts) != 1 or len(tensors) != len(given):
+        return []
+    return [
+        reading(
+            [
+                part
+                for name, value in tensors.items()
+                for part in (f"{name} {value.dtype}".encode(), _bytes(value[item]))
+            ],
+            None,
+            0,
+        )
+        for item in range(counts.pop())
+    ]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return (
+        str(tuple(value.shape)).encode()
+        + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    )
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from calmlm.bases.trees import tree_mask
 from calmlm.connectors.cross_attention import eager_attention
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
+from calmlm.readers.recording import Reading, reading
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Announced, Past, crop_cache
@@ -266,6 +268,7 @@ class OwnReader(Common):
             self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width + past.opening, positions)
             self.run(
                 stream,
+                rows=partial(_readings, rows, new) if past.cross is None else None,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),
@@ -317,6 +320,7 @@ class OwnReader(Common):
         )
         self.run(
             stream,
+            rows=partial(_readings, rows) if past.cross is None else None,
             **base_arguments(
                 self.backbone,
                 input_ids=self.on_device(tokens),
@@ -367,6 +371,22 @@ def common(one: list[Token], other: list[Token], start: int = 0) -> int:
     while start < len(one) and start < len(other) and one[start][:2] == other[start][:2]:
         start += 1
     return start
+
+
+def _readings(rows: list[Row], end: int | None = None) -> list[Reading]:
+    """What the rows of a call without a cache are known by: their tokens, and behind which each stands.
+
+    Args:
+        rows: of the call.
+        end: the column in which all rows end; None where all begin in the first.
+    """
+    found = []
+    for row in rows:
+        tokens = np.array([token for token, _, _ in row.nodes], dtype=np.int64)
+        parents = np.array(row.parents, dtype=np.int64)
+        columns = torch.arange(len(row.nodes)) + (0 if end is None else end - len(row.nodes))
+        found.append(reading([tokens.tobytes(), parents.tobytes()], columns, len(row.nodes)))
+    return found
 
 
 def _blocks(rows: list[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
+from calmlm.readers.recording import readings
 from calmlm.state.frontier import NOBODY
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -45,8 +47,10 @@ class AlignedReader(Common):
             self.backbone.check_padding(f"augmenting model {self.name!r}", filled)
             positions = self.opening.positions(positions)
             self.backbone.check_length(f"augmenting model {self.name!r}", frontier.width + past.opening, positions)
+            whole = past.cross is None
             self.run(
                 stream,
+                rows=partial(readings, frontier.tokens[:, -new:], filled[:, -new:]) if whole else None,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(frontier.tokens[:, -new:]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
+from calmlm.readers.recording import readings
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
@@ -32,6 +34,7 @@ class PromptReader(Common):
             positions = (prompt.long().cumsum(1) - 1).clamp(min=0)
             self.run(
                 stream,
+                rows=partial(readings, inputs.ids, prompt) if past.cross is None else None,
                 **base_arguments(
                     self.backbone,
                     input_ids=self.on_device(inputs.ids),

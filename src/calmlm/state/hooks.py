@@ -86,10 +86,14 @@ class Call:
 
 
 class Slot(threading.local):
-    """Where hooks find the call that their thread is in, if it is in one; a copy is empty."""
+    """Where hooks find the call that their thread is in, if it is in one; a copy is empty.
+
+    ``recorder`` keeps what augmenting models make of texts, see ``calmlm.readers.recording``.
+    """
 
     def __init__(self) -> None:
         self.call: Call | None = None
+        self.recorder: Any = None
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()

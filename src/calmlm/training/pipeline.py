@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from calmlm.data.formats import Example
 from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import HubDataset, load_examples, read_lines
-from calmlm.errors import ConfigError
+from calmlm.errors import ConfigError, DataError
 from calmlm.tokens.lookup import load_tokenizer
+from calmlm.training.activation_cache import ActivationCache
 from calmlm.training.align_stage import AlignStage
 from calmlm.training.backends import (
     Rows,
@@ -30,6 +32,7 @@ from calmlm.training.backends import (
     train_with,
     upload,
 )
+from calmlm.training.cache_settings import UNITS
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
@@ -89,6 +92,10 @@ def train(
     check_saving(model, tokenizer, checkpoints=arguments.save_strategy != "no")
     set_packing_length(arguments, max_length)
 
+    cache = _cache(config, model, report)
+    if cache is not None:
+        rows = _with_states(rows, cache, report)
+
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
         report(
@@ -111,21 +118,24 @@ def train(
     trainer.start = start
     if checkpoint is None:
         _listen(model, tokenizer, rows, report)
-    if stage is not None:
-        stage.run(start, resume=resume, report=report)
-        set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     _warn_of_slow_numbers(model, report)
-    if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
-        report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
-        trainer.begin()
-        # Trainer would look at the limit behind one more step.
-        take(model, best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint)
-        steps, loss = steps_of(checkpoint), math.nan
-    else:
-        outcome = train_with(trainer, checkpoint)
-        steps, loss = outcome.global_step, outcome.training_loss
+    with contextlib.nullcontext() if cache is None else cache.recording():
+        if stage is not None:
+            stage.run(start, resume=resume, report=report)
+            set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
+        if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
+            report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
+            trainer.begin()
+            # Trainer would look at the limit behind one more step.
+            take(model, best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint)
+            steps, loss = steps_of(checkpoint), math.nan
+        else:
+            outcome = train_with(trainer, checkpoint)
+            steps, loss = outcome.global_step, outcome.training_loss
+    if cache is not None:
+        report(cache.summary())
     save_result(trainer, model, tokenizer, folder.composition, report)
     if arguments.push_to_hub:
         upload(trainer, folder.composition)
@@ -141,6 +151,39 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
     if times > SLOW:
         name = str(base.dtype).removeprefix("torch.")
         report(f"This processor takes {times:.0f} times as long in {name} as in float32: set model.dtype=float32.")
+
+
+def _cache(config: TrainingConfig, model: Any, report: Report) -> ActivationCache | None:
+    """The activation cache of a run, if it has one."""
+    settings = config.cache
+    if settings.mode == "off":
+        return None
+    return ActivationCache(settings, model, Path(settings.folder or f"{config.output}.activations"), report)
+
+
+def _with_states(rows: Rows, cache: ActivationCache, report: Report) -> Rows:
+    """The examples that a run trains on, once it is sure that their states have room.
+
+    Raises:
+        ConfigError: they have not.
+        DataError: none are left, where those without states are skipped; or some lack states, where none may.
+    """
+    if cache.config.on_missing in ("skip", "raise"):
+        known = cache.known(rows)
+        missing = known.count(False)
+        if missing == len(rows) or (missing and cache.config.on_missing == "raise"):
+            raise DataError(
+                f"Expected the states of all {len(rows)} examples in {cache.folder}, but those of {missing} are "
+                f"missing: make them with activation_cache.on_missing=generate."
+            )
+        if missing:
+            report(f"{missing} of {len(rows)} examples are skipped: the activation cache lacks their states.")
+        return [row for row, there in zip(rows, known, strict=True) if there]
+    needed = cache.check_room(rows)
+    report(
+        f"The activation cache takes {needed / UNITS['MiB']:,.1f} MiB for {len(rows)} examples, as some of them say."
+    )
+    return rows
 
 
 def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:

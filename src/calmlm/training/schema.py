@@ -15,6 +15,7 @@ from calmlm.data.sources import HubDataset
 from calmlm.errors import ConfigError
 from calmlm.files.paths import Place, expanded
 from calmlm.training.arguments import OWNED, read_arguments
+from calmlm.training.cache_settings import CacheConfig
 from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
 from calmlm.training.yaml import parse_yaml
 
@@ -235,6 +236,8 @@ class TrainingConfig:
         backend: "sft" for TRL's SFTTrainer, "trainer" for transformers' Trainer.
         trainer: arguments of SFTConfig or TrainingArguments.
         align: a stage on plain text before the data; none when left out.
+        activation_cache: whether what frozen augmenting models make of the data is kept for later epochs: "off",
+            "memory" or "disk", or a mapping with more.
     """
 
     output: Place
@@ -244,6 +247,13 @@ class TrainingConfig:
     backend: Literal["sft", "trainer"] = "sft"
     trainer: dict[str, Any] = field(default_factory=dict)
     align: AlignConfig | None = None
+    activation_cache: Literal["off", "memory", "disk"] | CacheConfig = "off"
+
+    @property
+    def cache(self) -> CacheConfig:
+        """The activation cache's settings."""
+        found = self.activation_cache
+        return found if isinstance(found, CacheConfig) else CacheConfig(found)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -295,7 +305,9 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
         ConfigError: naming every fault.
     """
     faults: list[str] = []
+    values = _with_off(values)
     config = read_fields(TrainingConfig, values, faults)
+    faults += config.cache.faults() if config is not None else []
     # A key of the wrong type must not hide the faults of the others.
     model, data = read_what_fits(ModelConfig, values.get("model")), read_what_fits(DataConfig, values.get("data"))
     faults += [*(model.faults() if model else []), *(data.faults() if data else [])]
@@ -324,6 +336,16 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{source} has {count}: " + " ".join(faults))
     return dataclasses.replace(config, trainer=arguments)
+
+
+def _with_off(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with "off" where YAML reads it as false."""
+    cache = values.get("activation_cache") if isinstance(values, Mapping) else None
+    if cache is False:
+        return {**values, "activation_cache": "off"}
+    if isinstance(cache, Mapping) and cache.get("mode") is False:
+        return {**values, "activation_cache": {**cache, "mode": "off"}}
+    return values
 
 
 def _apply(override: str, values: dict[str, Any]) -> None:

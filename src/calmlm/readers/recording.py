@@ -1,0 +1,104 @@
+"""What a frozen model made of a text, by what it read: a recorder may keep it, so that the model need not run again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reading", "Recorder", "States", "gathered", "placed", "reading", "readings"]
+
+States = dict[int, Tensor]
+"""One row's states by layer, each (S, D_A)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row of a call, without its padding.
+
+    Attributes:
+        key: 32 bytes that stand for all that the model is given: ids, positions, which token stands behind which.
+        columns: of the call that hold the row, (S,) int64; None for all of them.
+        length: how many there are, or 0 where only the model will tell.
+    """
+
+    key: bytes
+    columns: Tensor | None
+    length: int
+
+
+class Recorder(Protocol):
+    """Keeps what augmenting models make of texts."""
+
+    def recall(self, name: str, rows: Sequence[Reading]) -> list[States] | None:
+        """The states of all these rows, or None where some of them are not there."""
+        ...
+
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
+        """Take what the model ``name`` has made of these rows."""
+        ...
+
+
+def reading(parts: Sequence[bytes], columns: Tensor | None, length: int) -> Reading:
+    """A row that is known by these bytes; what stands in one part is not taken for the end of another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return Reading(digest.digest(), columns, length)
+
+
+def readings(ids: Tensor, real: Tensor, *more: Tensor) -> list[Reading]:
+    """The rows of a call by their tokens.
+
+    Args:
+        ids: (B, S) int64.
+        real: (B, S) bool, which of them are no padding.
+        more: further numbers of each token, (B or 1, S) int64.
+    """
+    ids, real = ids.cpu(), real.cpu().bool()
+    others = [part.cpu().expand(ids.shape) for part in more]
+    found = []
+    for row, kept in enumerate(real):
+        parts = [part[row, kept].long().numpy().tobytes() for part in (ids, *others)]
+        found.append(reading(parts, kept.nonzero()[:, 0], int(kept.sum())))
+    return found
+
+
+def gathered(hidden: dict[int, Tensor], rows: Sequence[Reading]) -> list[States]:
+    """The states of each row, on the CPU, without padding.
+
+    Args:
+        hidden: of the call, by layer, each (B, S, D_A), or (B, D_A) for one state of a whole row.
+        rows: of the call.
+    """
+    on_cpu = {layer: states.detach().cpu() for layer, states in hidden.items()}
+    return [
+        {layer: s[index] if row.columns is None else s[index, row.columns] for layer, s in on_cpu.items()}
+        for index, row in enumerate(rows)
+    ]
+
+
+def placed(states: Sequence[States], rows: Sequence[Reading], width: int, device: torch.device) -> dict[int, Tensor]:
+    """The inverse of ``gathered``; what stands in padding is zero.
+
+    Args:
+        states: of each row.
+        rows: of the call.
+        width: columns of the call.
+        device: where the states go.
+    """
+    found = {}
+    for layer, first in states[0].items():
+        if rows[0].columns is None:
+            found[layer] = torch.stack([row[layer] for row in states]).to(device)
+            continue
+        made = first.new_zeros((len(rows), width, first.shape[-1]))
+        for index, (row, own) in enumerate(zip(rows, states, strict=True)):
+            made[index, row.columns] = own[layer]
+        found[layer] = made.to(device)
+    return found

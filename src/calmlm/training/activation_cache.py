@@ -1,0 +1,346 @@
+"""What frozen augmenting models make of the training data, read once and kept for later epochs and runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calmlm.bases.embeddings import embedding_size
+from calmlm.bases.sharding import is_spread
+from calmlm.config import opening_of
+from calmlm.connectors import CONNECTORS
+from calmlm.errors import ConfigError, DataError
+from calmlm.readers import Inputs, given_of, prompt_of
+from calmlm.readers.recording import Reading, States
+from calmlm.state.past import Past
+from calmlm.training.cache_settings import UNITS, CacheConfig, bytes_of
+from calmlm.training.state_shards import SHARD_BYTES, Shards
+
+__all__ = ["ActivationCache", "bytes_needed"]
+
+SCALE, WHOLE = ".scale", ".whole"
+
+
+class ActivationCache:
+    """Keeps states of augmenting models by what these read; see ``calmlm.readers.recording``.
+
+    A text is known by the model's own tokens and all else that decides on its states. So another tokenizer, template or
+    alignment finds nothing here rather than something wrong; another model or other layers are refused.
+
+    Args:
+        config: how much is kept, where and in which form.
+        model: the composition that trains.
+        folder: on disk, where.
+        report: takes lines of progress.
+
+    Raises:
+        CheckpointError: the folder holds states of other models.
+        ConfigError: it cannot be written to.
+    """
+
+    def __init__(self, config: CacheConfig, model: Any, folder: Path, report: Any = print) -> None:
+        self.config, self.folder, self.report = config, folder, report
+        self.model = model.model
+        self.budget = None if config.budget is None else bytes_of(config.budget)
+        self.names = list(self.model.augmenting)
+        self.dtypes = {name: self.model.backbone(name).dtype for name in self.names}
+        self.stores: dict[str, Shards | Memory] = {
+            name: Shards(folder / name, about(model, name, config), _shard_bytes(self.budget))
+            if config.mode == "disk"
+            else Memory()
+            for name in self.names
+        }
+        self.counts = Counts()
+        self._said: set[str] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[ActivationCache]:
+        """Within this context the composition takes known states from here; what is new is written at its end."""
+        self.model.slot.recorder = self
+        try:
+            yield self
+        finally:
+            self.model.slot.recorder = None
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written yet."""
+        for store in self.stores.values():
+            store.flush()
+
+    # What readers ask for
+
+    def recall(self, name: str, rows: Sequence[Reading]) -> list[States] | None:
+        """The states of all these rows, or None where some of them are not there.
+
+        Raises:
+            DataError: some are not there, with ``on_missing: raise``.
+        """
+        start = time.perf_counter()
+        found: list[States] = []
+        for row in rows:
+            record = self.stores[name].get(row.key)
+            if record is None:
+                break
+            found.append(_decoded(record, self.dtypes[name]))
+        whole = len(found) == len(rows)
+        if not whole:
+            self._missing(name)
+        if torch.distributed.is_initialized() and is_spread(self.model):  # it runs in all processes or in none
+            flag = torch.tensor(int(whole), device=self.model.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+            whole = bool(flag)
+        if not whole:
+            return None
+        self.counts.texts += len(rows)
+        self.counts.tokens += sum(row.length for row in rows)
+        self.counts.seconds += time.perf_counter() - start
+        return found
+
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
+        """Take what the model ``name`` has made of these rows.
+
+        Raises:
+            DataError: for numbers that are not finite.
+        """
+        self.counts.generated += len(rows)
+        for row, own in zip(rows, states, strict=True):
+            if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
+                raise DataError(
+                    f"Expected finite states of the augmenting model {name!r}, but got NaN or infinity for a text of "
+                    f"{row.length} tokens: leave that example out, or load the model in float32."
+                )
+            if self.config.on_generate == "delete" or row.key in self.stores[name]:
+                continue
+            record = _encoded(own, self.config.dtype)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in record.values())
+            if self.budget is not None and self.counts.bytes + size > self.budget:
+                self._say(f"The activation cache is full ({self.config.budget}): other texts are read each time.")
+                continue
+            self.counts.bytes += size
+            self.stores[name].put(row.key, record)
+
+    def _missing(self, name: str) -> None:
+        if self.config.on_missing == "raise":
+            raise DataError(
+                f"Expected the states of all texts in the activation cache, but some of {name!r} are missing: make "
+                f"them with on_missing: generate."
+            )
+        if self.config.on_missing == "warn":
+            self._say(f"The activation cache lacks states of {name!r}: they are generated.")
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.report(line)
+
+    # Before the first step
+
+    def known(self, rows: Sequence[dict[str, Any]]) -> list[bool]:
+        """Whether the states of each example are there."""
+        looking = Looking(self.stores)
+        found = []
+        for row in rows:
+            looking.whole = True
+            _read(self.model, row, looking)
+            found.append(looking.whole)
+        return found
+
+    def check_room(self, rows: Sequence[dict[str, Any]]) -> int:
+        """How many bytes the states of these examples take, estimated from some of them.
+
+        Raises:
+            ConfigError: there is less room on the disk.
+        """
+        needed = bytes_needed(self.model, rows, self.config.dtype)
+        if self.budget is not None:
+            needed = min(needed, self.budget)
+        if self.config.mode == "disk" and self.config.on_generate == "cache":
+            free = shutil.disk_usage(self.folder).free
+            there = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+            if needed > free + there:
+                raise ConfigError(
+                    f"The activation cache needs {needed:,} bytes in {self.folder}, but its disk has {free:,} left: name "
+                    f"a folder elsewhere, set a lower activation_cache.budget, or dtype: int8."
+                )
+        return needed
+
+    def summary(self) -> str:
+        """One sentence about what was read and made."""
+        found = self.counts
+        speed = f" at {found.tokens / found.seconds:,.0f} tokens a second" if found.seconds else ""
+        return (
+            f"Activation cache: {found.texts:,} texts ({found.tokens:,} tokens) were read{speed}, {found.generated:,} "
+            f"were generated, {found.bytes / UNITS['MiB']:,.1f} MiB of them kept."
+        )
+
+
+@dataclass
+class Counts:
+    """What a cache has done."""
+
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    generated: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Memory:
+    """Records in memory, as ``Shards`` keeps them on disk."""
+
+    records: dict[bytes, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.records
+
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """The tensors of a record, or None."""
+        return self.records.get(key)
+
+    def put(self, key: bytes, record: dict[str, Tensor]) -> None:
+        """Take a record."""
+        self.records[key] = record
+
+    def flush(self) -> None:
+        """Nothing: all is there."""
+
+
+@dataclass
+class Looking:
+    """A recorder that asks whether states are there, and lets no model run."""
+
+    stores: dict[str, Any]
+    whole: bool = True
+
+    def recall(self, name: str, rows: Sequence[Reading]) -> list[States]:
+        """Nothing, for as many rows."""
+        self.whole &= all(row.key in self.stores[name] for row in rows)
+        return [{} for _ in rows]
+
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
+        """Not called."""
+
+
+@dataclass
+class Measuring:
+    """A recorder that counts tokens, and lets no model run."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def recall(self, name: str, rows: Sequence[Reading]) -> list[States]:
+        """Nothing, for as many rows."""
+        self.tokens[name] = self.tokens.get(name, 0) + sum(row.length for row in rows)
+        return [{} for _ in rows]
+
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
+        """Not called."""
+
+
+def about(model: Any, name: str, config: CacheConfig) -> dict[str, Any]:
+    """What states of an augmenting model belong to, beside what it has read."""
+    entry = model.config.augmenting[name]
+    connector = entry["connector"]
+    return {
+        "format": 1,
+        "model": entry.get("fingerprint"),
+        "dtype": str(model.model.backbone(name).dtype).removeprefix("torch."),
+        "kept_as": config.dtype,
+        "layers": sorted({i for i, _ in entry["connections"]}),
+        "words": bool(entry.get("words")),
+        "opening": list(opening_of(entry)),
+        "connector": [connector.get("kind"), connector.get("ingestor"), connector.get("top_k")],
+        "anchor": model.config.anchor.get("fingerprint") if connector.get("ingestor") == "anchor" else None,
+    }
+
+
+SAMPLED = 200  # examples by which the room is estimated
+
+
+def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None) -> int:
+    """How many bytes the states of these examples take, from some of them; encoders are left out.
+
+    Args:
+        model: the composed model.
+        rows: examples with ``input_ids`` and ``labels``.
+        dtype: in which states are kept; None for the models' own.
+    """
+    step = max(1, len(rows) // SAMPLED)
+    chosen = rows[::step]
+    measuring = Measuring()
+    for row in chosen:
+        _read(model, row, measuring)
+    total = 0.0
+    for name, tokens in measuring.tokens.items():
+        entry, backbone = model.config.augmenting[name], model.backbone(name)
+        layers = (
+            1
+            if CONNECTORS[entry["connector"]["kind"]].reads_distribution
+            else len({i for i, _ in entry["connections"]})
+        )
+        width = layers * _width(model, name) + bool(entry.get("words")) * backbone.size
+        each = {"int8": 1, "bfloat16": 2, None: backbone.dtype.itemsize}[dtype]
+        total += tokens * (width * each + (4 * layers if dtype == "int8" else 0))
+    return int(total * len(rows) / max(1, len(chosen)))
+
+
+def _width(model: Any, name: str) -> int:
+    """How wide what connections are given of an augmenting model is."""
+    entry = model.config.augmenting[name]
+    if not CONNECTORS[entry["connector"]["kind"]].reads_distribution:
+        return int(model.backbone(name).size)
+    return embedding_size(model.anchor) if entry["connector"].get("ingestor") else int(model.backbone(name).vocab_size)
+
+
+def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:
+    """Let a recorder see what the augmenting models would read of an example."""
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    names = [name for name in model.augmenting if model.config.augmenting[name]["reads"] != "inputs"]
+    prompt, told = (made.to(model.device) for made in (prompt_of(labels), given_of(labels, None)))
+    inputs = Inputs(ids.to(model.device), None, None, prompt, None, told=told)
+    model.slot.recorder = recorder
+    try:
+        for name in names:
+            model.reader(name).read(inputs, Past())
+    finally:
+        model.slot.recorder = None
+
+
+def _shard_bytes(budget: int | None) -> int:
+    return SHARD_BYTES if budget is None else max(1, min(SHARD_BYTES, budget // 4))
+
+
+def _encoded(states: States, dtype: str | None) -> dict[str, Tensor]:
+    """States as they are kept: (n, D) each, one state of a whole text as (1, D)."""
+    found = {}
+    for layer, tensor in states.items():
+        name = f"{layer}" if tensor.ndim > 1 else f"{layer}{WHOLE}"
+        tensor = tensor if tensor.ndim > 1 else tensor[None]
+        if dtype == "int8":
+            scale = tensor.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+            found[name + SCALE] = scale
+            found[name] = (tensor.float() / scale).round().to(torch.int8)
+        else:
+            found[name] = (tensor.to(torch.bfloat16) if dtype == "bfloat16" else tensor).clone()
+    return found
+
+
+def _decoded(record: dict[str, Tensor], dtype: torch.dtype) -> States:
+    """The inverse of ``_encoded``."""
+    found = {}
+    for name, tensor in record.items():
+        if name.endswith(SCALE):
+            continue
+        scale = record.get(name + SCALE)
+        tensor = (tensor if scale is None else tensor.float() * scale).to(dtype)
+        found[int(name.removesuffix(WHOLE))] = tensor[0] if name.endswith(WHOLE) else tensor
+    return found

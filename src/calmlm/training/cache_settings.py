@@ -1,0 +1,65 @@
+"""The `activation_cache` section of a training's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from calmlm.errors import ConfigError
+from calmlm.files.paths import Place
+
+__all__ = ["UNITS", "CacheConfig", "bytes_of"]
+
+UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The `activation_cache` section of a training's configuration; a mode alone stands for it as well.
+
+    Args:
+        mode: "off"; "memory", for the epochs of one run; or "disk", for later runs on the same data as well.
+        folder: on disk, where; beside the run's folder, as `<output>.activations`, by default.
+        budget: how much may be kept, such as "8GiB"; what does not fit is read anew each time.
+        dtype: in which states are kept: "bfloat16", or "int8" with a scale for each token; by default the model's own,
+            which changes nothing.
+        on_missing: for texts that are not there: "generate" their states, "skip" the examples, "warn" and generate,
+            or "raise".
+        on_generate: "cache" new states, or "delete" them after use.
+    """
+
+    mode: Literal["off", "memory", "disk"] = "off"
+    folder: Place | None = None
+    budget: str | None = None
+    dtype: Literal["bfloat16", "int8"] | None = None
+    on_missing: Literal["generate", "skip", "warn", "raise"] = "generate"
+    on_generate: Literal["cache", "delete"] = "cache"
+
+    def faults(self) -> list[str]:
+        """One sentence for each thing that cannot be."""
+        found = []
+        if self.folder is not None and self.mode != "disk":
+            found.append(f"activation_cache.folder: expected mode: disk beside it, but got {self.mode}.")
+        if self.budget is not None:
+            try:
+                bytes_of(self.budget)
+            except ConfigError as error:
+                found.append(f"activation_cache.budget: {error}")
+        return found
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as "8GiB".
+
+    Raises:
+        ConfigError: for something else.
+    """
+    number = size.rstrip("BKMGTi ")
+    unit = size[len(number) :].strip()
+    try:
+        found = float(number) * UNITS[unit or "B"]
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"Expected a size such as 8GiB or 500MiB, but got {size!r}: write one of these units."
+        ) from None
+    return int(found)

@@ -1,0 +1,170 @@
+"""States on disk: shards of safetensors and an Arrow index, which several runs may read and add to.
+
+    about.json                         what the states belong to; others are refused
+    shard-<writer>-0000.safetensors    the states of many texts, one after the other
+    index-<writer>.arrow               key, shard, offset and length of each text in the writer's shards
+
+A shard is written beside its place and moved there, then the index likewise. So what an interrupted run leaves behind
+is whole, or stands in no index and counts as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from calmlm.data.extras import require
+from calmlm.errors import CheckpointError, ConfigError, first_line
+from calmlm.files.storage import write_atomically, write_text
+
+__all__ = ["SHARD_BYTES", "Shards"]
+
+SHARD_BYTES = 1 << 30
+ABOUT = "about.json"
+COLUMNS = ("key", "shard", "offset", "length")
+Record = Mapping[str, Tensor]
+"""The tensors of one text, by name, each (n, ...) with the same n."""
+
+
+class Shards:
+    """Records of tensors by key.
+
+    Args:
+        folder: made if needed.
+        about: what the records belong to, in plain JSON.
+        shard_bytes: how large a shard may become before it is written.
+
+    Raises:
+        CheckpointError: the folder holds states of something else, or damaged files.
+        ConfigError: it cannot be written to.
+        MissingExtraError: without pyarrow.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
+        require("pyarrow", "train", "An activation cache on disk")
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.writer = uuid.uuid4().hex[:8]
+        self._check(dict(about))
+        self._places: dict[bytes, tuple[str, int, int]] = {}
+        self._own: list[tuple[bytes, str, int, int]] = []
+        self._open: dict[str, Any] = {}
+        self._waiting: dict[bytes, Record] = {}
+        self._waiting_bytes = self._written = 0
+        for path in sorted(folder.glob("index-*.arrow")):
+            self._places.update((key, place) for key, *place in self._read(path))  # type: ignore[misc]
+
+    def _check(self, about: dict[str, Any]) -> None:
+        path = self.folder / ABOUT
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_text(path, json.dumps(about, indent=2, sort_keys=True))
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"The activation cache must lie in a folder that can be written to, but {self.folder} cannot "
+                f"({first_line(error)}): name another."
+            ) from None
+        except ValueError:
+            found = None
+        if found != json.loads(json.dumps(about)):
+            other = [key for key in about if not isinstance(found, dict) or found.get(key) != about[key]]
+            raise CheckpointError(
+                f"{self.folder} must hold states of this composition's models and settings, but they were made with "
+                f"another {', '.join(other) or 'form'}: name another folder, or remove this one."
+            )
+
+    def _read(self, path: Path) -> list[tuple[bytes, str, int, int]]:
+        from pyarrow import feather
+
+        try:
+            table = feather.read_table(path, columns=list(COLUMNS))
+            return list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
+        except Exception as error:  # Arrow raises different errors for different damage
+            raise CheckpointError(
+                f"{path} must be an index of an activation cache, but it cannot be read ({first_line(error)}): remove "
+                f"the folder, and it is made anew."
+            ) from None
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._waiting or key in self._places
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._places)
+
+    def get(self, key: bytes) -> dict[str, Tensor] | None:
+        """The tensors of a record, or None.
+
+        Raises:
+            CheckpointError: its shard is missing or damaged.
+        """
+        if key in self._waiting:
+            return dict(self._waiting[key])
+        if key not in self._places:
+            return None
+        shard, offset, length = self._places[key]
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(self.folder / shard, framework="pt").__enter__()
+            file = self._open[shard]
+            return {name: file.get_slice(name)[offset : offset + length] for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises different errors for different damage
+            raise CheckpointError(
+                f"{self.folder / shard} must be a shard of an activation cache, but it cannot be read "
+                f"({first_line(error)}): remove the folder, and it is made anew."
+            ) from None
+
+    def put(self, key: bytes, record: Record) -> None:
+        """Take a record, which is written with others when they fill a shard, or by ``flush``."""
+        if key in self:
+            return
+        self._waiting[key] = record
+        self._waiting_bytes += sum(tensor.numel() * tensor.element_size() for tensor in record.values())
+        if self._waiting_bytes >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written yet.
+
+        Raises:
+            ConfigError: the disk is full, or cannot be written to.
+        """
+        if not self._waiting:
+            return
+        keys, shard = list(self._waiting), f"shard-{self.writer}-{self._written:04d}.safetensors"
+        records = [self._waiting[key] for key in keys]
+        lengths = [len(next(iter(record.values()))) for record in records]
+        tensors = {name: torch.cat([record[name] for record in records]).contiguous() for name in records[0]}
+        offset, places = 0, []
+        for key, length in zip(keys, lengths, strict=True):
+            places.append((key, shard, offset, length))
+            offset += length
+        try:
+            write_atomically(self.folder / shard, lambda path: save_file(tensors, path))
+            self._index([*self._own, *places])
+        except OSError as error:
+            raise ConfigError(
+                f"The activation cache needs room on the disk of {self.folder}, but writing failed "
+                f"({first_line(error)}): free some, lower activation_cache.budget, or set activation_cache: off."
+            ) from None
+        self._own += places
+        self._places.update((key, place) for key, *place in places)  # type: ignore[misc]
+        self._written += 1
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _index(self, rows: list[tuple[bytes, str, int, int]]) -> None:
+        import pyarrow
+        from pyarrow import feather
+
+        table = pyarrow.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+        write_atomically(
+            self.folder / f"index-{self.writer}.arrow", lambda path: feather.write_feather(table, str(path))
+        )

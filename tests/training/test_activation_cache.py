@@ -16,7 +16,7 @@ from torch import Tensor
 
 import calmlm
 from calmlm.errors import CheckpointError, ConfigError, DataError
-from calmlm.readers.recording import gathered, placed, reading, readings
+from calmlm.readers.kept_states import gathered, placed, reading, readings
 from calmlm.training.activation_cache import ActivationCache, bytes_needed
 from calmlm.training.cache_settings import CacheConfig, bytes_of
 from calmlm.training.pipeline import train
@@ -24,7 +24,7 @@ from calmlm.training.schema import parse_config
 from calmlm.training.state_shards import Shards
 from compositions import own, pad, tiny_composition
 from readers.test_items import vision
-from tiny import tiny_model, tiny_tokens
+from tiny import FAMILIES, tiny_model, tiny_tokens
 
 Settings = Callable[..., dict[str, Any]]
 LINES = [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(12)]
@@ -141,6 +141,65 @@ def test_gradients_are_the_same(tmp_path: Path) -> None:
         if parameter.grad is not None:
             for found in gradients:
                 assert torch.allclose(found[name], parameter.grad, atol=1e-5)
+
+
+TOP: dict[str, dict[str, Any]] = {
+    **{family: {"anchor": family, "connections": [(1, -1)]} for family in sorted(FAMILIES)},
+    "llama, words alone": {"connections": "none", "words": "map", **SHARED},
+    "llama, words alone, pointer": {"connections": "none", "words": "pointer", **SHARED},
+    "llama, own tokens": {"connections": [(1, -2)], **own("sentencepiece", "bytes-large")},
+}
+
+
+@pytest.mark.parametrize("name", TOP)
+def test_the_anchor_runs_from_its_first_connection(name: str, tmp_path: Path) -> None:
+    options = dict(TOP[name])
+    if isinstance(options["connections"], list):
+        depth = len(
+            calmlm.compose(tiny_model(options.get("anchor", "llama")), tiny_model("gpt2")).model.backbone().layers
+        )
+        options["connections"] = [(i, depth + j) for i, j in options["connections"]]
+    model = tiny_composition(**options)
+    low = model.model.lowest()
+    assert low >= 1
+    rows = rows_of(model)
+    sides = ["right", "left"] if model.model.backbone().pads_left else ["right"]
+    batches = [batch_of([rows[0], rows[4], rows[2]], side) for side in sides]
+    model.train()
+    expected = []
+    for batch in batches:
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        expected.append((output.logits, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    cache = cache_of(model, tmp_path)
+    ran: list[int] = []
+    with cache.recording():
+        model(**batch_of(rows), use_cache=False)
+        works = cache.shortcuts[low].works
+        layer = model.model.backbone().layers[0]
+        probe = next(
+            module for module in layer.modules() if isinstance(module, torch.nn.Linear) or "Conv1D" in str(type(module))
+        )
+        handle = probe.register_forward_hook(lambda *_: ran.append(1))
+        for batch, (logits, gradients) in zip(batches, expected, strict=True):
+            model.zero_grad()
+            output = model(**batch, use_cache=False)
+            output.loss.backward()
+            real = batch["attention_mask"].bool()
+            assert torch.allclose(output.logits[real], logits[real], atol=5e-5)
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, gradients, strict=True))
+        handle.remove()
+    assert works is (name not in NEED_LOWER_LAYERS)
+    assert bool(ran) is not works
+    assert torch.allclose(
+        model(**batches[0], use_cache=False).logits, expected[0][0], atol=5e-5
+    )  # nothing is left behind
+
+
+NEED_LOWER_LAYERS: set[str] = set()
+"""Families whose upper layers want more of the lower ones than their states; they are run as a whole."""
 
 
 def test_items_of_encoders_are_kept(tmp_path: Path) -> None:
@@ -272,7 +331,7 @@ def test_the_room_that_is_asked_for_is_what_is_taken(name: str, dtype: Any, tmp_
     with cache.recording():
         for row in rows:
             model(**batch_of([row]), use_cache=False)
-    assert cache.counts.bytes == pytest.approx(bytes_needed(model.model, rows, dtype), rel=0.05)
+    assert cache.counts.bytes == pytest.approx(bytes_needed(model.model, rows, dtype, anchor=True), rel=0.05)
     assert cache.known(rows) == [True] * len(rows)
     other = {**rows[-1], "input_ids": rows[-1]["input_ids"][::-1]}
     assert cache.known([other]) == [False]
@@ -282,7 +341,7 @@ def test_what_does_not_fit_is_read_each_time(tmp_path: Path) -> None:
     model = made("shared ids")
     rows = rows_of(model)
     lines: list[str] = []
-    whole = bytes_needed(model.model, rows, None)
+    whole = bytes_needed(model.model, rows, None, anchor=True)
     config = CacheConfig("memory", budget=f"{whole // 2}B")
     cache = ActivationCache(config, model, tmp_path, lines.append)
     expected = [model(**batch_of([row]), use_cache=False).loss.item() for row in rows]
@@ -295,7 +354,7 @@ def test_what_does_not_fit_is_read_each_time(tmp_path: Path) -> None:
     assert "is full" in lines[0]
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.01), ("int8", 0.02)])
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.01), ("int8", 0.04)])
 def test_smaller_numbers_change_little(dtype: Any, most: float, tmp_path: Path) -> None:
     model = made("own tokens, map, graft")
     batch = batch_of(rows_of(model))
@@ -304,7 +363,8 @@ def test_smaller_numbers_change_little(dtype: Any, most: float, tmp_path: Path) 
     with cache.recording():
         for _ in range(2):
             found = model(**batch, use_cache=False).logits
-    assert 0 < ((found - expected).norm() / expected.norm()).item() < most
+    real = batch["attention_mask"].bool()
+    assert 0 < ((found - expected)[real].norm() / expected[real].norm()).item() < most
 
 
 # Files

@@ -31,6 +31,7 @@ from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
+from calmlm.modeling.shortcut import run_anchor
 from calmlm.readers import (
     Inputs,
     Opening,
@@ -312,10 +313,10 @@ class CalmModel(CalmPreTrainedModel):
             base.eval()
         if mode:
             layers = self._backbones[""].layers
-            checkpoint_frozen(layers[self._lowest() + 1 :], self.slot)
+            checkpoint_frozen(layers[self.lowest() + 1 :], self.slot)
         return self
 
-    def _lowest(self) -> int:
+    def lowest(self) -> int:
         """The lowest of the anchor's layers that something trained changes."""
         backbone = self._backbones[""]
         entries = self.config.augmenting.values()
@@ -521,7 +522,12 @@ class CalmModel(CalmPreTrainedModel):
         )
         self.slot.call = call
         try:
-            output = target(**arguments, **kwargs)
+            call_anchor = partial(target, **arguments, **kwargs)
+            if cache is None and self.slot.recorder is not None:
+                lower = list(backbone.layers[: self.lowest()])
+                output = run_anchor(call_anchor, lower, self.slot.recorder, inputs, kwargs)
+            else:
+                output = call_anchor()
         finally:
             self.slot.call = None
         for name, past in pasts.items():

@@ -18,8 +18,8 @@ from calmlm.connectors import Connector
 from calmlm.connectors.cross_attention import CrossAttention, eager_attention
 from calmlm.connectors.gate import ConvexGate
 from calmlm.readers.inputs import Inputs
+from calmlm.readers.kept_states import Reading, Recorder, gathered, placed
 from calmlm.readers.preamble import Opening
-from calmlm.readers.recording import Reading, Recorder, gathered, placed
 from calmlm.state.hooks import Call, Slot, Stream
 from calmlm.state.past import Past
 

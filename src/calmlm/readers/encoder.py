@@ -13,7 +13,7 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
-from calmlm.readers.recording import Reading, reading
+from calmlm.readers.kept_states import Reading, reading
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past

@@ -15,7 +15,7 @@ from calmlm.bases.trees import tree_mask
 from calmlm.connectors.cross_attention import eager_attention
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
-from calmlm.readers.recording import Reading, reading
+from calmlm.readers.kept_states import Reading, reading
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Announced, Past, crop_cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
-from calmlm.readers.recording import readings
+from calmlm.readers.kept_states import readings
 from calmlm.state.frontier import NOBODY
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past

@@ -12,7 +12,7 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
-from calmlm.readers.recording import readings
+from calmlm.readers.kept_states import readings
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 

@@ -24,7 +24,7 @@ from calmlm.readers.inputs import (
     positions_for,
     real_tokens,
 )
-from calmlm.readers.recording import Reading, readings
+from calmlm.readers.kept_states import Reading, readings
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 

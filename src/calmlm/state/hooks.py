@@ -88,7 +88,7 @@ class Call:
 class Slot(threading.local):
     """Where hooks find the call that their thread is in, if it is in one; a copy is empty.
 
-    ``recorder`` keeps what augmenting models make of texts, see ``calmlm.readers.recording``.
+    ``recorder`` keeps what augmenting models make of texts, see ``calmlm.readers.kept_states``.
     """
 
     def __init__(self) -> None:

@@ -18,8 +18,9 @@ from calmlm.bases.sharding import is_spread
 from calmlm.config import opening_of
 from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, DataError
+from calmlm.modeling.shortcut import ANCHOR, Shortcut
 from calmlm.readers import Inputs, given_of, prompt_of
-from calmlm.readers.recording import Reading, States
+from calmlm.readers.kept_states import Reading, States
 from calmlm.state.past import Past
 from calmlm.training.cache_settings import UNITS, CacheConfig, bytes_of
 from calmlm.training.state_shards import SHARD_BYTES, Shards
@@ -27,10 +28,11 @@ from calmlm.training.state_shards import SHARD_BYTES, Shards
 __all__ = ["ActivationCache", "bytes_needed"]
 
 SCALE, WHOLE = ".scale", ".whole"
+ANCHOR_FOLDER = "anchor.stream"  # no augmenting model has a dot in its name
 
 
 class ActivationCache:
-    """Keeps states of augmenting models by what these read; see ``calmlm.readers.recording``.
+    """Keeps states of augmenting models by what these read; see ``calmlm.readers.kept_states``.
 
     A text is known by the model's own tokens and all else that decides on its states. So another tokenizer, template or
     alignment finds nothing here rather than something wrong; another model or other layers are refused.
@@ -40,23 +42,34 @@ class ActivationCache:
         model: the composition that trains.
         folder: on disk, where.
         report: takes lines of progress.
+        precision: what autocasts numbers in training, such as "bf16"; states of another one are refused.
+
+    Attributes:
+        keeps_anchor: whether the anchor's stream is kept as well.
+        shortcuts: see ``calmlm.modeling.shortcut``.
 
     Raises:
         CheckpointError: the folder holds states of other models.
         ConfigError: it cannot be written to.
     """
 
-    def __init__(self, config: CacheConfig, model: Any, folder: Path, report: Any = print) -> None:
+    def __init__(
+        self, config: CacheConfig, model: Any, folder: Path, report: Any = print, precision: str = "none"
+    ) -> None:
         self.config, self.folder, self.report = config, folder, report
         self.model = model.model
         self.budget = None if config.budget is None else bytes_of(config.budget)
-        self.names = list(self.model.augmenting)
-        self.dtypes = {name: self.model.backbone(name).dtype for name in self.names}
+        self.keeps_anchor = config.anchor
+        self.shortcuts: dict[int, Shortcut] = {}
+        names = [*self.model.augmenting, *([ANCHOR] if config.anchor else [])]
+        self.dtypes = {name: self.model.backbone(name).dtype for name in names}
         self.stores: dict[str, Shards | Memory] = {
-            name: Shards(folder / name, about(model, name, config), _shard_bytes(self.budget))
+            name: Shards(
+                folder / (name or ANCHOR_FOLDER), about(model, name, config, precision), _shard_bytes(self.budget)
+            )
             if config.mode == "disk"
             else Memory()
-            for name in self.names
+            for name in names
         }
         self.counts = Counts()
         self._said: set[str] = set()
@@ -92,7 +105,7 @@ class ActivationCache:
                 break
             found.append(_decoded(record, self.dtypes[name]))
         whole = len(found) == len(rows)
-        if not whole:
+        if not whole and name != ANCHOR:
             self._missing(name)
         if torch.distributed.is_initialized() and is_spread(self.model):  # it runs in all processes or in none
             flag = torch.tensor(int(whole), device=self.model.device)
@@ -100,7 +113,7 @@ class ActivationCache:
             whole = bool(flag)
         if not whole:
             return None
-        self.counts.texts += len(rows)
+        self.counts.texts += len(rows) if name != ANCHOR else 0
         self.counts.tokens += sum(row.length for row in rows)
         self.counts.seconds += time.perf_counter() - start
         return found
@@ -111,11 +124,11 @@ class ActivationCache:
         Raises:
             DataError: for numbers that are not finite.
         """
-        self.counts.generated += len(rows)
+        self.counts.generated += len(rows) if name != ANCHOR else 0
         for row, own in zip(rows, states, strict=True):
             if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
                 raise DataError(
-                    f"Expected finite states of the augmenting model {name!r}, but got NaN or infinity for a text of "
+                    f"Expected finite states of the {_role(name)}, but got NaN or infinity for a text of "
                     f"{row.length} tokens: leave that example out, or load the model in float32."
                 )
             if self.config.on_generate == "delete" or row.key in self.stores[name]:
@@ -160,7 +173,7 @@ class ActivationCache:
         Raises:
             ConfigError: there is less room on the disk.
         """
-        needed = bytes_needed(self.model, rows, self.config.dtype)
+        needed = bytes_needed(self.model, rows, self.config.dtype, anchor=self.config.anchor)
         if self.budget is not None:
             needed = min(needed, self.budget)
         if self.config.mode == "disk" and self.config.on_generate == "cache":
@@ -168,8 +181,8 @@ class ActivationCache:
             there = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
             if needed > free + there:
                 raise ConfigError(
-                    f"The activation cache needs {needed:,} bytes in {self.folder}, but its disk has {free:,} left: name "
-                    f"a folder elsewhere, set a lower activation_cache.budget, or dtype: int8."
+                    f"The activation cache needs {needed:,} bytes in {self.folder}, but its disk has {free:,} left: "
+                    f"name a folder elsewhere, set a lower activation_cache.budget, or dtype: int8."
                 )
         return needed
 
@@ -246,14 +259,24 @@ class Measuring:
         """Not called."""
 
 
-def about(model: Any, name: str, config: CacheConfig) -> dict[str, Any]:
-    """What states of an augmenting model belong to, beside what it has read."""
+def about(model: Any, name: str, config: CacheConfig, precision: str) -> dict[str, Any]:
+    """What states of a model belong to, beside what it has read."""
+    if name == ANCHOR:
+        return {
+            "format": 1,
+            "model": model.config.anchor.get("fingerprint"),
+            "dtype": str(model.model.backbone().dtype).removeprefix("torch."),
+            "precision": precision,
+            "kept_as": config.dtype,
+            "layers": [model.model.lowest()],
+        }
     entry = model.config.augmenting[name]
     connector = entry["connector"]
     return {
         "format": 1,
         "model": entry.get("fingerprint"),
         "dtype": str(model.model.backbone(name).dtype).removeprefix("torch."),
+        "precision": precision,
         "kept_as": config.dtype,
         "layers": sorted({i for i, _ in entry["connections"]}),
         "words": bool(entry.get("words")),
@@ -266,13 +289,14 @@ def about(model: Any, name: str, config: CacheConfig) -> dict[str, Any]:
 SAMPLED = 200  # examples by which the room is estimated
 
 
-def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None) -> int:
+def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, *, anchor: bool = False) -> int:
     """How many bytes the states of these examples take, from some of them; encoders are left out.
 
     Args:
         model: the composed model.
         rows: examples with ``input_ids`` and ``labels``.
         dtype: in which states are kept; None for the models' own.
+        anchor: whether the anchor's stream is kept as well.
     """
     step = max(1, len(rows) // SAMPLED)
     chosen = rows[::step]
@@ -280,6 +304,10 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None) 
     for row in chosen:
         _read(model, row, measuring)
     total = 0.0
+    if anchor and model.lowest():
+        measured = sum(len(row["input_ids"]) for row in chosen)
+        each = {"int8": 1, "bfloat16": 2, None: model.backbone().dtype.itemsize}[dtype]
+        total += measured * (model.backbone().size * each + (4 if dtype == "int8" else 0))
     for name, tokens in measuring.tokens.items():
         entry, backbone = model.config.augmenting[name], model.backbone(name)
         layers = (
@@ -313,6 +341,10 @@ def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:
             model.reader(name).read(inputs, Past())
     finally:
         model.slot.recorder = None
+
+
+def _role(name: str) -> str:
+    return f"augmenting model {name!r}" if name else "anchor"
 
 
 def _shard_bytes(budget: int | None) -> int:

@@ -23,6 +23,7 @@ class CacheConfig:
         budget: how much may be kept, such as "8GiB"; what does not fit is read anew each time.
         dtype: in which states are kept: "bfloat16", or "int8" with a scale for each token; by default the model's own,
             which changes nothing.
+        anchor: whether the anchor's stream below the first layer that the composition changes is kept as well.
         on_missing: for texts that are not there: "generate" their states, "skip" the examples, "warn" and generate,
             or "raise".
         on_generate: "cache" new states, or "delete" them after use.
@@ -32,6 +33,7 @@ class CacheConfig:
     folder: Place | None = None
     budget: str | None = None
     dtype: Literal["bfloat16", "int8"] | None = None
+    anchor: bool = True
     on_missing: Literal["generate", "skip", "warn", "raise"] = "generate"
     on_generate: Literal["cache", "delete"] = "cache"
 

@@ -92,7 +92,7 @@ def train(
     check_saving(model, tokenizer, checkpoints=arguments.save_strategy != "no")
     set_packing_length(arguments, max_length)
 
-    cache = _cache(config, model, report)
+    cache = _cache(config, model, arguments, report)
     if cache is not None:
         rows = _with_states(rows, cache, report)
 
@@ -153,12 +153,14 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
         report(f"This processor takes {times:.0f} times as long in {name} as in float32: set model.dtype=float32.")
 
 
-def _cache(config: TrainingConfig, model: Any, report: Report) -> ActivationCache | None:
+def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -> ActivationCache | None:
     """The activation cache of a run, if it has one."""
     settings = config.cache
     if settings.mode == "off":
         return None
-    return ActivationCache(settings, model, Path(settings.folder or f"{config.output}.activations"), report)
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "none"
+    folder = Path(settings.folder or f"{config.output}.activations")
+    return ActivationCache(settings, model, folder, report, precision)
 
 
 def _with_states(rows: Rows, cache: ActivationCache, report: Report) -> Rows:

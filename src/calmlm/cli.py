@@ -328,6 +328,40 @@ def compare(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file as for `calmlm train`.", callback=expanded)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as key=value.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 512,
+    labelled: Annotated[int, typer.Option(min=1, help="How many of these are learned.")] = 128,
+    rows: Annotated[int | None, typer.Option(min=1, help="Examples of a step on a device.", show_default=False)] = None,
+    ratio: Annotated[float, typer.Option(min=0.01, help="The small model's tokens for one of the anchor's.")] = 1.0,
+    devices: Annotated[int, typer.Option(min=1, help="Over how many devices the models are spread (FSDP).")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s or 4090.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a training will take, from configurations alone: parameters, operations, memory, cache and time."""
+    import json
+
+    from rich.console import Console
+
+    from calmlm.training.plan import GPUS, Texts, make_plan
+    from calmlm.training.plan_page import as_dict, show
+    from calmlm.training.schema import load_config
+
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu must be one of {', '.join(GPUS)}, but got '{gpu}': choose one of these.")
+    if labelled > length:
+        raise ConfigError(f"--labelled must be at most --length, {length}, but got {labelled}: lower it.")
+    settings = load_config(config, overrides or [])
+    found = rows or int(settings.trainer.get("per_device_train_batch_size", 8))
+    made = make_plan(settings, Texts(length, labelled, found, ratio), devices)
+    if as_json:
+        typer.echo(json.dumps(as_dict(made, gpu), indent=2))
+    else:
+        show(made, gpu, Console())
+
+
+@app.command()
 def demo(
     what: Annotated[
         str, typer.Argument(help="keys, with models that come with calmlm, or translation, with two real models.")

@@ -322,7 +322,7 @@ def test_too_small_a_disk_is_found_before_the_first_step(
     assert run({**values, "activation_cache": {"mode": "disk", "budget": "500B"}})[1]
 
 
-@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name != "what it would say"])
+@pytest.mark.parametrize("name", COMPOSITIONS)
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_the_room_that_is_asked_for_is_what_is_taken(name: str, dtype: Any, tmp_path: Path) -> None:
     model = made(name)

@@ -326,7 +326,8 @@ def _width(model: Any, name: str) -> int:
     entry = model.config.augmenting[name]
     if not CONNECTORS[entry["connector"]["kind"]].reads_distribution:
         return int(model.backbone(name).size)
-    return embedding_size(model.anchor) if entry["connector"].get("ingestor") else int(model.backbone(name).vocab_size)
+    own = entry["connector"].get("ingestor") == "anchor"
+    return embedding_size(model.anchor) if own else int(model.backbone(name).vocab_size)
 
 
 def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:

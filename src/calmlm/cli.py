@@ -307,7 +307,7 @@ def compare(
     bases: Annotated[
         Path | None, typer.Option(help="Where base models are kept, instead of the file's.", callback=expanded)
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the file's.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes, or ray, instead of the file's.")] = None,
     stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep what the report that is there has more cells of, by experiment.")
@@ -323,7 +323,9 @@ def compare(
     given = {"output": output, "cache": cache, "bases": bases}
     changes: dict[str, Any] = {name: str(path) for name, path in given.items() if path is not None}
     if workers is not None:
-        changes["workers"] = workers
+        if workers != "ray" and not (workers.isdecimal() and int(workers)):
+            raise ConfigError(f"--workers must be a number from 1, or ray, but got '{workers}': write one of these.")
+        changes["workers"] = workers if workers == "ray" else int(workers)
     run(dataclasses.replace(settings, **changes), stored_only=stored_only, keep=keep, report=say)
 
 

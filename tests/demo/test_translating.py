@@ -17,6 +17,8 @@ from calmlm.demo.translating import FILES, sentences, show
 from calmlm.experiments.real.joined import Pair, composed, save_trained
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieties
 from calmlm.experiments.real.world import World, asked
+from calmlm.training.schema import load_config
+from documents import ROOT
 from tiny import tiny_model
 from tokenizers_tiny import tokenizer
 
@@ -111,8 +113,11 @@ def test_missing_models_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Expected keys or translation, but got 'songs'" in capsys.readouterr().err
 
 
-def test_ten_sentences_in_six_varieties() -> None:
+def test_ten_sentences_in_six_varieties_of_which_none_is_shown_before() -> None:
     found = sentences()
+    shown = load_config(ROOT / "configs" / "real" / "train.yaml").model.augmenting_prefix
+    assert isinstance(shown, str)
+    assert not any(sentence.source in shown or sentence.english in shown for sentence in found)
     assert len(found) == 10
     assert len({sentence.language for sentence in found}) == 6
 

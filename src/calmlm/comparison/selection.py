@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.domains import DOMAINS, kind_of
@@ -47,7 +47,9 @@ class CompareConfig:
         output: folder of the report.
         cache: folder of finished cells.
         bases: folder of base models, which all methods and `calmlm repro` share.
-        workers: processes, one thread each; every one takes an experiment with a seed.
+        workers: processes, one thread each; every one takes an experiment with a seed. "ray": the cores of a Ray
+            cluster, where a lost worker's cells are made again.
+        ray_address: of that cluster; one on this machine by default.
     """
 
     domains: dict[str, Any]
@@ -55,7 +57,8 @@ class CompareConfig:
     output: Place = "experiments/compare/results"
     cache: Place = "runs/compare"
     bases: Place = "runs"
-    workers: int = 2
+    workers: int | Literal["ray"] = 2
+    ray_address: str | None = None
     parts: dict[str, Part] = field(default_factory=dict, metadata={"made": True})
 
     def cells(self) -> list[Cell]:
@@ -119,7 +122,7 @@ def load_config(path: Path, preset: str | None = None) -> CompareConfig:
                 faults.append(f"{key}: expected a folder, but got an empty name.")
         if not config.preset.replace("_", "").replace("-", "").isalnum():
             faults.append(f"preset: expected a name of letters, digits, '_' and '-', but got {config.preset!r}.")
-        if config.workers < 1:
+        if config.workers != "ray" and config.workers < 1:
             faults.append(f"workers: expected at least 1, but got {config.workers}.")
     if faults or config is None:
         raise ConfigError(f"{path}: " + " ".join(faults))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from calmlm.comparison.selection import CompareConfig
 from calmlm.comparison.summary import summarise, write_report
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
+from calmlm.experiments.cluster import done_on_ray
+from calmlm.files.results import write_result
 from calmlm.files.storage import probe_folder
 
 __all__ = ["run"]
@@ -121,6 +124,9 @@ def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], No
     for cell in missing:
         groups.setdefault((cell.domain, cell.seed), []).append(cell)
     cache = Path(config.cache)
+    if config.workers == "ray":
+        _make_on_ray(list(groups.values()), config)
+        return
     if config.workers == 1:
         with _progress(missing, cache):
             for cells in groups.values():
@@ -128,7 +134,9 @@ def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], No
         return
     # Threads and the interpreter's state do not survive a fork: each worker starts anew.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_quiet, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        int(config.workers), mp_context=context, initializer=_quiet, initargs=(os.getpid(),)
+    ) as pool:
         futures = [pool.submit(_make_group, cells, config) for cells in groups.values()]
         try:
             with _progress(missing, cache) as show:
@@ -147,6 +155,41 @@ def _make(missing: list[Cell], config: CompareConfig, report: Callable[[str], No
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             raise
+
+
+def _make_on_ray(groups: list[list[Cell]], config: CompareConfig) -> None:
+    """Make all groups on a cluster, and put what other machines have made where it belongs."""
+    cache = Path(config.cache)
+    output, cache_there, bases = (str(Path(place).absolute()) for place in (config.output, config.cache, config.bases))
+    there = replace(config, output=output, cache=cache_there, bases=bases)
+    with _progress([cell for cells in groups for cell in cells], cache) as show:
+        for number, found in done_on_ray(_group_on_ray, [(cells, there) for cells in groups], config.ray_address):
+            if isinstance(found, Exception):
+                for cell in groups[number]:
+                    if cell.stored(cache) is None:
+                        cell.fail(cache, found)
+            else:
+                for cell, (made, reason) in zip(groups[number], found, strict=True):
+                    if made is not None and cell.stored(cache) is None:  # the machines share no folder
+                        write_result(cell.path(cache), made)
+                    elif made is None and reason is not None:
+                        cell.fail(cache, CalmError(reason))
+            show()
+
+
+def _group_on_ray(cells: list[Cell], config: CompareConfig) -> list[tuple[str | None, str | None]]:
+    """Make a group here; the text of each cell's file, or why there is none."""
+    import torch
+
+    torch.set_num_threads(1)
+    _make_group(cells, config)
+    cache = Path(config.cache)
+    found: list[tuple[str | None, str | None]] = []
+    for cell in cells:
+        made = cell.stored(cache) is not None
+        text = cell.path(cache).read_text(encoding="utf-8") if made else None
+        found.append((text, None if made else cell.failure(cache)))
+    return found
 
 
 def _quiet(parent: int) -> None:

@@ -23,7 +23,7 @@ from calmlm.training.run_folder import replacing_folder
 from calmlm.training.schema import load_config
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("README.md", "config.json", "generation_config.json", "model.safetensors", "origin.json")
+COPIED = ("config.json", "generation_config.json", "model.safetensors", "origin.json")
 
 
 def main() -> None:

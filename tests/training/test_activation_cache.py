@@ -84,6 +84,7 @@ def counting(model: Any, name: str = "augmenting") -> Iterator[list[int]]:
 
 
 def cache_of(model: Any, folder: Path, mode: str = "memory", **options: Any) -> ActivationCache:
+    options = {"anchor": True, **options}
     return ActivationCache(CacheConfig(mode, **options), model, folder, lambda line: None)  # type: ignore[arg-type]
 
 
@@ -342,7 +343,7 @@ def test_what_does_not_fit_is_read_each_time(tmp_path: Path) -> None:
     rows = rows_of(model)
     lines: list[str] = []
     whole = bytes_needed(model.model, rows, None, anchor=True)
-    config = CacheConfig("memory", budget=f"{whole // 2}B")
+    config = CacheConfig("memory", anchor=True, budget=f"{whole // 2}B")
     cache = ActivationCache(config, model, tmp_path, lines.append)
     expected = [model(**batch_of([row]), use_cache=False).loss.item() for row in rows]
     with cache.recording():
@@ -488,6 +489,12 @@ def test_settings_are_read(settings: Settings) -> None:
         ConfigError, match="activation_cache: expected 'off' or 'memory' or 'disk' or a mapping with mode"
     ):
         parse_config({**settings(), "activation_cache": "tape"})
+
+
+def test_the_anchors_stream_is_kept_where_it_pays() -> None:
+    assert [CacheConfig("disk").keeps_anchor(lowest, 8) for lowest in (0, 1, 2, 7)] == [False, False, True, True]
+    assert [CacheConfig("disk", anchor=True).keeps_anchor(lowest, 8) for lowest in (0, 1)] == [False, True]
+    assert not CacheConfig("disk", anchor=False).keeps_anchor(7, 8)
 
 
 def test_sizes() -> None:

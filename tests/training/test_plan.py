@@ -15,8 +15,8 @@ from calmlm.cli import main
 from calmlm.errors import ConfigError, ModelError
 from calmlm.experiments.flops import Meter
 from calmlm.training.activation_cache import bytes_needed
-from calmlm.training.plan import Plan, Texts, make_plan
-from calmlm.training.schema import parse_config
+from calmlm.training.plan import GPUS, Plan, Texts, make_plan
+from calmlm.training.schema import load_config, parse_config
 from documents import ROOT
 from tiny import tiny_model, tiny_tokens
 
@@ -65,7 +65,9 @@ def test_figures_are_those_of_the_composition(folders: dict[str, str], case: str
     entry = model.config.augmenting["augmenting"]
     assert [list(pair) for pair in plan.parts["augmenting"].pairs] == entry["connections"]
     examples = [{"input_ids": row, "labels": row} for row in tiny_tokens(rows, length).tolist()]
-    assert plan.cache(rows) == pytest.approx(bytes_needed(model.model, examples, None, anchor=True), rel=0.01)
+    assert plan.cache(rows) == pytest.approx(
+        bytes_needed(model.model, examples, None, anchor=plan.keeps_anchor), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("folders", [("llama", "gpt2"), ("gpt_neox", "qwen2")], indirect=True, ids="+".join)
@@ -125,6 +127,24 @@ def test_large_models_are_planned_without_weights(tmp_path: Path, capsys: pytest
     assert "--gpu must be one of h100" in capsys.readouterr().err
     assert main(["plan", str(config), "--length", "8"]) == 2
     assert "--labelled must be at most --length, 8, but got 128" in capsys.readouterr().err
+
+
+def test_the_table_in_the_docs_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if line.startswith(("| 0.5B", "| 2B"))]
+    found = []
+    for name, file, devices in (("0.5B and 8B", "8b", 1), ("2B and 70B", "70b", 8)):
+        for where in ("every-4", "top"):
+            config = load_config(f"configs/plan/{file}.yaml", [f"model.connections={where}"])
+            plan = make_plan(config, Texts(), devices)
+            full, hours = plan.full_fine_tuning, [plan.seconds(10**n, GPUS["h100"][0]) / 3600 for n in (4, 5, 6)]
+            found.append(
+                f"| {name} | {where} | {plan.step() / full:.2f} | {plan.step(cached=True) / full:.2f} "
+                f"| {sum(plan.memory.values()) / 2**30:.1f} | {plan.cache(10_000) / 2**30:.0f} "
+                f"| {hours[0]:.2f} h | {hours[1]:.2f} h | {hours[2]:.1f} h |"
+            )
+    assert shown == found
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ class ActivationCache:
         self.config, self.folder, self.report = config, folder, report
         self.model = model.model
         self.budget = None if config.budget is None else bytes_of(config.budget)
-        self.keeps_anchor = config.anchor
+        self.keeps_anchor = config.keeps_anchor(self.model.lowest(), len(self.model.backbone().layers))
         self.shortcuts: dict[int, Shortcut] = {}
-        names = [*self.model.augmenting, *([ANCHOR] if config.anchor else [])]
+        names = [*self.model.augmenting, *([ANCHOR] if self.keeps_anchor else [])]
         self.dtypes = {name: self.model.backbone(name).dtype for name in names}
         self.stores: dict[str, Shards | Memory] = {
             name: Shards(
@@ -173,7 +173,7 @@ class ActivationCache:
         Raises:
             ConfigError: there is less room on the disk.
         """
-        needed = bytes_needed(self.model, rows, self.config.dtype, anchor=self.config.anchor)
+        needed = bytes_needed(self.model, rows, self.config.dtype, anchor=self.keeps_anchor)
         if self.budget is not None:
             needed = min(needed, self.budget)
         if self.config.mode == "disk" and self.config.on_generate == "cache":

@@ -10,6 +10,7 @@ from calmlm.files.paths import Place
 
 __all__ = ["UNITS", "CacheConfig", "bytes_of"]
 
+PAYS = 4
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -23,7 +24,8 @@ class CacheConfig:
         budget: how much may be kept, such as "8GiB"; what does not fit is read anew each time.
         dtype: in which states are kept: "bfloat16", or "int8" with a scale for each token; by default the model's own,
             which changes nothing.
-        anchor: whether the anchor's stream below the first layer that the composition changes is kept as well.
+        anchor: whether the anchor's stream below the first layer that the composition changes is kept as well; by
+            default where that saves a quarter of its layers.
         on_missing: for texts that are not there: "generate" their states, "skip" the examples, "warn" and generate,
             or "raise".
         on_generate: "cache" new states, or "delete" them after use.
@@ -33,9 +35,13 @@ class CacheConfig:
     folder: Place | None = None
     budget: str | None = None
     dtype: Literal["bfloat16", "int8"] | None = None
-    anchor: bool = True
+    anchor: bool | None = None
     on_missing: Literal["generate", "skip", "warn", "raise"] = "generate"
     on_generate: Literal["cache", "delete"] = "cache"
+
+    def keeps_anchor(self, lowest: int, layers: int) -> bool:
+        """Whether the stream of an anchor of so many layers is kept, the first of which to change is the ``lowest``."""
+        return bool(lowest) and (PAYS * lowest >= layers if self.anchor is None else self.anchor)
 
     def faults(self) -> list[str]:
         """One sentence for each thing that cannot be."""

@@ -7,7 +7,7 @@ a multiplication and an addition are two. Memory and time are estimates, and say
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from calmlm.composing.aligning import aligned_count, middle
 from calmlm.config import ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
+from calmlm.training.cache_settings import CacheConfig
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
@@ -127,6 +128,7 @@ class Plan:
         lowest: the anchor's first layer that something trained changes.
         texts: planned for.
         devices: over how many processes the models are spread (FSDP); 1 for none.
+        settings: of the activation cache.
     """
 
     anchor: Base
@@ -136,6 +138,12 @@ class Plan:
     lowest: int
     texts: Texts
     devices: int = 1
+    settings: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def keeps_anchor(self) -> bool:
+        """Whether an activation cache holds the anchor's stream below the lowest connection."""
+        return self.settings.keeps_anchor(self.lowest, len(self.anchor.linear))
 
     @property
     def trained(self) -> int:
@@ -150,7 +158,9 @@ class Plan:
         reached = (
             self.lowest if self.adapters or any(part.pairs for part in self.parts.values()) else len(anchor.linear)
         )
-        total = anchor.forward(length, self.lowest if cached else 0) + anchor.backward(length, reached)
+        total = anchor.forward(length, self.lowest if cached and self.keeps_anchor else 0) + anchor.backward(
+            length, reached
+        )
         total += 2 * anchor.head(texts.labelled)
         total += 6.0 * self.adapters * length
         for name, base in self.augmenting.items():
@@ -186,7 +196,7 @@ class Plan:
     def cache(self, examples: int) -> int:
         """Bytes of an activation cache over so many examples."""
         length = self.texts.length
-        own = self.anchor.size * self.anchor.bytes * length if self.lowest else 0
+        own = self.anchor.size * self.anchor.bytes * length if self.keeps_anchor else 0
         theirs = sum(part.kept * round(length * self.texts.ratio) for part in self.parts.values())
         return examples * (own + theirs)
 
@@ -221,7 +231,7 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     adapters = sum(rank * (i + o) for i, o in anchor.targets.values()) if rank else 0
     found = [j for part in parts.values() for _, j in part.pairs]
     lowest = 0 if adapters else min(found, default=len(anchor.linear) - 1)
-    return Plan(anchor, augmenting, parts, adapters, lowest, texts, devices)
+    return Plan(anchor, augmenting, parts, adapters, lowest, texts, devices, config.cache)
 
 
 def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: bool) -> Part:

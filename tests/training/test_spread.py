@@ -73,7 +73,9 @@ def test_two_processes(start: Path) -> None:
 @pytest.mark.slow
 def test_a_run_of_two_processes_equals_that_of_one(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     values = settings(max_steps=4, save_steps=2, per_device_train_batch_size=2)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values | {"output": str(tmp_path / "two")}))
+    cache = {"mode": "disk", "folder": str(tmp_path / "activations")}  # to which both add
+    two = values | {"output": str(tmp_path / "two"), "activation_cache": cache}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(two))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(Path(calmlm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -90,6 +92,7 @@ def test_a_run_of_two_processes_equals_that_of_one(settings: Callable[..., dict[
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+    assert len(list((tmp_path / "activations" / "augmenting").glob("index-*.arrow"))) == 2
     assert {path.name for path in (tmp_path / "two/composition").iterdir()} == {path.name for path in one.iterdir()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 import calmlm
 from calmlm.config import gguf_name, split_gguf
@@ -216,3 +217,11 @@ class TestForms:
             tokenizer=tokenizer,
         )
         assert getattr(model.anchor, "hf_quantizer", None) is None
+
+
+def test_its_bar_is_switched_off_with_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_gguf(tmp_path / "m_B.gguf", seed=1)
+    for switch, shown in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
+        switch()
+        calmlm.compose(path, write_gguf(tmp_path / "m_A.gguf", seed=2), quantization_config=GgufConfig(dequantize=True))
+        assert ("GGUF tensors" in capfd.readouterr().err) is shown

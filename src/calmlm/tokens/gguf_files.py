@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.utils import logging
+
 _lock = threading.RLock()
 _read: dict[tuple[Any, ...], Any] = {}
 _depth = 0
@@ -38,6 +40,7 @@ def reading_once() -> Iterator[None]:
 def about_to_read() -> None:
     """Called before transformers opens a GGUF file; where there is none, the package is not even imported."""
     global _package
+    _heed_progress_bars()
     with _lock:
         if _depth == 0 or _package is not None:
             return
@@ -46,6 +49,13 @@ def about_to_read() -> None:
         except ImportError:  # whoever needs it says so
             return
         package.GGUFReader, _package = _Remembering(package.GGUFReader), package
+
+
+def _heed_progress_bars() -> None:
+    """Let the bar of GGUF files be switched off with transformers' others, which it is not by itself."""
+    loader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    if hasattr(loader, "tqdm"):
+        loader.tqdm = logging.tqdm
 
 
 class _Remembering:

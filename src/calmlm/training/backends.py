@@ -21,6 +21,7 @@ from calmlm.readers import given_of, prompt_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.lean_loss import lean
+from calmlm.training.retaining import RetainingTrainer
 from calmlm.training.run_folder import RunFolder
 
 __all__ = [
@@ -286,7 +287,11 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
             return loss(self, model, *args, **kwargs)
 
     points = model.model.points
-    trainer = Composed(
+
+    class Held(RetainingTrainer, Composed):
+        pass
+
+    trainer = Held(
         model=model,
         args=arguments,
         processing_class=tokenizer,
@@ -306,9 +311,12 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
             alone = not (return_outputs or self.label_smoother or self.compute_loss_func or self.args.torch_compile)
             return super().compute_loss(model, lean(inputs) if alone else inputs, return_outputs, **kwargs)
 
+    class Held(RetainingTrainer, Composed):
+        pass
+
     # Despite its name the collator for any rows with labels: it pads those with -100.
     collate = DataCollatorForSeq2Seq(tokenizer)
-    return Composed(
+    return Held(
         model=model,
         args=arguments,
         processing_class=tokenizer,

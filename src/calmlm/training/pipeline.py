@@ -34,6 +34,7 @@ from calmlm.training.backends import (
 )
 from calmlm.training.cache_settings import UNITS
 from calmlm.training.outcome import Report, save_result, take
+from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
@@ -107,6 +108,7 @@ def train(
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    trainer.retained = _retained(config, model, tokenizer, max_length, arguments.seed)
     stage = None
     if config.align is not None and checkpoint is None:
         stage = AlignStage(config, model, tokenizer, max_length, folder)
@@ -151,6 +153,29 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
     if times > SLOW:
         name = str(base.dtype).removeprefix("torch.")
         report(f"This processor takes {times:.0f} times as long in {name} as in float32: set model.dtype=float32.")
+
+
+def _retained(config: TrainingConfig, model: Any, tokenizer: Any, max_length: int | None, seed: int) -> Retained | None:
+    """The general text of a run, if it has any.
+
+    Raises:
+        ConfigError: for a composition whose augmenting models read no text as it grows.
+        DataError: the file holds no text.
+    """
+    settings = config.retain
+    if settings is None:
+        return None
+    other = [name for name in model.model.augmenting if not model.model.reads_text(name)]
+    if other:
+        raise ConfigError(
+            f"retain: expected augmenting models that read the text as it grows, but {other[0]!r} does not; leave it "
+            f"out."
+        )
+    rows = [list(tokenizer(line)["input_ids"])[:max_length] for line in read_lines(settings.text)]
+    if not any(len(row) > 1 for row in rows):
+        raise DataError(f"Expected lines of two tokens or more in {settings.text}, but got none; name other text.")
+    pad = tokenizer.pad_token_id
+    return Retained(rows, settings.weight, settings.lines, settings.positions, pad, seed)
 
 
 def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -> ActivationCache | None:

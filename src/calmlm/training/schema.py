@@ -225,6 +225,30 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
+class RetainConfig:
+    """General text on which the composition is held to what the anchor alone predicts.
+
+    Args:
+        text: a file of plain text, a paragraph a line.
+        weight: of the mean KL(anchor || composition), in nats, beside the loss of the data.
+        lines: how many are read with each batch that is in memory: of each process, and each part that accumulates.
+        positions: how many positions of a line are compared, others each time.
+    """
+
+    text: Place
+    weight: float = 0.1
+    lines: int = 2
+    positions: int = 64
+
+    def faults(self) -> list[str]:
+        return [
+            f"retain.{name}: expected more than 0, but got {getattr(self, name)}."
+            for name in ("weight", "lines", "positions")
+            if getattr(self, name) <= 0
+        ]
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """One training run.
 
@@ -236,6 +260,7 @@ class TrainingConfig:
         backend: "sft" for TRL's SFTTrainer, "trainer" for transformers' Trainer.
         trainer: arguments of SFTConfig or TrainingArguments.
         align: a stage on plain text before the data; none when left out.
+        retain: general text on which the anchor's own predictions are kept; none when left out.
         activation_cache: whether what frozen augmenting models make of the data is kept for later epochs: "off",
             "memory" or "disk", or a mapping with more.
     """
@@ -247,6 +272,7 @@ class TrainingConfig:
     backend: Literal["sft", "trainer"] = "sft"
     trainer: dict[str, Any] = field(default_factory=dict)
     align: AlignConfig | None = None
+    retain: RetainConfig | None = None
     activation_cache: Literal["off", "memory", "disk"] | CacheConfig = "off"
 
     @property
@@ -307,7 +333,9 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     faults: list[str] = []
     values = _with_off(values)
     config = read_fields(TrainingConfig, values, faults)
-    faults += config.cache.faults() if config is not None else []
+    if config is not None:
+        faults += config.cache.faults()
+        faults += config.retain.faults() if config.retain is not None else []
     # A key of the wrong type must not hide the faults of the others.
     model, data = read_what_fits(ModelConfig, values.get("model")), read_what_fits(DataConfig, values.get("data"))
     faults += [*(model.faults() if model else []), *(data.faults() if data else [])]

@@ -44,6 +44,7 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
     "retokenized": {"alignment": "retokenize", **own("bytes-large", "sentencepiece")},
     "prompts": {"refresh": False, **SHARED},
     "what it would say": {"connector": "legonn", **SHARED},
+    "what it would say, words": {"connector": "legonn", "words": "map", **SHARED},
 }  # fmt: skip
 
 
@@ -249,6 +250,51 @@ def test_a_text_is_known_by_all_that_decides_on_its_states() -> None:
     assert reading([b"ab", b"c"], None, 0).key != reading([b"a", b"bc"], None, 0).key
 
 
+def test_holes_and_packing_make_other_texts(tmp_path: Path) -> None:
+    """What changes the distance of two tokens, or whether they belong together, is not taken for the same text."""
+    model = tiny_composition("llama", "llama", [(1, 3)], **SHARED)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    holes, mask = torch.tensor([[5, 6, 7, 0, 0, 8, 9, 10]]), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    calls = [
+        ({"input_ids": ids}, [True] * 6),
+        ({"input_ids": holes, "attention_mask": mask}, mask[0].bool().tolist()),
+        ({"input_ids": ids, **packed}, [True] * 6),
+        ({"input_ids": ids, "attention_mask": torch.ones_like(ids), **packed}, [True] * 6),
+    ]
+    with torch.no_grad():
+        expected = [model(**given, use_cache=False).logits[0][keep] for given, keep in calls]
+        with cache_of(model, tmp_path).recording():
+            for _ in range(2):
+                for (given, keep), before in zip(calls, expected, strict=True):
+                    assert torch.allclose(model(**given, use_cache=False).logits[0][keep], before, atol=2e-5)
+
+
+def test_what_else_an_anchor_is_given_is_heeded(tmp_path: Path) -> None:
+    model = tiny_composition("gpt2", "gpt2", [(1, 3)], **SHARED)
+    ids = tiny_tokens(1, 6)
+    other = {"token_type_ids": torch.full_like(ids, 7)}
+    with torch.no_grad(), cache_of(model, tmp_path).recording():
+        first = model(ids, use_cache=False).logits
+        second = model(ids, use_cache=False, **other).logits
+    with torch.no_grad():
+        assert not torch.allclose(first, second, atol=1e-2)
+        assert torch.allclose(second, model(ids, use_cache=False, **other).logits, atol=2e-5)
+    experts = tiny_composition("mixtral", "gpt2", [(1, 3)], **SHARED).train()
+    given = {"labels": ids, "output_router_logits": True, "use_cache": False}
+    expected = experts(ids, **given).aux_loss
+    with cache_of(experts, tmp_path).recording():
+        for _ in range(2):
+            assert experts(ids, **given).aux_loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_adapters_before_all_layers_leave_nothing_unchanged() -> None:
+    options = {"word_embed_proj_dim": 20, "vocab_size": 97}
+    adapters = {"r": 4, "target_modules": ["project_in"]}
+    model = tiny_composition("opt", "gpt2", [(1, 4)], adapters=adapters, anchor_options=options)
+    assert model.model.lowest() == 0
+
+
 def test_rows_go_out_and_come_back() -> None:
     ids, real = torch.tensor([[5, 6, 0], [0, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
     hidden = {1: torch.randn(2, 3, 4), 3: torch.randn(2, 3, 4)}
@@ -308,6 +354,22 @@ def test_missing_states_are_generated_skipped_or_refused(settings: Settings, tas
     other["activation_cache"]["on_missing"] = "skip"
     with pytest.raises(DataError, match="those of 20 are missing"):
         run(other)
+
+
+def test_packed_rows_are_refused(settings: Settings) -> None:
+    values = {**settings("sft", padding_free=True), "activation_cache": "memory"}
+    values["data"]["max_length"] = 32
+    with pytest.raises(ConfigError, match="trainer.padding_free: expected a row for each text beside activation_cache"):
+        run(values)
+
+
+def test_evaluation_is_kept_too(settings: Settings, task: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.jsonl"
+    half.write_text("\n".join(task.read_text().splitlines()[:20]))
+    cache = {"mode": "disk", "folder": str(tmp_path / "kept")}
+    run({**settings("trainer"), "data": {"train": str(half)}, "activation_cache": cache})
+    data = {"train": str(half), "eval": str(task)}  # whose other states are missing
+    assert run({**settings("trainer"), "data": data, "activation_cache": {**cache, "on_missing": "raise"}})[1]
 
 
 def test_too_small_a_disk_is_found_before_the_first_step(
@@ -455,9 +517,47 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     other = calmlm.compose(tiny_model("llama", seed=1), tiny_model("gpt2", seed=9), connections=2)
     with pytest.raises(CheckpointError, match="another model"):
         cache_of(other, tmp_path, "disk")
+    narrow = calmlm.compose(
+        tiny_model("llama", seed=1), tiny_model("gpt2", seed=2, layer_norm_epsilon=0.5), connections=2
+    )
+    with pytest.raises(CheckpointError, match="another model"):  # the same weights
+        cache_of(narrow, tmp_path, "disk")
     deeper = calmlm.compose(tiny_model("llama", seed=1), tiny_model("gpt2", seed=2), connections=[(0, 1)])
     with pytest.raises(CheckpointError, match="another layers"):
         cache_of(deeper, tmp_path, "disk")
+
+
+def test_another_quantised_model_is_refused(tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantised(seed: int) -> Any:
+        model = tiny_model("llama", seed=seed)
+        quantize_(model, Int8WeightOnlyConfig())
+        return calmlm.compose(tiny_model("llama", seed=1), model, connections=2)
+
+    for _ in range(2):
+        cache = cache_of(quantised(2), tmp_path, "disk")
+        with cache.recording():
+            cache.model(tiny_tokens(1, 6), use_cache=False)
+    assert cache.counts.generated == 0
+    with pytest.raises(CheckpointError, match="another model"):
+        cache_of(quantised(9), tmp_path, "disk")
+
+
+def test_a_budget_holds_for_all_runs_on_a_folder(tmp_path: Path) -> None:
+    model = made("shared ids")
+    for seed in range(4):
+        cache = cache_of(model, tmp_path, "disk", budget="8KiB")
+        with cache.recording():
+            model(tiny_tokens(2, 9, seed=seed) if seed else tiny_tokens(2, 9), use_cache=False)
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("shard-*"))
+    assert 0 < kept <= 9 << 10
+
+
+def test_a_folder_that_holds_nothing_takes_other_settings(tmp_path: Path) -> None:
+    model = made("shared ids")
+    cache_of(model, tmp_path, "disk")
+    cache_of(model, tmp_path, "disk", dtype="int8")
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -498,5 +598,8 @@ def test_the_anchors_stream_is_kept_where_it_pays() -> None:
 
 
 def test_sizes() -> None:
+    for wrong in ("inf", "nan", "-5GiB", "0"):
+        with pytest.raises(ConfigError, match="Expected a size such as"):
+            bytes_of(wrong)
     assert [bytes_of(size) for size in ("8GiB", "1.5 MiB", "200", "7B")] == [8 << 30, 1572864, 200, 7]
     assert json.dumps(bytes_of("2KiB")) == "2048"

@@ -79,3 +79,5 @@ def done_on_ray(
                     yield number, CalmError(f"Expected a call to be run, but {lost}: look at Ray's logs.")
                 except ray.exceptions.RayTaskError as error:
                     yield number, error.cause if isinstance(error.cause, Exception) else error
+                except ray.exceptions.RayError as error:  # for want of memory, or of a machine
+                    yield number, CalmError(f"Expected a call to be run, but Ray could not ({first_line(error)}).")

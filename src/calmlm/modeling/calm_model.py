@@ -323,8 +323,8 @@ class CalmModel(CalmPreTrainedModel):
         found = [j for entry in entries for _, j in entry["connections"]]
         targets = {name for entry in entries for name in (entry.get("adapters") or {}).get("targets", ())}
         adapted = {backbone.decoder.get_submodule(name) for name in targets}
-        if adapted:
-            found += [place for place, layer in enumerate(backbone.layers) if adapted & set(layer.modules())]
+        inside = {module: place for place, layer in enumerate(backbone.layers) for module in layer.modules()}
+        found += [inside.get(module, 0) for module in adapted]  # what stands in no layer may stand before all
         return min(found, default=len(backbone.layers) - 1)
 
     @property
@@ -525,7 +525,7 @@ class CalmModel(CalmPreTrainedModel):
             call_anchor = partial(target, **arguments, **kwargs)
             if cache is None and self.slot.recorder is not None:
                 lower = list(backbone.layers[: self.lowest()])
-                output = run_anchor(call_anchor, lower, self.slot.recorder, inputs, kwargs)
+                output = run_anchor(call_anchor, lower, self.slot.recorder, inputs, kwargs, text_config(self.anchor))
             else:
                 output = call_anchor()
         finally:

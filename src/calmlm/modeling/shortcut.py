@@ -11,17 +11,25 @@ from torch import Tensor, nn
 
 from calmlm.bases.structure import last_state, state_of, with_state
 from calmlm.readers import Inputs
-from calmlm.readers.kept_states import Reading, States, gathered, placed, readings
+from calmlm.readers.kept_states import Reading, States, gathered, placed, readings_of
 
 __all__ = ["ANCHOR", "Shortcut", "run_anchor", "skipping"]
 
 ANCHOR = ""
 """The name under which a recorder knows the anchor."""
+HARMLESS = {"logits_to_keep", "return_dict"}
+SHOWN = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a configuration asks of all layers."""
 CLOSE = 1e-3  # of the largest number; another way to the same state may round otherwise, a wrong one is far off
 
 
 def run_anchor(
-    call: Callable[[], Any], lower: Sequence[nn.Module], recorder: Any, inputs: Inputs, named: dict[str, Any]
+    call: Callable[[], Any],
+    lower: Sequence[nn.Module],
+    recorder: Any,
+    inputs: Inputs,
+    named: dict[str, Any],
+    config: Any,
 ) -> Any:
     """Run the anchor on whole texts; where a recorder keeps its lower layers' states, from there on.
 
@@ -31,17 +39,17 @@ def run_anchor(
         recorder: see ``calmlm.readers.kept_states``; ``keeps_anchor`` says whether it wants these states, and
             ``shortcuts`` holds what is known about leaving layers out, by their number.
         inputs: of the composition's call.
-        named: further arguments of the anchor.
+        named: further arguments of the anchor; with one that may change its states, it is run as a whole.
+        config: the anchor's.
     """
-    mask, positions = inputs.mask, inputs.positions
-    shows_more = named.get("output_hidden_states") or named.get("output_attentions")
+    mask = inputs.mask
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    if not getattr(recorder, "keeps_anchor", False) or shows_more or not plain or not len(lower):
+    other = {name for name, value in named.items() if value is not None} - HARMLESS
+    shows_more = any(getattr(config, name, False) for name in SHOWN)
+    if not getattr(recorder, "keeps_anchor", False) or other or shows_more or not plain or not len(lower):
         return call()
     shortcut = recorder.shortcuts.setdefault(len(lower), Shortcut(lower))
-    real = torch.ones_like(inputs.ids) if mask is None else mask
-    more = () if positions is None else (positions if positions.ndim == 2 else positions[0],)
-    return shortcut.run(recorder, readings(inputs.ids, real, *more), inputs.ids.shape[1], call)
+    return shortcut.run(recorder, readings_of(inputs), inputs.ids.shape[1], call)
 
 
 def _outcome(output: Any) -> Tensor:

@@ -87,18 +87,18 @@ class Common:
         if not read:
             return self._run(stream, head, arguments)
         known = recorder.recall(self.name, read)
+        shared = self.layers[1:] if self.first.reads_distribution else ()  # all connections take the first one's
         if known is None:
             self._run(stream, head, arguments)
-            hidden = stream.hidden
-            if self.first.reads_distribution:  # all connections take the same
-                hidden = dict(list(hidden.items())[:1])
-            recorder.record(self.name, read, gathered(hidden, read))
+            hidden = {layer: states for layer, states in stream.hidden.items() if layer not in shared}
+            if all(len(states) == len(read) for states in hidden.values()):  # else an encoder makes several of an item
+                recorder.record(self.name, read, gathered(hidden, read))
         elif known and known[0]:
             width = arguments["input_ids"].shape[1] if read[0].columns is not None else 0
             hidden = placed(known, read, width, execution_device(self.backbone.decoder))
-            if self.first.reads_distribution:
-                hidden = dict.fromkeys(self.layers, next(iter(hidden.values())))
             stream.hidden.update(hidden)
+            if shared:
+                stream.hidden.update(dict.fromkeys(shared, hidden[self.layers[0]]))
         return None
 
     def _run(self, stream: Stream, head: bool, arguments: dict[str, Any]) -> Tensor | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Reading", "Recorder", "States", "gathered", "placed", "reading", "readings"]
+__all__ = ["Reading", "Recorder", "States", "gathered", "placed", "reading", "readings", "readings_of"]
 
 States = dict[int, Tensor]
 """One row's states by layer, each (S, D_A)."""
@@ -53,7 +53,7 @@ def reading(parts: Sequence[bytes], columns: Tensor | None, length: int) -> Read
 
 
 def readings(ids: Tensor, real: Tensor, *more: Tensor) -> list[Reading]:
-    """The rows of a call by their tokens.
+    """The rows of a call by their tokens, and by where these stand if padding stands between them.
 
     Args:
         ids: (B, S) int64.
@@ -65,8 +65,24 @@ def readings(ids: Tensor, real: Tensor, *more: Tensor) -> list[Reading]:
     found = []
     for row, kept in enumerate(real):
         parts = [part[row, kept].long().numpy().tobytes() for part in (ids, *others)]
-        found.append(reading(parts, kept.nonzero()[:, 0], int(kept.sum())))
+        columns = kept.nonzero()[:, 0]
+        if len(columns) and int(columns[-1] - columns[0]) >= len(columns):
+            parts.append((columns - columns[0]).numpy().tobytes())
+        found.append(reading(parts, columns, len(columns)))
     return found
+
+
+def readings_of(inputs: Any) -> list[Reading]:
+    """The rows of a composition's call by the anchor's tokens, and by the positions that its caller gave.
+
+    With these, several texts may share a row; they are kept apart where there is no mask, and only there.
+    """
+    mask, positions = inputs.mask, inputs.positions
+    real = torch.ones_like(inputs.ids) if mask is None else mask
+    if positions is None:
+        return readings(inputs.ids, real)
+    positions = positions if positions.ndim == 2 else positions[0]
+    return readings(inputs.ids, real, positions, torch.full_like(inputs.ids[:1], int(mask is None)))
 
 
 def gathered(hidden: dict[int, Tensor], rows: Sequence[Reading]) -> list[States]:

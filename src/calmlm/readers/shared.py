@@ -24,7 +24,7 @@ from calmlm.readers.inputs import (
     positions_for,
     real_tokens,
 )
-from calmlm.readers.kept_states import Reading, readings
+from calmlm.readers.kept_states import readings_of
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
@@ -58,21 +58,11 @@ class SharedReader(Common):
         if read < inputs.ids.shape[1]:
             arguments = self._arguments(inputs, past, read)
             whole = past.cross is None and (inputs.mask is None or getattr(inputs.mask, "ndim", 0) == 2)
-            self.run(stream, rows=partial(self._readings, inputs) if whole else None, **arguments)
+            self.run(stream, rows=partial(readings_of, inputs) if whole else None, **arguments)
         for layer, states in known.items():
             new = stream.hidden.get(layer)
             stream.hidden[layer] = states if new is None else torch.cat((states, new), dim=1)
         return stream
-
-    def _readings(self, inputs: Inputs) -> list[Reading]:
-        """What the rows of a call without a cache are known by: tokens, and positions where they tell texts apart."""
-        real = torch.ones_like(inputs.ids, dtype=torch.bool) if inputs.mask is None else inputs.mask.bool()
-        more = (
-            ()
-            if inputs.positions is None
-            else (inputs.positions if inputs.positions.ndim == 2 else inputs.positions[0],)
-        )
-        return readings(inputs.ids, real, *more)
 
     def draft(self, inputs: Inputs, past: Past) -> Tensor:
         """Read tokens before the anchor does; returns the model's own logits for the next one, (B, V_A).

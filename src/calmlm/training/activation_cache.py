@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor
 
 from calmlm.bases.embeddings import embedding_size
-from calmlm.bases.sharding import is_spread
+from calmlm.bases.fingerprint import SAMPLE, fingerprint
+from calmlm.bases.sharding import is_absent, is_spread
 from calmlm.config import opening_of
 from calmlm.connectors import CONNECTORS
 from calmlm.errors import ConfigError, DataError
@@ -72,16 +76,19 @@ class ActivationCache:
             for name in names
         }
         self.counts = Counts()
+        if self.budget is not None:  # of all processes, and with what earlier runs have kept
+            there = sum(store.size for store in self.stores.values())
+            self.budget = max(0, self.budget - there) // int(os.environ.get("WORLD_SIZE", "1"))
         self._said: set[str] = set()
 
     @contextmanager
     def recording(self) -> Iterator[ActivationCache]:
         """Within this context the composition takes known states from here; what is new is written at its end."""
-        self.model.slot.recorder = self
+        before, self.model.slot.recorder = self.model.slot.recorder, self
         try:
             yield self
         finally:
-            self.model.slot.recorder = None
+            self.model.slot.recorder = before
             self.flush()
 
     def flush(self) -> None:
@@ -92,11 +99,7 @@ class ActivationCache:
     # What readers ask for
 
     def recall(self, name: str, rows: Sequence[Reading]) -> list[States] | None:
-        """The states of all these rows, or None where some of them are not there.
-
-        Raises:
-            DataError: some are not there, with ``on_missing: raise``.
-        """
+        """The states of all these rows, or None where some of them are not there."""
         start = time.perf_counter()
         found: list[States] = []
         for row in rows:
@@ -105,8 +108,8 @@ class ActivationCache:
                 break
             found.append(_decoded(record, self.dtypes[name]))
         whole = len(found) == len(rows)
-        if not whole and name != ANCHOR:
-            self._missing(name)
+        if not whole and name != ANCHOR and self.config.on_missing == "warn":
+            self._say(f"The activation cache lacks states of {name!r}: they are generated.")
         if torch.distributed.is_initialized() and is_spread(self.model):  # it runs in all processes or in none
             flag = torch.tensor(int(whole), device=self.model.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
@@ -141,15 +144,6 @@ class ActivationCache:
             self.counts.bytes += size
             self.stores[name].put(row.key, record)
 
-    def _missing(self, name: str) -> None:
-        if self.config.on_missing == "raise":
-            raise DataError(
-                f"Expected the states of all texts in the activation cache, but some of {name!r} are missing: make "
-                f"them with on_missing: generate."
-            )
-        if self.config.on_missing == "warn":
-            self._say(f"The activation cache lacks states of {name!r}: they are generated.")
-
     def _say(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
@@ -168,18 +162,19 @@ class ActivationCache:
         return found
 
     def check_room(self, rows: Sequence[dict[str, Any]]) -> int:
-        """How many bytes the states of these examples take, estimated from some of them.
+        """How many bytes the states of these examples take beside what is there, estimated from some of them.
 
         Raises:
             ConfigError: there is less room on the disk.
         """
         needed = bytes_needed(self.model, rows, self.config.dtype, anchor=self.keeps_anchor)
+        some = rows[:: max(1, len(rows) // SAMPLED)]
+        needed = round(needed * (1 - sum(self.known(some)) / max(1, len(some))))
         if self.budget is not None:
             needed = min(needed, self.budget)
         if self.config.mode == "disk" and self.config.on_generate == "cache":
             free = shutil.disk_usage(self.folder).free
-            there = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
-            if needed > free + there:
+            if needed > free:
                 raise ConfigError(
                     f"The activation cache needs {needed:,} bytes in {self.folder}, but its disk has {free:,} left: "
                     f"name a folder elsewhere, set a lower activation_cache.budget, or dtype: int8."
@@ -212,6 +207,7 @@ class Memory:
     """Records in memory, as ``Shards`` keeps them on disk."""
 
     records: dict[bytes, dict[str, Tensor]] = field(default_factory=dict)
+    size: int = 0
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.records
@@ -264,7 +260,7 @@ def about(model: Any, name: str, config: CacheConfig, precision: str) -> dict[st
     if name == ANCHOR:
         return {
             "format": 1,
-            "model": model.config.anchor.get("fingerprint"),
+            "model": identity(model.anchor),
             "dtype": str(model.model.backbone().dtype).removeprefix("torch."),
             "precision": precision,
             "kept_as": config.dtype,
@@ -274,7 +270,7 @@ def about(model: Any, name: str, config: CacheConfig, precision: str) -> dict[st
     connector = entry["connector"]
     return {
         "format": 1,
-        "model": entry.get("fingerprint"),
+        "model": identity(model.augmenting[name]),
         "dtype": str(model.model.backbone(name).dtype).removeprefix("torch."),
         "precision": precision,
         "kept_as": config.dtype,
@@ -282,8 +278,32 @@ def about(model: Any, name: str, config: CacheConfig, precision: str) -> dict[st
         "words": bool(entry.get("words")),
         "opening": list(opening_of(entry)),
         "connector": [connector.get("kind"), connector.get("ingestor"), connector.get("top_k")],
-        "anchor": model.config.anchor.get("fingerprint") if connector.get("ingestor") == "anchor" else None,
+        "anchor": identity(model.anchor) if connector.get("ingestor") == "anchor" else None,
     }
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """What tells a model as it is loaded now: its weights, quantised or not, and its configuration."""
+    settings = {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "name"))}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    found = fingerprint(model)
+    if found["values"] is None:
+        for _, tensor in model.named_parameters():
+            for part in _parts(tensor.detach()):
+                some = part.reshape(-1)[:: max(1, part.numel() // SAMPLE)][:SAMPLE].cpu().contiguous()
+                digest.update(some.view(torch.uint8).numpy().tobytes())
+    return {**found, "configuration": digest.hexdigest()}
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a quantiser's tensor is made of; none of what other processes hold."""
+    if is_absent(tensor):
+        return
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor.data
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 SAMPLED = 200  # examples by which the room is estimated
@@ -315,9 +335,13 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, 
             if CONNECTORS[entry["connector"]["kind"]].reads_distribution
             else len({i for i, _ in entry["connections"]})
         )
-        width = layers * _width(model, name) + bool(entry.get("words")) * backbone.size
         each = {"int8": 1, "bfloat16": 2, None: backbone.dtype.itemsize}[dtype]
-        total += tokens * (width * each + (4 * layers if dtype == "int8" else 0))
+        connector = entry["connector"]
+        spread = CONNECTORS[connector["kind"]].reads_distribution and connector.get("ingestor") != "anchor"
+        first = 4 if spread and dtype is None else each  # distributions are in float32
+        words = bool(entry.get("words"))
+        scales = 4 * (layers + words) if dtype == "int8" else 0
+        total += tokens * (layers * _width(model, name) * first + words * backbone.size * each + scales)
     return int(total * len(rows) / max(1, len(chosen)))
 
 
@@ -336,12 +360,12 @@ def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:
     names = [name for name in model.augmenting if model.config.augmenting[name]["reads"] != "inputs"]
     prompt, told = (made.to(model.device) for made in (prompt_of(labels), given_of(labels, None)))
     inputs = Inputs(ids.to(model.device), None, None, prompt, None, told=told)
-    model.slot.recorder = recorder
+    before, model.slot.recorder = model.slot.recorder, recorder
     try:
         for name in names:
             model.reader(name).read(inputs, Past())
     finally:
-        model.slot.recorder = None
+        model.slot.recorder = before
 
 
 def _role(name: str) -> str:

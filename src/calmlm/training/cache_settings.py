@@ -66,6 +66,8 @@ def bytes_of(size: str) -> int:
     unit = size[len(number) :].strip()
     try:
         found = float(number) * UNITS[unit or "B"]
+        if not 0 < found < float("inf"):
+            raise ValueError
     except (ValueError, KeyError):
         raise ConfigError(
             f"Expected a size such as 8GiB or 500MiB, but got {size!r}: write one of these units."

@@ -95,7 +95,7 @@ def train(
 
     cache = _cache(config, model, arguments, report)
     if cache is not None:
-        rows = _with_states(rows, cache, report)
+        rows = _with_states(rows, eval_rows or [], cache, report)
 
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
@@ -183,13 +183,19 @@ def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -
     settings = config.cache
     if settings.mode == "off":
         return None
+    for key in ("packing", "padding_free"):
+        if getattr(arguments, key, None):
+            raise ConfigError(
+                f"trainer.{key}: expected a row for each text beside activation_cache, which knows texts by their "
+                f"rows; leave one of the two out."
+            )
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "none"
     folder = Path(settings.folder or f"{config.output}.activations")
     return ActivationCache(settings, model, folder, report, precision)
 
 
-def _with_states(rows: Rows, cache: ActivationCache, report: Report) -> Rows:
-    """The examples that a run trains on, once it is sure that their states have room.
+def _with_states(rows: Rows, others: Rows, cache: ActivationCache, report: Report) -> Rows:
+    """The examples that a run trains on, once it is sure that their states, and those of others, have room.
 
     Raises:
         ConfigError: they have not.
@@ -206,7 +212,7 @@ def _with_states(rows: Rows, cache: ActivationCache, report: Report) -> Rows:
         if missing:
             report(f"{missing} of {len(rows)} examples are skipped: the activation cache lacks their states.")
         return [row for row, there in zip(rows, known, strict=True) if there]
-    needed = cache.check_room(rows)
+    needed = cache.check_room([*rows, *others])
     report(
         f"The activation cache takes {needed / UNITS['MiB']:,.1f} MiB for {len(rows)} examples, as some of them say."
     )

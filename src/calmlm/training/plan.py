@@ -21,7 +21,7 @@ from calmlm.composing.aligning import aligned_count, middle
 from calmlm.config import ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
-from calmlm.training.cache_settings import CacheConfig
+from calmlm.training.cache_settings import CacheConfig, bytes_of
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
@@ -70,6 +70,7 @@ class Base:
         inputs: more of these, where adapters stand beside its maps.
         vocabulary, size: of the head and of the states.
         bytes: of one number.
+        weight: of one weight, where these are quantised.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Base:
     heads: int
     targets: Mapping[str, tuple[int, int]]
     bytes: int
+    weight: float
 
     def forward(self, length: int, first: int = 0) -> float:
         """Operations for one text from the layer ``first`` on, without the head."""
@@ -107,8 +109,9 @@ class Part:
         trained: numbers that train.
         multiplied: numbers that a token of the anchor's is multiplied with.
         crossing: width of all cross-attentions.
-        kept: bytes of a token of the model's in an activation cache.
-        points: whether it speaks in probabilities, so that its head runs.
+        kept: numbers of a token of the model's in an activation cache.
+        points: whether it speaks in probabilities, so that its head runs at labels.
+        distributed: whether its connections read its distribution, so that its head runs everywhere.
     """
 
     pairs: Pairs
@@ -117,6 +120,7 @@ class Part:
     crossing: int
     kept: int
     points: bool
+    distributed: bool
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,7 @@ class Plan:
             total += 0 if cached else base.forward(theirs)
             total += 6.0 * part.multiplied * length + 12.0 * part.crossing * length * theirs
             total += base.head(texts.labelled) if part.points else 0
+            total += 0 if cached or not part.distributed else base.head(theirs)
         return total * texts.rows
 
     @property
@@ -187,7 +192,7 @@ class Plan:
         each = self.anchor.saved + (self.anchor.inputs if self.adapters else 0)
         heads = [self.anchor.vocabulary, *(b.vocabulary for n, b in self.augmenting.items() if self.parts[n].points)]
         return {
-            "frozen weights": sum(base.parameters * base.bytes for base in bases) // self.devices,
+            "frozen weights": int(sum(base.parameters * base.weight for base in bases)) // self.devices,
             "trained, with gradients and Adam": self.trained * ADAM // self.devices,
             "activations": tokens * layers * each * self.anchor.bytes,
             "logits": 3 * 4 * sum(heads) * self.texts.rows * self.texts.labelled,
@@ -196,9 +201,14 @@ class Plan:
     def cache(self, examples: int) -> int:
         """Bytes of an activation cache over so many examples."""
         length = self.texts.length
-        own = self.anchor.size * self.anchor.bytes * length if self.keeps_anchor else 0
-        theirs = sum(part.kept * round(length * self.texts.ratio) for part in self.parts.values())
-        return examples * (own + theirs)
+        each = {"int8": 1, "bfloat16": 2, None: None}[self.settings.dtype]
+        own = self.anchor.size * (each or self.anchor.bytes) * length if self.keeps_anchor else 0
+        theirs = sum(
+            part.kept * (each or self.augmenting[name].bytes) * round(length * self.texts.ratio)
+            for name, part in self.parts.items()
+        )
+        most = None if self.settings.budget is None else bytes_of(self.settings.budget)
+        return examples * (own + theirs) if most is None else min(most, examples * (own + theirs))
 
     def seconds(self, examples: int, speed: float, *, cached: bool = False) -> float:
         """How long one pass over so many examples takes at so many operations a second, on one device."""
@@ -221,14 +231,17 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
         raise ConfigError("A plan needs model.anchor and model.augmenting, but got model.composition: name the two.")
     wanted = model.augmenting_bases
     given = wanted if isinstance(wanted, dict) else {"augmenting": wanted}
-    anchor = _base(model.anchor_base, model.dtype, "anchor")
-    augmenting = {name: _base(base, model.dtype, f"augmenting model {name!r}") for name, base in given.items()}
+    common = model.dtype, model.quantization_config
+    anchor = _base(model.anchor_base, *common, "anchor")
+    augmenting = {name: _base(base, *common, f"augmenting model {name!r}") for name, base in given.items()}
     recipe = model.plain_text is not None and not (model.connections or model.words or model.adapters or model.init)
     parts = {name: _part(name, base, anchor, config, recipe) for name, base in augmenting.items()}
     rank = model.adapters if not recipe else 16
-    if isinstance(rank, dict):
-        rank = rank.get("r", 8)
-    adapters = sum(rank * (i + o) for i, o in anchor.targets.values()) if rank else 0
+    chosen = rank.get("target_modules", "all-linear") if isinstance(rank, dict) else "all-linear"
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    rank = rank.get("r", 8) if isinstance(rank, dict) else rank
+    shapes = [s for n, s in anchor.targets.items() if "all-linear" in chosen or n.rpartition(".")[2] in chosen]
+    adapters = sum(rank * (i + o) for i, o in shapes) if rank else 0
     found = [j for part in parts.values() for _, j in part.pairs]
     lowest = 0 if adapters else min(found, default=len(anchor.linear) - 1)
     return Plan(anchor, augmenting, parts, adapters, lowest, texts, devices, config.cache)
@@ -266,12 +279,13 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
         trained += base.size + anchor.size + (4 if words == "map" else 2)
         multiplied += base.size * anchor.size // 3 if words == "map" else 0  # forward alone: neither side is trained
     layers = 1 if distribution else len({i for i, _ in pairs})
-    kept = (layers * width + (base.size if words else 0)) * base.bytes
+    kept = layers * width * (4 // base.bytes if distribution and built["ingestor"] != "anchor" else 1)
+    kept += base.size if words else 0
     crossing = 0 if kind == "graft" else len(pairs) * anchor.size
-    return Part(pairs, trained, multiplied, crossing, kept, words == "pointer")
+    return Part(pairs, trained, multiplied, crossing, kept, words == "pointer", distribution)
 
 
-def _base(given: BaseConfig, dtype: str | None, role: str) -> Base:
+def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str) -> Base:
     name = given.name
     try:
         config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}))
@@ -306,7 +320,14 @@ def _base(given: BaseConfig, dtype: str | None, role: str) -> Base:
         heads,
         targets,
         number,
+        _weight(given.quantization_config or quantised, number),
     )
+
+
+def _weight(quantised: Any, number: int) -> float:
+    """Bytes of a weight in a quantisation of four or eight bits; in another, or none, those of a number."""
+    text = str(quantised or "").lower()
+    return 0.5 if "4bit" in text or "int4" in text else 1.0 if "8bit" in text or "int8" in text else float(number)
 
 
 def _stated(config: PreTrainedConfig) -> int:

@@ -65,7 +65,7 @@ class Shards:
         path = self.folder / ABOUT
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
+            if not path.exists() or not any(self.folder.glob("index-*.arrow")):  # or nothing was ever kept
                 write_text(path, json.dumps(about, indent=2, sort_keys=True))
             found = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -93,6 +93,11 @@ class Shards:
                 f"{path} must be an index of an activation cache, but it cannot be read ({first_line(error)}): remove "
                 f"the folder, and it is made anew."
             ) from None
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.safetensors"))
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._waiting or key in self._places

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from calmlm.cli import main
 from calmlm.comparison import cells as cells_module
 from calmlm.comparison.cells import Cell
 from calmlm.comparison.contract import Fitted
@@ -25,7 +26,7 @@ from calmlm.comparison.methods import ABLATIONS, METHODS, Method
 from calmlm.comparison.page import markdown
 from calmlm.comparison.selection import CompareConfig, Part, load_config
 from calmlm.comparison.summary import summarise
-from calmlm.comparison.workers import run
+from calmlm.comparison.workers import _make, run
 from calmlm.errors import CalmError, ConfigError, MissingExtraError
 from comparisons import cell, comparison
 
@@ -139,6 +140,47 @@ def test_a_worker_that_is_killed_leaves_a_report_and_a_reason(tmp_path: Path, mo
     with pytest.raises(CalmError, match=r"1 failed, the first of them m_A .*stopped from outside"):
         run(config, report=lambda line: None)
     assert json.loads((Path(config.output) / "tiny.json").read_text(encoding="utf-8"))["cells"]["finished"] == 1
+
+
+def test_what_another_machine_has_made_is_put_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster whose machines share no folder: cells and reasons come back as text."""
+    there = tmp_path / "there"
+
+    def make(cells: list[Cell], config: Any, report: Any = None) -> None:
+        for made in cells:
+            if made.method == "m_A":
+                made.fail(Path(config.cache), CalmError("no room"))
+            else:
+                path = made.path(Path(config.cache))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"scores": {}, "seed": made.seed}))
+
+    def on_ray(function: Any, calls: Any, address: Any) -> Any:
+        assert address == "auto"
+        for number, (cells, config) in enumerate(calls):
+            assert Path(config.cache).is_absolute()
+            if cells[0].seed == 2:
+                yield number, CalmError("its worker was lost")
+            else:
+                yield number, function(cells, dataclasses.replace(config, cache=str(there)))
+
+    monkeypatch.setattr("calmlm.comparison.workers._make_group", make)
+    monkeypatch.setattr("calmlm.comparison.workers.done_on_ray", on_ray)
+    config = comparison(tmp_path, code=Part([0, 1, 2], ["m_B", "m_A"]))
+    config = dataclasses.replace(config, workers="ray", ray_address="auto")
+    cells, cache = config.cells(), Path(config.cache)
+    _make(cells, config, lambda line: None)
+    stored = {(made.method, made.seed): made.stored(cache) for made in cells}
+    assert {key for key, found in stored.items() if found is not None} == {("m_B", 0), ("m_B", 1)}
+    assert all(made.failure(cache) == "no room" for made in cells if made.method == "m_A" and made.seed < 2)
+    assert all(made.failure(cache) == "its worker was lost" for made in cells if made.seed == 2)
+
+
+def test_the_number_of_workers_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text("domains: {code: {seeds: [0], methods: [m_A]}}\n", encoding="utf-8")
+    assert main(["compare", str(path), "--workers", "some"]) == 2
+    assert "--workers must be a number from 1, or ray, but got 'some'" in capsys.readouterr().err
 
 
 def command(folder: Path, path: Path) -> list[str]:

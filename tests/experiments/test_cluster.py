@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from calmlm.cli import main
-from calmlm.comparison.selection import load_config
-from calmlm.comparison.workers import run
 from calmlm.errors import CalmError, ConfigError, DataError
 from calmlm.experiments import cluster
 from calmlm.experiments.cluster import done_on_ray
@@ -66,24 +62,6 @@ def test_a_killed_workers_call_is_run_again(ray: Any, tmp_path: Path) -> None:
     assert isinstance(found, CalmError)
     assert "its worker was lost 4 times" in str(found)
     assert len(list((tmp_path / "always").iterdir())) == cluster.RETRIES + 1
-
-
-def test_a_comparison_is_made_on_a_cluster(
-    ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "small.yaml"
-    path.write_text("preset: tiny\noutput: report\ncache: cells\nbases: bases\nworkers: ray\n"
-                    "domains: {code: {seeds: [0, 1], methods: [m_A, m_B]}}\n")  # fmt: skip
-    config = load_config(path)
-    assert config.workers == "ray"
-    result = run(config, report=lambda line: None)
-    assert {(row["method"]) for row in result["rows"]} == {"m_A", "m_B"}
-    assert len(list((tmp_path / "cells" / "cells" / "code").glob("*.json"))) == 4
-    again = run(dataclasses.replace(config, workers=1), stored_only=True, report=lambda line: None)
-    assert again["rows"] == result["rows"]
-    assert main(["compare", str(path), "--workers", "some"]) == 2
-    assert "--workers must be a number from 1, or ray, but got 'some'" in capsys.readouterr().err
 
 
 def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,10 @@ def cache_of(model: Any, folder: Path, mode: str = "memory", **options: Any) -> 
     return ActivationCache(CacheConfig(mode, **options), model, folder, lambda line: None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
-@pytest.mark.parametrize("mode", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*((name, "disk") for name in COMPOSITIONS), ("shared ids", "memory"), ("own tokens, map, graft", "memory")],
+)
 def test_what_is_read_back_is_what_the_model_makes(name: str, mode: str, tmp_path: Path) -> None:
     """In other batches, with other padding and on the other side of it."""
     model = made(name)
@@ -385,8 +387,9 @@ def test_too_small_a_disk_is_found_before_the_first_step(
     assert run({**values, "activation_cache": {"mode": "disk", "budget": "500B"}})[1]
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, None) for name in COMPOSITIONS), ("shared ids", "int8"), ("prompts", "int8")]
+)
 def test_the_room_that_is_asked_for_is_what_is_taken(name: str, dtype: Any, tmp_path: Path) -> None:
     model = made(name)
     rows = rows_of(model)

@@ -19,8 +19,7 @@ from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieti
 from calmlm.experiments.real.world import World, asked
 from calmlm.training.schema import load_config
 from documents import ROOT
-from tiny import tiny_model
-from tokenizers_tiny import tokenizer
+from pairs import tiny_pair
 
 METHOD = Method(
     "Words",
@@ -39,10 +38,7 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
-    anchor = tiny_model("llama", seed=1, vocab_size=len(ours), max_position_embeddings=512)
-    augmenting = tiny_model("gemma3_text", seed=2, vocab_size=len(theirs), max_position_embeddings=512)
-    return Pair(anchor, augmenting, ours, theirs)
+    return tiny_pair()
 
 
 @pytest.fixture

@@ -37,8 +37,7 @@ from calmlm.experiments.real.run import cascade, cell_path, run, seeds_of
 from calmlm.experiments.real.systems import Alone, Cascade, Composed
 from calmlm.experiments.real.world import Item, World, read_sentences
 from documents import ROOT
-from tiny import tiny_model
-from tokenizers_tiny import tokenizer
+from pairs import tiny_pair
 
 SETTINGS = load_settings(ROOT / "configs" / "real" / "translation.yaml")
 VARIETIES = Varieties(["xx_Latn", "yy_Latn"], ["zz_Latn"], ["ww_Latn"])
@@ -79,10 +78,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    ours, theirs = tokenizer("bytes"), tokenizer("sentencepiece")
-    anchor = tiny_model("llama", seed=1, vocab_size=len(ours), max_position_embeddings=512)
-    augmenting = tiny_model("gemma3_text", seed=2, vocab_size=len(theirs), max_position_embeddings=512)
-    return Pair(anchor, augmenting, ours, theirs)
+    return tiny_pair()
 
 
 # Data

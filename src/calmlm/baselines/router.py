@@ -9,6 +9,7 @@ from torch import Tensor
 
 from calmlm.baselines.choosing import Routed
 from calmlm.baselines.given import Bases, Budget, Data, batches_of, losses_of, row_losses
+from calmlm.data.padding import padded_left
 from calmlm.experiments.fitting import IGNORED, Row
 from calmlm.experiments.prompt_choice import Router, train_router
 
@@ -20,10 +21,8 @@ def prompts_of(rows: list[Row], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     # A model has to be given one token at least, of an example without a prompt as well.
     begins = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
     prompts = [row["input_ids"][: max(1, begin)] for row, begin in zip(rows, begins, strict=True)]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids.to(device), mask.to(device)
+    batch = padded_left(prompts, max(map(len, prompts)), pad, device)
+    return batch["input_ids"], batch["attention_mask"]
 
 
 @torch.no_grad()

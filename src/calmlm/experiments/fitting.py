@@ -193,9 +193,8 @@ class SupervisedTrainer(Trainer):
         else:
             logits = model(**given, use_cache=False).logits[:, :-1][supervised]
         loss = torch.nn.functional.cross_entropy(logits.float(), labels[supervised])
-        if (
-            num_items_in_batch is not None and self.args.gradient_accumulation_steps > 1
-        ):  # the parts' losses add up, or are divided by their number
+        if num_items_in_batch is not None and self.args.gradient_accumulation_steps > 1:
+            # The parts' losses add up, or are divided by their number.
             parts = 1 if self.model_accepts_loss_kwargs else self.args.gradient_accumulation_steps
             loss = loss * parts * supervised.sum() / num_items_in_batch
         return (loss, None) if return_outputs else loss

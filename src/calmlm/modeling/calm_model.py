@@ -323,8 +323,9 @@ class CalmModel(CalmPreTrainedModel):
         found = [j for entry in entries for _, j in entry["connections"]]
         targets = {name for entry in entries for name in (entry.get("adapters") or {}).get("targets", ())}
         adapted = {backbone.decoder.get_submodule(name) for name in targets}
-        inside = {module: place for place, layer in enumerate(backbone.layers) for module in layer.modules()}
-        found += [inside.get(module, 0) for module in adapted]  # what stands in no layer may stand before all
+        if adapted:
+            inside = {module: place for place, layer in enumerate(backbone.layers) for module in layer.modules()}
+            found += [inside.get(module, 0) for module in adapted]  # what stands in no layer may stand before all
         return min(found, default=len(backbone.layers) - 1)
 
     @property

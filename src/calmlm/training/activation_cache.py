@@ -26,8 +26,8 @@ from calmlm.modeling.shortcut import ANCHOR, Shortcut
 from calmlm.readers import Inputs, given_of, prompt_of
 from calmlm.readers.kept_states import Reading, States
 from calmlm.state.past import Past
-from calmlm.training.cache_settings import UNITS, CacheConfig, bytes_of
-from calmlm.training.state_shards import SHARD_BYTES, Shards
+from calmlm.training.cache_settings import UNITS, CacheConfig, bytes_of, number_bytes
+from calmlm.training.state_shards import SHARD_BYTES, Shards, size_of
 
 __all__ = ["ActivationCache", "bytes_needed"]
 
@@ -137,7 +137,7 @@ class ActivationCache:
             if self.config.on_generate == "delete" or row.key in self.stores[name]:
                 continue
             record = _encoded(own, self.config.dtype)
-            size = sum(tensor.numel() * tensor.element_size() for tensor in record.values())
+            size = size_of(record)
             if self.budget is not None and self.counts.bytes + size > self.budget:
                 self._say(f"The activation cache is full ({self.config.budget}): other texts are read each time.")
                 continue
@@ -226,28 +226,15 @@ class Memory:
 
 @dataclass
 class Looking:
-    """A recorder that asks whether states are there, and lets no model run."""
+    """A recorder that counts tokens and asks whether their states are there, and lets no model run."""
 
-    stores: dict[str, Any]
+    stores: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
-
-    def recall(self, name: str, rows: Sequence[Reading]) -> list[States]:
-        """Nothing, for as many rows."""
-        self.whole &= all(row.key in self.stores[name] for row in rows)
-        return [{} for _ in rows]
-
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
-        """Not called."""
-
-
-@dataclass
-class Measuring:
-    """A recorder that counts tokens, and lets no model run."""
-
     tokens: dict[str, int] = field(default_factory=dict)
 
     def recall(self, name: str, rows: Sequence[Reading]) -> list[States]:
         """Nothing, for as many rows."""
+        self.whole &= all(row.key in self.stores.get(name, ()) for row in rows)
         self.tokens[name] = self.tokens.get(name, 0) + sum(row.length for row in rows)
         return [{} for _ in rows]
 
@@ -320,38 +307,26 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, 
     """
     step = max(1, len(rows) // SAMPLED)
     chosen = rows[::step]
-    measuring = Measuring()
+    looking = Looking()
     for row in chosen:
-        _read(model, row, measuring)
+        _read(model, row, looking)
     total = 0.0
     if anchor and model.lowest():
         measured = sum(len(row["input_ids"]) for row in chosen)
-        each = {"int8": 1, "bfloat16": 2, None: model.backbone().dtype.itemsize}[dtype]
+        each = number_bytes(dtype, model.backbone().dtype.itemsize)
         total += measured * (model.backbone().size * each + (4 if dtype == "int8" else 0))
-    for name, tokens in measuring.tokens.items():
+    for name, tokens in looking.tokens.items():
         entry, backbone = model.config.augmenting[name], model.backbone(name)
-        layers = (
-            1
-            if CONNECTORS[entry["connector"]["kind"]].reads_distribution
-            else len({i for i, _ in entry["connections"]})
-        )
-        each = {"int8": 1, "bfloat16": 2, None: backbone.dtype.itemsize}[dtype]
-        connector = entry["connector"]
-        spread = CONNECTORS[connector["kind"]].reads_distribution and connector.get("ingestor") != "anchor"
-        first = 4 if spread and dtype is None else each  # distributions are in float32
-        words = bool(entry.get("words"))
+        connector, words = entry["connector"], bool(entry.get("words"))
+        layers, width, own = len({i for i, _ in entry["connections"]}), backbone.size, backbone.dtype.itemsize
+        if CONNECTORS[connector["kind"]].reads_distribution:  # all connections take the same
+            vectors = connector.get("ingestor") == "anchor"
+            layers, width = 1, embedding_size(model.anchor) if vectors else backbone.vocab_size
+            own = own if vectors else 4  # distributions are in float32
         scales = 4 * (layers + words) if dtype == "int8" else 0
-        total += tokens * (layers * _width(model, name) * first + words * backbone.size * each + scales)
+        spoken = words * backbone.size * number_bytes(dtype, backbone.dtype.itemsize)
+        total += tokens * (layers * width * number_bytes(dtype, own) + spoken + scales)
     return int(total * len(rows) / max(1, len(chosen)))
-
-
-def _width(model: Any, name: str) -> int:
-    """How wide what connections are given of an augmenting model is."""
-    entry = model.config.augmenting[name]
-    if not CONNECTORS[entry["connector"]["kind"]].reads_distribution:
-        return int(model.backbone(name).size)
-    own = entry["connector"].get("ingestor") == "anchor"
-    return embedding_size(model.anchor) if own else int(model.backbone(name).vocab_size)
 
 
 def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from calmlm.errors import ConfigError
 from calmlm.files.paths import Place
 
-__all__ = ["UNITS", "CacheConfig", "bytes_of"]
+__all__ = ["UNITS", "CacheConfig", "bytes_of", "number_bytes"]
 
 PAYS = 4
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -54,6 +54,11 @@ class CacheConfig:
             except ConfigError as error:
                 found.append(f"activation_cache.budget: {error}")
         return found
+
+
+def number_bytes(dtype: str | None, own: int) -> int:
+    """The bytes of a number that is kept in a dtype, or as the models have it, in ``own`` bytes."""
+    return {"int8": 1, "bfloat16": 2, None: own}[dtype]
 
 
 def bytes_of(size: str) -> int:

@@ -21,7 +21,7 @@ from calmlm.composing.aligning import aligned_count, middle
 from calmlm.config import ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
-from calmlm.training.cache_settings import CacheConfig, bytes_of
+from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
@@ -201,10 +201,10 @@ class Plan:
     def cache(self, examples: int) -> int:
         """Bytes of an activation cache over so many examples."""
         length = self.texts.length
-        each = {"int8": 1, "bfloat16": 2, None: None}[self.settings.dtype]
-        own = self.anchor.size * (each or self.anchor.bytes) * length if self.keeps_anchor else 0
+        dtype = self.settings.dtype
+        own = self.anchor.size * number_bytes(dtype, self.anchor.bytes) * length if self.keeps_anchor else 0
         theirs = sum(
-            part.kept * (each or self.augmenting[name].bytes) * round(length * self.texts.ratio)
+            part.kept * number_bytes(dtype, self.augmenting[name].bytes) * round(length * self.texts.ratio)
             for name, part in self.parts.items()
         )
         most = None if self.settings.budget is None else bytes_of(self.settings.budget)

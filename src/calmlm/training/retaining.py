@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from calmlm.data.padding import padded
+
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
@@ -36,13 +38,10 @@ class Retained:
     def __init__(
         self, rows: Sequence[list[int]], weight: float, lines: int, positions: int, pad: int, seed: int
     ) -> None:
-        self.rows, self.weight, self.lines, self.positions = (
-            [row for row in rows if len(row) > 1],
-            weight,
-            lines,
-            positions,
-        )
+        self.rows = [row for row in rows if len(row) > 1]
+        self.weight, self.lines, self.positions = weight, lines, positions
         self.pad, self.seed = pad, seed
+        self._pass: tuple[int, list[int]] = (-1, [])
 
     def batch(self, number: int) -> tuple[dict[str, Tensor], Tensor]:
         """The lines of the batch with this number, and the columns that are compared, (K,) int64.
@@ -52,16 +51,21 @@ class Retained:
         chosen = []
         for place in range(number * self.lines, (number + 1) * self.lines):
             around, index = divmod(place, len(self.rows))
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.seed}-{around}").shuffle(order)
-            chosen.append(self.rows[order[index]])
+            chosen.append(self.rows[self._order(around)[index]])
         width = max(map(len, chosen))
-        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in chosen])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in chosen])
+        ids, mask = padded(chosen, self.pad), padded([[1] * len(row) for row in chosen], 0)
         columns = sorted(
             random.Random(f"{self.seed}-{number}-columns").sample(range(width), min(width, self.positions))
         )
         return {"input_ids": ids, "attention_mask": mask}, torch.tensor(columns)
+
+    def _order(self, around: int) -> list[int]:
+        """The order of a pass, drawn when it begins: there may be millions of lines."""
+        if self._pass[0] != around:
+            order = list(range(len(self.rows)))
+            random.Random(f"{self.seed}-{around}").shuffle(order)
+            self._pass = around, order
+        return self._pass[1]
 
 
 def divergence(model: nn.Module, bare: Any, batch: dict[str, Tensor], columns: Tensor) -> Tensor:

@@ -25,13 +25,18 @@ from calmlm.data.extras import require
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files.storage import write_atomically, write_text
 
-__all__ = ["SHARD_BYTES", "Shards"]
+__all__ = ["SHARD_BYTES", "Shards", "size_of"]
 
 SHARD_BYTES = 1 << 30
 ABOUT = "about.json"
 COLUMNS = ("key", "shard", "offset", "length")
 Record = Mapping[str, Tensor]
 """The tensors of one text, by name, each (n, ...) with the same n."""
+
+
+def size_of(record: Record) -> int:
+    """The bytes of a record."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in record.values())
 
 
 class Shards:
@@ -132,7 +137,7 @@ class Shards:
         if key in self:
             return
         self._waiting[key] = record
-        self._waiting_bytes += sum(tensor.numel() * tensor.element_size() for tensor in record.values())
+        self._waiting_bytes += size_of(record)
         if self._waiting_bytes >= self.shard_bytes:
             self.flush()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from calmlm.experiments.real.presets import Settings
-from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference, estimate, shares
+from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference, estimate, shares, shown
 from calmlm.experiments.real.sentence_counts import METRICS, Metric, corpus
 
 __all__ = ["LEAST", "compare", "goals", "page"]
@@ -182,12 +182,12 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
     ]
     for row in methods.values():
         parts = [
-            _shown(row["chrf_all"], ".1f"),
+            shown(row["chrf_all"], ".1f"),
             f"{row['bleu_all']:.1f}",
-            _shown(row["bits_all"], ".3f"),
-            _shown(row.get("chrf_known"), ".1f"),
-            _shown(row.get("above_lora_known"), "+.1f"),
-            _shown(row.get("gain_known"), ".3f"),
+            shown(row["bits_all"], ".3f"),
+            shown(row.get("chrf_known"), ".1f"),
+            shown(row.get("above_lora_known"), "+.1f"),
+            shown(row.get("gain_known"), ".3f"),
             *(str(row["above"].get(rival, "-")) for rival in ("m_B", "m_A", "both", "LoRA")),
         ]
         seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
@@ -197,7 +197,7 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         lines += ["", "## What is asked for", "", *reached]
     if plot is not None:
         lines += ["", f"![chrF above m_B, by what there is to communicate]({plot})"]
-    shown = [name for name in (*BASES["m_B"], *BASES["m_A"], "lora", settings.headline) if name in methods]
+    columns = [name for name in (*BASES["m_B"], *BASES["m_A"], "lora", settings.headline) if name in methods]
     to_communicate = found["to_communicate"]
     lines += [
         "",
@@ -205,15 +205,11 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         "",
         "m_A's gain from the text minus m_B's, in bits per byte, then chrF; highest first.",
         "",
-        "| | gain | " + " | ".join(methods[name]["title"] for name in shown) + " |",
-        "|---" + "|---:" * (1 + len(shown)) + "|",
+        "| | gain | " + " | ".join(methods[name]["title"] for name in columns) + " |",
+        "|---" + "|---:" * (1 + len(columns)) + "|",
     ]
     for variety in sorted(asked, key=lambda v: -to_communicate.get(v, 0.0)):
         gain = f"{to_communicate[variety]:+.3f}" if variety in to_communicate else "-"
-        figures = (f"{methods[name]['chrf'][variety]:.1f}" for name in shown)
+        figures = (f"{methods[name]['chrf'][variety]:.1f}" for name in columns)
         lines.append(f"| {variety} | {gain} | " + " | ".join(figures) + " |")
     return "\n".join([*lines, ""])
-
-
-def _shown(found: Estimate | None, form: str) -> str:
-    return "-" if found is None else f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from calmlm.data.labels import encode_prompt
+from calmlm.data.padding import padded_left
 from calmlm.experiments.prompt_choice import Router, train_router
 from calmlm.experiments.real.systems import Alone
 from calmlm.experiments.real.world import Item
 
 __all__ = ["Routed"]
 
+T = TypeVar("T")
 AT_ONCE = 16
 
 
@@ -49,10 +52,8 @@ class Routed:
         for start in range(0, len(order), AT_ONCE):
             chosen = order[start : start + AT_ONCE]
             width = len(ids[chosen[-1]])
-            rows = torch.tensor([[self.ours.pad] * (width - len(ids[i])) + ids[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chosen])
-            device = self.ours.model.device
-            found[chosen] = self.router.states(rows.to(device), mask.to(device)).cpu()
+            batch = padded_left([ids[i] for i in chosen], width, self.ours.pad, self.ours.model.device)
+            found[chosen] = self.router.states(**batch).cpu()
         return found
 
     @torch.no_grad()
@@ -68,18 +69,17 @@ class Routed:
 
     def nats(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
         """Each target's negative log-probability by the model that is chosen."""
-        chosen = self.chosen(items)
-        parts = {
-            choice: iter(system.nats([item for item, own in zip(items, chosen, strict=True) if own == choice]))
-            for choice, system in ((False, self.ours), (True, self.theirs))
-        }
-        return [next(parts[choice]) for choice in chosen]
+        return self._sent(items, lambda system, own: system.nats(own))
 
     def write(self, items: Sequence[Item], new_tokens: int) -> list[str]:
         """What the chosen model answers."""
+        return self._sent(items, lambda system, own: system.write(own, new_tokens))
+
+    def _sent(self, items: Sequence[Item], ask: Callable[[Alone, list[Item]], list[T]]) -> list[T]:
+        """What each item's model makes of it; each model is asked once."""
         chosen = self.chosen(items)
         parts = {
-            choice: iter(system.write([i for i, own in zip(items, chosen, strict=True) if own == choice], new_tokens))
+            choice: iter(ask(system, [item for item, own in zip(items, chosen, strict=True) if own == choice]))
             for choice, system in ((False, self.ours), (True, self.theirs))
         }
         return [next(parts[choice]) for choice in chosen]

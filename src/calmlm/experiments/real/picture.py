@@ -8,6 +8,7 @@ from typing import Any
 
 from calmlm.data.extras import require
 from calmlm.errors import MissingExtraError
+from calmlm.experiments.real.by_variety import BASES
 from calmlm.experiments.real.presets import Settings
 from calmlm.files.storage import write_atomically
 
@@ -25,7 +26,7 @@ def draw(settings: Settings, found: Mapping[str, Any], path: Path) -> Path | Non
         path: of the picture.
     """
     methods, x = found["methods"], found["to_communicate"]
-    ours = [methods[name]["chrf"] for name in ("m_B", "m_B_examples") if name in methods]
+    ours = [methods[name]["chrf"] for name in BASES["m_B"] if name in methods]
     shown = {"headline": settings.headline, "lora": "lora", "m_A": "m_A_examples"}
     shown = {style: name for style, name in shown.items() if name in methods}
     if not (x and ours and "headline" in shown):

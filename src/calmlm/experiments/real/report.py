@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calmlm.experiments.real.by_variety import compare, page
+from calmlm.experiments.real.by_variety import Cells, compare, page
 from calmlm.experiments.real.picture import draw
 from calmlm.experiments.real.presets import Method, Settings
-from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference
+from calmlm.experiments.real.resampling import Estimate, Figures, bits_of, difference, shown
 from calmlm.files.results import to_json, write_result
 
 __all__ = ["INTERVAL", "goals", "markdown", "summarise", "write_report"]
@@ -19,8 +19,6 @@ INTERVAL = (
     "ones for what is compared. With few seeds they understate the variation between seeds."
 )
 WIDEST = 12  # varieties that a table has columns for
-Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Cells by method and seed."""
 
 
 def summarise(settings: Settings, cells: Cells) -> dict[str, dict[str, Any]]:
@@ -181,11 +179,11 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
 def _compared(row: Mapping[str, Any], column: str, suffix: str) -> list[str]:
     """Bits per byte, and what they are beside controls and rivals."""
     return [
-        _shown(row.get(column)),
-        _shown(row.get(f"swapped{suffix}")),
-        _shown(row.get(f"gain{suffix}")),
-        _shown(row.get(f"against_lora{suffix}"), sign=True),
-        _shown(row.get(f"against_ensemble{suffix}"), sign=True),
+        shown(row.get(column)),
+        shown(row.get(f"swapped{suffix}")),
+        shown(row.get(f"gain{suffix}")),
+        shown(row.get(f"against_lora{suffix}"), "+.3f"),
+        shown(row.get(f"against_ensemble{suffix}"), "+.3f"),
     ]
 
 
@@ -212,13 +210,6 @@ def _how(settings: Settings, cell: Mapping[str, Any] | None) -> str:
 def _machine(cell: Mapping[str, Any]) -> str:
     machine = cell["machine"]
     return f"{machine['processor']} ({machine['cores']} cores, {machine['threads']} threads, {machine['device']})"
-
-
-def _shown(estimate: Estimate | None, sign: bool = False) -> str:
-    if estimate is None:
-        return "-"
-    form = "+.3f" if sign else ".3f"
-    return f"{estimate.mean:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
 
 
 def write_report(settings: Settings, result: Mapping[str, Any], cells: Cells, output: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DRAWS", "Estimate", "Figures", "bits_of", "difference", "estimate", "shares"]
+__all__ = ["DRAWS", "Estimate", "Figures", "bits_of", "difference", "estimate", "shares", "shown"]
 
 DRAWS = 2000
 
@@ -64,6 +64,11 @@ class Figures:
         """
         nats = torch.einsum("ds,sn,dn->d", seeds, self.nats, sentences)
         return nats / (sentences @ self.sizes) / math.log(2)
+
+
+def shown(found: Estimate | None, form: str = ".3f") -> str:
+    """A mean and its interval as text, or a dash."""
+    return "-" if found is None else f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
 
 
 def bits_of(figures: Figures) -> Estimate:

@@ -14,6 +14,7 @@ from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.communication.tokenwise import token_nats
 from calmlm.data.labels import IGNORE, encode_prompt
+from calmlm.data.padding import padded_left
 from calmlm.experiments.fitting import prompt_argument
 from calmlm.experiments.real.layout import batches, laid_out
 from calmlm.experiments.real.measures import by_row, text_of
@@ -98,11 +99,8 @@ class Alone:
     @torch.no_grad()
     def _continued(self, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         written = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **padded_left(prompts, width, self.pad, self.model.device),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=self.pad,

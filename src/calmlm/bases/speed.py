@@ -9,21 +9,28 @@ import torch
 __all__ = ["faster_dtype", "slowness"]
 
 SHAPE = (64, 512, 1024)
+ROUNDS = 5
 
 
 def slowness(dtype: torch.dtype) -> float:
     """How many times as long this processor takes for a product of matrices in a dtype as in float32.
 
-    With AMX, bfloat16 takes a fraction; without, it may take forty times as long.
+    With AMX or AVX-512 BF16, bfloat16 takes a fraction; without, it may take forty times as long. The fastest of several
+    rounds counts, since other work on the machine can only slow a round down.
     """
-    seconds = {}
     rows, inner, columns = SHAPE
-    for each in (torch.float32, dtype):
-        one, other = torch.ones(rows, inner, dtype=each), torch.ones(inner, columns, dtype=each)
-        torch.mm(one, other)  # the first time prepares
-        start = time.perf_counter()
-        torch.mm(one, other)
-        seconds[each] = time.perf_counter() - start
+    factors = {
+        each: (torch.ones(rows, inner, dtype=each), torch.ones(columns, inner, dtype=each))
+        for each in (torch.float32, dtype)
+    }
+    seconds = dict.fromkeys(factors, float("inf"))
+    for each, (one, weight) in factors.items():
+        torch.nn.functional.linear(one, weight)  # the first time prepares
+    for _ in range(ROUNDS):
+        for each, (one, weight) in factors.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(one, weight)
+            seconds[each] = min(seconds[each], time.perf_counter() - start)
     return seconds[dtype] / seconds[torch.float32]
 
 

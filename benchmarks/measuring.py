@@ -18,7 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from calmlm.experiments.record import device
 from calmlm.files.storage import write_text
 
-__all__ = ["VOCABULARY", "gemma", "keep", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
+__all__ = ["VOCABULARY", "gemma", "keep", "kept_bytes", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
 
 VOCABULARY = 2000
 
@@ -103,6 +103,22 @@ class _Live(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+def kept_bytes(work: Callable[[], Any], *models: Any) -> int:
+    """The memory of tensors that are there once it has run and its result is held, the models' weights left out."""
+    if torch.cuda.is_available():
+        synchronise()
+        before = torch.cuda.memory_allocated()
+        kept = work()
+        synchronise()
+        return torch.cuda.memory_allocated() - before
+    storages = (t.untyped_storage() for model in models for t in (*model.parameters(), *model.buffers()))
+    with _Live({storage._cdata for storage in storages}) as live:
+        kept = work()
+        now = live.now
+    del kept
+    return now
 
 
 def peak_bytes(work: Callable[[], Any], *models: Any) -> int:

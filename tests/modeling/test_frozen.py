@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import calmlm
+from calmlm.errors import ConfigError
 from compositions import assert_close, logits_of, tiny_composition
 from tiny import tiny_tokenizer, tiny_tokens
 
@@ -79,15 +81,19 @@ def test_no_graph_is_kept_below_the_first_connection() -> None:
     loss.backward()
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True}, {"keep": "matmuls"}], ids=str)
 @pytest.mark.parametrize("anchor", ["llama", "gpt2", "falcon", "opt", "gemma2"])
-def test_checkpointing_changes_neither_loss_nor_gradients(anchor: str, use_reentrant: bool) -> None:
+def test_checkpointing_changes_neither_loss_nor_gradients(anchor: str, options: dict[str, Any]) -> None:
     model = tiny_composition(anchor, "qwen2", CONNECTIONS, rotary=anchor == "llama", null_key=True).train()
     ids = tiny_tokens(2, 7)
     loss, expected = gradients(model, ids)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(options)
     # Trainer calls train() after it switches checkpointing on.
     model.train()
+    if anchor == "falcon" and "keep" in options:  # whose layers add to what the last product of theirs gave, in place
+        with pytest.raises(ConfigError, match="but this anchor writes over them; leave keep out"):
+            gradients(model, ids)
+        return
     runs = []
     layer = model.model.backbone().layers[-1]
     inner = next(m for m in layer.modules() if not list(m.children()) and list(m.parameters()))
@@ -99,6 +105,37 @@ def test_checkpointing_changes_neither_loss_nor_gradients(anchor: str, use_reent
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert_close(gradient, expected[name], 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
+def test_kept_matrix_products_are_not_made_again(family: str) -> None:
+    model = tiny_composition(family, "qwen2", CONNECTIONS).train()
+    ids = tiny_tokens(4, 40)
+
+    def measured() -> tuple[int, int]:
+        kept: dict[int, int] = {}
+        weights = {tensor.data_ptr() for tensor in model.parameters()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            gradients(model, ids)
+        return counter.get_total_flops(), sum(kept.values())
+
+    flops, saved = measured()
+    model.activation_checkpointing_enable({"keep": "matmuls"})
+    model.train()
+    again, less = measured()
+    assert again == flops
+    assert less < saved
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert measured()[0] > flops
+    with pytest.raises(ConfigError, match="expected keep: matmuls without use_reentrant, but got keep: norms"):
+        model.activation_checkpointing_enable({"keep": "norms"})
 
 
 DROPOUT = {

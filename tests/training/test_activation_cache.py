@@ -115,8 +115,8 @@ def test_what_is_read_back_is_what_the_model_makes(name: str, mode: str, tmp_pat
         for batch, before in zip(others, expected, strict=True):
             found = model(**batch, use_cache=False)
             real = batch["attention_mask"].bool()
-            assert torch.allclose(found.logits[real], before.logits[real], atol=2e-5)
-            assert abs(found.loss.item() - before.loss.item()) < 1e-5
+            assert torch.allclose(found.logits[real], before.logits[real], atol=1e-4)
+            assert abs(found.loss.item() - before.loss.item()) < 2e-5
     assert not ran
     if name != "retokenized":  # which reads nothing of a text without a boundary
         assert cache.counts.texts == sum(len(batch["input_ids"]) for batch in others)
@@ -164,7 +164,7 @@ def test_the_anchor_runs_from_its_first_connection(name: str, tmp_path: Path) ->
         )
         options["connections"] = [(i, depth + j) for i, j in options["connections"]]
     model = tiny_composition(**options)
-    low = model.model.lowest()
+    low = model.model.untouched()
     assert low >= 1
     rows = rows_of(model)
     sides = ["right", "left"] if model.model.backbone().pads_left else ["right"]
@@ -181,7 +181,7 @@ def test_the_anchor_runs_from_its_first_connection(name: str, tmp_path: Path) ->
     with cache.recording():
         model(**batch_of(rows), use_cache=False)
         works = cache.shortcuts[low].works
-        layer = model.model.backbone().layers[0]
+        layer = model.model.backbone().layers[low - 1]
         probe = next(
             module for module in layer.modules() if isinstance(module, torch.nn.Linear) or "Conv1D" in str(type(module))
         )
@@ -294,7 +294,7 @@ def test_adapters_before_all_layers_leave_nothing_unchanged() -> None:
     options = {"word_embed_proj_dim": 20, "vocab_size": 97}
     adapters = {"r": 4, "target_modules": ["project_in"]}
     model = tiny_composition("opt", "gpt2", [(1, 4)], adapters=adapters, anchor_options=options)
-    assert model.model.lowest() == 0
+    assert model.model.untouched() == 0
 
 
 def test_rows_go_out_and_come_back() -> None:
@@ -595,8 +595,8 @@ def test_settings_are_read(settings: Settings) -> None:
 
 
 def test_the_anchors_stream_is_kept_where_it_pays() -> None:
-    assert [CacheConfig("disk").keeps_anchor(lowest, 8) for lowest in (0, 1, 2, 7)] == [False, False, True, True]
-    assert [CacheConfig("disk", anchor=True).keeps_anchor(lowest, 8) for lowest in (0, 1)] == [False, True]
+    assert [CacheConfig("disk").keeps_anchor(count, 8) for count in (0, 1, 2, 7)] == [False, False, True, True]
+    assert [CacheConfig("disk", anchor=True).keeps_anchor(count, 8) for count in (0, 1)] == [False, True]
     assert not CacheConfig("disk", anchor=False).keeps_anchor(7, 8)
 
 

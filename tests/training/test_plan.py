@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_composition(folders: dict[str, str], case: str
     model = made(folders, CASES[case])
     assert plan.trained == model.get_nb_trainable_parameters()[0]
     assert plan.anchor.parameters == model.anchor.num_parameters()
-    assert plan.lowest == model.model.lowest()
+    assert plan.untouched == model.model.untouched()
     entry = model.config.augmenting["augmenting"]
     assert [list(pair) for pair in plan.parts["augmenting"].pairs] == entry["connections"]
     examples = [{"input_ids": row, "labels": row} for row in tiny_tokens(rows, length).tolist()]
@@ -97,7 +97,7 @@ def test_a_warm_cache_saves_what_never_changes(folders: dict[str, str]) -> None:
     even, top = (planned(folders, {"connections": where}, Texts(64, 16, 4)) for where in ("every-4", "top"))
     assert even.step(cached=True) < even.step()
     assert top.step(cached=True) < 0.6 * top.step()
-    assert planned(folders, {"adapters": 4}, Texts()).lowest == 0
+    assert planned(folders, {"adapters": 4}, Texts()).untouched == 0
     spread = make_plan(parse_config({"output": "x", "model": folders, "data": {"train": "x"}}), Texts(), devices=4)
     alone = make_plan(parse_config({"output": "x", "model": folders, "data": {"train": "x"}}), Texts())
     assert spread.memory["frozen weights"] == pytest.approx(alone.memory["frozen weights"] / 4, abs=1)

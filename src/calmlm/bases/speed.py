@@ -15,8 +15,8 @@ ROUNDS = 5
 def slowness(dtype: torch.dtype) -> float:
     """How many times as long this processor takes for a product of matrices in a dtype as in float32.
 
-    With AMX or AVX-512 BF16, bfloat16 takes a fraction; without, it may take forty times as long. The fastest of several
-    rounds counts, since other work on the machine can only slow a round down.
+    With AMX or AVX-512 BF16, bfloat16 takes a fraction; without, it may take forty times as long. The fastest round of
+    several counts, since other work on the machine can only slow one down.
     """
     rows, inner, columns = SHAPE
     factors = {
@@ -24,7 +24,7 @@ def slowness(dtype: torch.dtype) -> float:
         for each in (torch.float32, dtype)
     }
     seconds = dict.fromkeys(factors, float("inf"))
-    for each, (one, weight) in factors.items():
+    for one, weight in factors.values():
         torch.nn.functional.linear(one, weight)  # the first time prepares
     for _ in range(ROUNDS):
         for each, (one, weight) in factors.items():

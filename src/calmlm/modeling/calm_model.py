@@ -328,6 +328,20 @@ class CalmModel(CalmPreTrainedModel):
             found += [inside.get(module, 0) for module in adapted]  # what stands in no layer may stand before all
         return min(found, default=len(backbone.layers) - 1)
 
+    def untouched(self) -> int:
+        """How many of the anchor's layers, from below, give what they give without a composition.
+
+        The layer whose output a connection changes is one of them: what changes is made of its own output.
+        """
+        lowest = self.lowest()
+        entries = self.config.augmenting.values()
+        inside = any(entry.get("adapters") for entry in entries) or any(
+            j == lowest and CONNECTORS[entry["connector"]["kind"]].before_layer
+            for entry in entries
+            for _, j in entry["connections"]
+        )
+        return lowest + (not inside)
+
     @property
     def abilities(self) -> Abilities:
         """What the models that are switched on can do together."""
@@ -525,7 +539,7 @@ class CalmModel(CalmPreTrainedModel):
         try:
             call_anchor = partial(target, **arguments, **kwargs)
             if cache is None and self.slot.recorder is not None:
-                lower = list(backbone.layers[: self.lowest()])
+                lower = list(backbone.layers[: self.untouched()])
                 output = run_anchor(call_anchor, lower, self.slot.recorder, inputs, kwargs, text_config(self.anchor))
             else:
                 output = call_anchor()

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from calmlm.bases.families import text_config
 from calmlm.config import CalmConfig
+from calmlm.modeling.recomputing import with_kept
 
 ATTENTION_FALLBACK = "sdpa"
 
@@ -39,5 +40,7 @@ class CalmPreTrainedModel(PreTrainedModel):
         """Nothing: gradients start at the first connection, so the bases' embeddings need none."""
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        if "gradient_checkpointing_func" in kwargs:
+            kwargs["gradient_checkpointing_func"] = with_kept(kwargs["gradient_checkpointing_func"])
         super()._set_gradient_checkpointing(*args, **kwargs)
         self.train(self.training)

@@ -63,7 +63,7 @@ class ActivationCache:
         self.config, self.folder, self.report = config, folder, report
         self.model = model.model
         self.budget = None if config.budget is None else bytes_of(config.budget)
-        self.keeps_anchor = config.keeps_anchor(self.model.lowest(), len(self.model.backbone().layers))
+        self.keeps_anchor = config.keeps_anchor(self.model.untouched(), len(self.model.backbone().layers))
         self.shortcuts: dict[int, Shortcut] = {}
         names = [*self.model.augmenting, *([ANCHOR] if self.keeps_anchor else [])]
         self.dtypes = {name: self.model.backbone(name).dtype for name in names}
@@ -251,7 +251,7 @@ def about(model: Any, name: str, config: CacheConfig, precision: str) -> dict[st
             "dtype": str(model.model.backbone().dtype).removeprefix("torch."),
             "precision": precision,
             "kept_as": config.dtype,
-            "layers": [model.model.lowest()],
+            "layers": [model.model.untouched()],
         }
     entry = model.config.augmenting[name]
     connector = entry["connector"]
@@ -311,7 +311,7 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, 
     for row in chosen:
         _read(model, row, looking)
     total = 0.0
-    if anchor and model.lowest():
+    if anchor and model.untouched():
         measured = sum(len(row["input_ids"]) for row in chosen)
         each = number_bytes(dtype, model.backbone().dtype.itemsize)
         total += measured * (model.backbone().size * each + (4 if dtype == "int8" else 0))

@@ -12,6 +12,7 @@ from typing import Any
 
 from calmlm.data.extras import require
 from calmlm.files.paths import Place
+from calmlm.modeling.recomputing import KEEP, MATMULS
 from calmlm.training.fields import read_value, show, unknown_key
 
 # Set by calmlm itself, so a file must not set them as well: key -> what to do instead.
@@ -196,6 +197,11 @@ def _faults(backend: str, made: Any, evaluates: bool) -> Iterator[str]:
         yield (
             f".activation_checkpointing_kwargs: expected a mapping, with 1 or more for every_n_layers, but got "
             f"{show(kwargs)}; mend it."
+        )
+    elif kwargs.get(KEEP, MATMULS) != MATMULS or (KEEP in kwargs and kwargs.get("use_reentrant")):
+        yield (
+            f".activation_checkpointing_kwargs: expected keep: {MATMULS} without use_reentrant, but got "
+            f"{show(kwargs)}; leave one of them out."
         )
 
 

@@ -39,9 +39,9 @@ class CacheConfig:
     on_missing: Literal["generate", "skip", "warn", "raise"] = "generate"
     on_generate: Literal["cache", "delete"] = "cache"
 
-    def keeps_anchor(self, lowest: int, layers: int) -> bool:
-        """Whether the stream of an anchor of so many layers is kept, the first of which to change is the ``lowest``."""
-        return bool(lowest) and (PAYS * lowest >= layers if self.anchor is None else self.anchor)
+    def keeps_anchor(self, untouched: int, layers: int) -> bool:
+        """Whether the stream of an anchor of so many layers is kept, the lowest of which stay ``untouched``."""
+        return bool(untouched) and (PAYS * untouched >= layers if self.anchor is None else self.anchor)
 
     def faults(self) -> list[str]:
         """One sentence for each thing that cannot be."""

@@ -112,6 +112,7 @@ class Part:
         kept: numbers of a token of the model's in an activation cache.
         points: whether it speaks in probabilities, so that its head runs at labels.
         distributed: whether its connections read its distribution, so that its head runs everywhere.
+        before_layer: whether its connections change what goes into their layers.
     """
 
     pairs: Pairs
@@ -121,6 +122,7 @@ class Part:
     kept: int
     points: bool
     distributed: bool
+    before_layer: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Plan:
 
     Attributes:
         anchor, augmenting, parts: what is joined.
-        lowest: the anchor's first layer that something trained changes.
+        untouched: how many of the anchor's layers, from below, nothing trained changes.
         texts: planned for.
         devices: over how many processes the models are spread (FSDP); 1 for none.
         settings: of the activation cache.
@@ -139,7 +141,7 @@ class Plan:
     augmenting: dict[str, Base]
     parts: dict[str, Part]
     adapters: int
-    lowest: int
+    untouched: int
     texts: Texts
     devices: int = 1
     settings: CacheConfig = field(default_factory=CacheConfig)
@@ -147,7 +149,7 @@ class Plan:
     @property
     def keeps_anchor(self) -> bool:
         """Whether an activation cache holds the anchor's stream below the lowest connection."""
-        return self.settings.keeps_anchor(self.lowest, len(self.anchor.linear))
+        return self.settings.keeps_anchor(self.untouched, len(self.anchor.linear))
 
     @property
     def trained(self) -> int:
@@ -158,13 +160,8 @@ class Plan:
         """Operations of a step on one device; ``cached``: with a warm activation cache."""
         texts, anchor = self.texts, self.anchor
         length = texts.length
-        # Words alone change nothing before the anchor's last state.
-        reached = (
-            self.lowest if self.adapters or any(part.pairs for part in self.parts.values()) else len(anchor.linear)
-        )
-        total = anchor.forward(length, self.lowest if cached and self.keeps_anchor else 0) + anchor.backward(
-            length, reached
-        )
+        known = self.untouched if cached and self.keeps_anchor else 0
+        total = anchor.forward(length, known) + anchor.backward(length, self.untouched)
         total += 2 * anchor.head(texts.labelled)
         total += 6.0 * self.adapters * length
         for name, base in self.augmenting.items():
@@ -188,7 +185,7 @@ class Plan:
         """Bytes on each device, by what for."""
         bases = [self.anchor, *self.augmenting.values()]
         tokens = self.texts.rows * self.texts.length
-        layers = len(self.anchor.linear) - self.lowest
+        layers = len(self.anchor.linear) - self.untouched
         each = self.anchor.saved + (self.anchor.inputs if self.adapters else 0)
         heads = [self.anchor.vocabulary, *(b.vocabulary for n, b in self.augmenting.items() if self.parts[n].points)]
         return {
@@ -242,9 +239,10 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     rank = rank.get("r", 8) if isinstance(rank, dict) else rank
     shapes = [s for n, s in anchor.targets.items() if "all-linear" in chosen or n.rpartition(".")[2] in chosen]
     adapters = sum(rank * (i + o) for i, o in shapes) if rank else 0
-    found = [j for part in parts.values() for _, j in part.pairs]
-    lowest = 0 if adapters else min(found, default=len(anchor.linear) - 1)
-    return Plan(anchor, augmenting, parts, adapters, lowest, texts, devices, config.cache)
+    # A connection changes what comes out of its layer, or goes into it; words alone change the last state only.
+    found = [j + (not part.before_layer) for part in parts.values() for _, j in part.pairs]
+    untouched = 0 if adapters else min(found, default=len(anchor.linear))
+    return Plan(anchor, augmenting, parts, adapters, untouched, texts, devices, config.cache)
 
 
 def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: bool) -> Part:
@@ -282,7 +280,9 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
     kept = layers * width * (4 // base.bytes if distribution and built["ingestor"] != "anchor" else 1)
     kept += base.size if words else 0
     crossing = 0 if kind == "graft" else len(pairs) * anchor.size
-    return Part(pairs, trained, multiplied, crossing, kept, words == "pointer", distribution)
+    return Part(
+        pairs, trained, multiplied, crossing, kept, words == "pointer", distribution, CONNECTORS[kind].before_layer
+    )
 
 
 def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str) -> Base:

@@ -23,11 +23,11 @@ __all__ = ["VOCABULARY", "gemma", "keep", "kept_bytes", "peak_bytes", "ratio", "
 VOCABULARY = 2000
 
 
-def gemma(width: int, layers: int, seed: int) -> Gemma3ForCausalLM:
+def gemma(width: int, layers: int, seed: int, vocabulary: int = VOCABULARY) -> Gemma3ForCausalLM:
     """A random Gemma of this size."""
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
         num_key_value_heads=1, head_dim=64, intermediate_size=4 * width, max_position_embeddings=2048,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip

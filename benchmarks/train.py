@@ -34,6 +34,7 @@ from measuring import VOCABULARY, gemma, keep, kept_bytes, peak_bytes, ratio, ta
 from peft import LoraConfig, get_peft_model
 from real import ANCHOR, AUGMENTING, load, rows_of, tokens_read
 from torch import Tensor
+from trl.trainer.utils import add_fused_lm_head
 
 import calmlm
 from calmlm.bases.families import Backbone
@@ -296,6 +297,39 @@ def cases_of(name: str, works: list[Work], rounds: int) -> list[dict[str, Any]]:
     return cases
 
 
+def memory_of(vocabulary: int, lengths: tuple[int, int]) -> list[dict[str, Any]]:
+    """The peak of a step over a large vocabulary, by loss and length, with as many labels at both lengths.
+
+    ``trainer`` and ``sft`` are the losses of both backends, ``full`` is one over the logits of all positions.
+    """
+    anchor, small = gemma(128, 4, 0, vocabulary), gemma(64, 2, 1, vocabulary)
+    model = calmlm.compose(anchor, small, [(1, 2)])
+    cases: list[dict[str, Any]] = []
+    for name in ("full", "trainer", "sft"):
+        for length in lengths:
+            ids = torch.randint(3, vocabulary, (TINY[0], length), device=device())
+            rows = {"input_ids": ids, "labels": ids.where(torch.arange(length, device=ids.device) >= length - 16, -100)}
+            if name == "sft":
+                fused = copy.deepcopy(model)
+                add_fused_lm_head(fused)
+                losses = {"sft": lambda rows=rows, fused=fused: fused(**lean(rows), fused_lm_head=True).loss}
+            else:
+                losses = {
+                    "full": lambda rows=rows: model(**rows, use_cache=False).loss,
+                    "trainer": forward_of(model, rows),
+                }
+            peak = peak_bytes(lambda losses=losses, name=name: losses[name]().backward(), model)
+            logits = TINY[0] * length * vocabulary * 4
+            cases.append(
+                {
+                    "loss": name, "length": length, "labels": 16, "vocabulary": vocabulary,
+                    "peak_mib": round(peak / 2**20, 1), "all_logits_mib": round(logits / 2**20, 1),
+                }
+            )  # fmt: skip
+            print(cases[-1], flush=True)
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CONNECTIONS), default=list(CONNECTIONS))
@@ -323,6 +357,7 @@ def main() -> None:
         "rounds": options.rounds,
         "threads": torch.get_num_threads(),
         "cases": cases,
+        "memory": memory_of(131_072, (64, 256)),
         **origin("python benchmarks/train.py"),
     }
     keep(result, options.output)

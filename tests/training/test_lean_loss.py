@@ -1,4 +1,4 @@
-"""transformers' Trainer computes logits where there are labels, and everything else is as before."""
+"""Both trainers compute logits where there are labels, and everything else is as before."""
 
 from __future__ import annotations
 
@@ -65,8 +65,18 @@ def test_columns_are_those_that_predict_a_label() -> None:
     assert lean(every)["logits_to_keep"].tolist() == list(range(8))
 
 
-def test_a_run_is_the_same(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    values, lengths = settings("trainer", max_steps=6), []
+def test_states_of_columns() -> None:
+    model = tiny_composition(words="map", anchor="gemma3_text").eval()
+    ids = tiny_tokens(3, 9)
+    every = model.model(ids).last_hidden_state
+    assert torch.equal(model.model(ids, logits_to_keep=2).last_hidden_state, every[:, -2:])
+    columns = torch.tensor([1, 4])
+    assert torch.equal(model.model(ids, logits_to_keep=columns).last_hidden_state, every[:, columns])
+
+
+@pytest.mark.parametrize("backend", ["trainer", "sft"])
+def test_a_run_is_the_same(backend: str, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, lengths = settings(backend, max_steps=6), []
     values["data"]["eval"] = values["data"]["train"]
 
     def go(folder: str) -> dict[str, torch.Tensor]:

@@ -443,12 +443,14 @@ class CalmModel(CalmPreTrainedModel):
         augmenting_inputs: dict[str, dict[str, Any]] | None = None,
         prompt_mask: Tensor | None = None,
         composition_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The anchor's last hidden state, (B, T, D_B), with the composition in it.
 
         Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt;
-        ``composition_mask`` (B,) tells the rows that the composition speaks in.
+        ``composition_mask`` (B,) tells the rows that the composition speaks in. ``logits_to_keep``: of so many last
+        columns, or of those in (K,) int64, states come back; 0 for all. Loss heads ask for logits of these alone.
 
         Raises:
             DataError: in training, where such a model would read what is to be learned.
@@ -464,7 +466,8 @@ class CalmModel(CalmPreTrainedModel):
         inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask)
         decoder = self._backbones[""].decoder
         output, cache, _ = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
-        found = {"last_hidden_state": output.last_hidden_state, "past_key_values": cache}
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        found = {"last_hidden_state": output.last_hidden_state[:, columns], "past_key_values": cache}
         found |= {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
         routed = getattr(output, "router_logits", None)
         return (

@@ -281,10 +281,10 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     from trl import SFTTrainer
 
     class Composed(ComposedTrainer, SFTTrainer):
-        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             # TRL computes logits from states by itself, and what pointers say stands in no state.
-            loss = Trainer.compute_loss if points else SFTTrainer.compute_loss
-            return loss(self, model, *args, **kwargs)
+            computed = Trainer.compute_loss if points else SFTTrainer.compute_loss
+            return computed(self, model, lean_inputs(self, inputs, return_outputs), return_outputs, **kwargs)
 
     points = model.model.points
 
@@ -304,12 +304,16 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     return trainer
 
 
+def lean_inputs(trainer: Any, inputs: Any, return_outputs: bool) -> Any:
+    """A batch that asks for logits where there are labels; whoever wants to see them is given all."""
+    alone = not (return_outputs or trainer.label_smoother or trainer.compute_loss_func or trainer.args.torch_compile)
+    return lean(inputs) if alone else inputs
+
+
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
     class Composed(ComposedTrainer, Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            # Whoever wants to see logits is given all of them.
-            alone = not (return_outputs or self.label_smoother or self.compute_loss_func or self.args.torch_compile)
-            return super().compute_loss(model, lean(inputs) if alone else inputs, return_outputs, **kwargs)
+            return super().compute_loss(model, lean_inputs(self, inputs, return_outputs), return_outputs, **kwargs)
 
     class Held(RetainingTrainer, Composed):
         pass

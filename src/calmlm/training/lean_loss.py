@@ -1,7 +1,7 @@
 """Logits where there is a label, and nowhere else: the head over a large vocabulary is a good part of a step.
 
-TRL's trainer does this by itself. For transformers' Trainer it is done with two arguments that models of transformers
-take: ``logits_to_keep``, the columns, and ``shift_labels``, what is to be predicted in them.
+It is done with two arguments that models of transformers and TRL's head take: ``logits_to_keep``, the columns, and
+``shift_labels``, what is to be predicted in them. (Without Triton TRL's head goes over all positions it is given.)
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ SKILLS = {
 
 
 def systems(result: dict[str, Any]) -> str:
-    """Five systems on three skills: the README's first look at the comparison."""
+    """Five systems on three skills: a first look at the comparison."""
     rows = {(row["method"], row["task"]): row for row in result["rows"]}
     lines = [f"| | {' | '.join(SKILLS.values())} |", "|---" * (1 + len(SKILLS)) + "|"]
     lines += [
@@ -40,9 +40,46 @@ def systems(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Exact match in per cent, mean over {seeds} seeds. LoRA trains about as many parameters as the composition, "
-        "on the same data. The cascade is told which words are keys. [All systems, with intervals](docs/results.md).",
+        "on the same data. The cascade is told which words are keys. [All systems, with intervals](results.md).",
     ]
     return "\n".join(lines)
+
+
+TRANSLATORS = {
+    "m_B": "m_B",
+    "m_A_examples": "m_A, which reads 5 examples",
+    "ensemble_examples": "both models' probabilities at one weight",
+    "lora": "LoRA on m_B, as many parameters",
+    "graft_adapters_pointer_examples_long": "**composed**",
+    "graft_adapters_map_random": "composed with a random m_A",
+}
+
+
+def translators(result: dict[str, Any]) -> str:
+    """Six systems of two real models: the README's first look at what a composition is good for."""
+    rows = result["rows"]
+    lines = [
+        "| | bits per byte, varieties in D_C | other varieties | when m_A reads another sentence | English |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in TRANSLATORS.items():
+        row = rows[name]
+        swapped = f"{row['swapped']['mean']:.2f}" if "swapped" in row else "-"
+        lines.append(
+            f"| {title} | {row['inside']['mean']:.2f} | {row['outside']['mean']:.2f} | {swapped} | "
+            f"{row['english']:.2f} |"
+        )
+    seeds = min(rows[name]["seeds"] for name in TRANSLATORS)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Two real models translate into English from varieties of Arabic, Persian and Bihari: SmolLM2-135M-Instruct "
+            f"(m_B) and Gemma 3 270M (m_A). {'One seed' if seeds == 1 else f'{seeds} seeds'}; less is better; English: "
+            "of plain English, m_B = 1. `scripts/models` and `calmlm demo translation` show them. [All rows, with "
+            "intervals](experiments/real/results/translation.md). [Models made from nothing](docs/results.md).",
+        ]
+    )
 
 
 def key_values(result: dict[str, Any]) -> str:
@@ -186,7 +223,8 @@ def comparison(result: dict[str, Any]) -> str:
 
 
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
-    ("README.md", "systems", "experiments/compare/results/small.json", systems),
+    ("README.md", "translators", "experiments/real/results/translation.json", translators),
+    ("docs/comparison.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
     ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),

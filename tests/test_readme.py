@@ -49,8 +49,8 @@ def test_the_first_screen_has_everything_in_its_order() -> None:
         "\npip install .",
         "```python",
         "\n# composed ",
-        "<!-- systems:start -->",
-        "<!-- systems:end -->",
+        "<!-- translators:start -->",
+        "<!-- translators:end -->",
         "Take something else if",
         "[Documentation]",
     ]
@@ -60,16 +60,17 @@ def test_the_first_screen_has_everything_in_its_order() -> None:
     assert places == sorted(places)
 
 
-def test_the_small_table_is_that_of_the_comparison() -> None:
-    table = FIRST_SCREEN.partition("<!-- systems:start -->")[2].partition("<!-- systems:end -->")[0]
+def test_the_small_table_is_that_of_the_real_models() -> None:
+    table = FIRST_SCREEN.partition("<!-- translators:start -->")[2].partition("<!-- translators:end -->")[0]
     rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
-    assert [len(row) for row in rows] == [4] * 7
-    assert [row[0] for row in rows[2:]] == ["m_A", "m_B", "composed", "cascade", "LoRA"]
-    result = json.loads((ROOT / "experiments/compare/results/small.json").read_text(encoding="utf-8"))
-    means = {(row["method"], row["task"]): f"{row['mean']:.1f}" for row in result["rows"]}
-    tasks = [f"kv_arithmetic/{name}" for name in ("key_value", "numeric", "keys_arithmetic")]
-    for row, method in zip(rows[2:], ("m_A", "m_B", "composed", "cascade", "lora"), strict=True):
-        assert row[1:] == [means[method, task] for task in tasks]
+    result = json.loads((ROOT / "experiments/real/results/translation.json").read_text(encoding="utf-8"))["rows"]
+    found = {row[0]: row[1:] for row in rows[2:]}
+    assert list(found)[:2] == ["m_B", "m_A, which reads 5 examples"]
+    best = result["graft_adapters_pointer_examples_long"]
+    shown = [f"{best[name]['mean']:.2f}" for name in ("inside", "outside", "swapped")]
+    assert found["composed"] == [*shown, f"{best['english']:.2f}"]
+    controls = [name for name in found if "random" in name or "LoRA" in name]
+    assert len(controls) == 2
 
 
 def run(code: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -74,10 +74,11 @@ def translators(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "Two real models translate into English from varieties of Arabic, Persian and Bihari: SmolLM2-135M-Instruct "
-            f"(m_B) and Gemma 3 270M (m_A). {'One seed' if seeds == 1 else f'{seeds} seeds'}; less is better; English: "
-            "of plain English, m_B = 1. `scripts/models` and `calmlm demo translation` show them. [All rows, with "
-            "intervals](experiments/real/results/translation.md). [Models made from nothing](docs/results.md).",
+            "Two real models translate into English from varieties of Arabic, Persian and Bihari: "
+            f"SmolLM2-135M-Instruct (m_B) and Gemma 3 270M (m_A). {'One seed' if seeds == 1 else f'{seeds} seeds'}; "
+            "less is better; English: of plain English, m_B = 1. `scripts/models` and `calmlm demo translation` show "
+            "them. [All rows, with intervals](experiments/real/results/translation.md). "
+            "[Models made from nothing](docs/results.md).",
         ]
     )
 

@@ -162,6 +162,38 @@ def real(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training(result: dict[str, Any]) -> str:
+    """What a training step costs, as the benchmark measured it."""
+    lines = [
+        "| models | method | connections | cache | kept | time, of both forward passes | of full fine-tuning | "
+        "operations, of the least | saved, MiB | peak, MiB |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in result["cases"]:
+        shown = [case[name] or "" for name in ("models", "method", "placement", "cache")]
+        kept = (case["checkpointing"] or "all") if case["method"] == "calmlm" else ""
+        limit = f"{case['flops_x_limit']:.3f}" if case["flops_x_limit"] else ""
+        saved = f"{case['saved_mib']:.0f}" if case["saved_mib"] else ""
+        lines.append(
+            f"| {' | '.join(shown)} | {kept} | {case['time_x_floor']:.2f} | {case['time_x_full_fine_tuning']:.2f} | "
+            f"{limit} | {saved} | {case['peak_mib']:.0f} |"
+        )
+    peaks = "; ".join(
+        f"{case['loss']}, {case['length']} tokens: {case['peak_mib']:,.0f} MiB" for case in result["memory"]
+    )
+    lines += [
+        "",
+        f"Medians of {result['rounds']} rounds in one process, all in turn, {measured(result)}. Tiny: random Gemmas, 8 "
+        "texts of 128 tokens in float32, the second half learned. Real: Gemma 3 270M in SmolLM2-135M-Instruct, 16 "
+        "texts in bfloat16. *The least*: what the placement allows. *Saved*: what is in memory behind the forward "
+        "pass, weights left out.",
+        "",
+        f"Peak of a step over a vocabulary of {result['memory'][0]['vocabulary']:,}, 8 rows with 16 labels each: "
+        f"{peaks}. *full* are the logits of all positions, *trainer* and *sft* the losses of both backends.",
+    ]
+    return "\n".join(lines)
+
+
 SETTINGS = {
     "random": "random weights",
     "known": "trained, what m_A knows",
@@ -230,6 +262,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
     ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),
     ("docs/any-two-models.md", "listening", "benchmarks/results/listening.json", listening),
+    ("docs/training.md", "steps", "benchmarks/results/train_cpu.json", training),
     ("docs/generation.md", "decoding", "benchmarks/results/decode_cpu.json", decoding),
     ("docs/results.md", "report", "experiments/compare/results/small.json", comparison),
 ]

@@ -59,6 +59,33 @@ def test_real(tmp_path: Path) -> None:
     assert all(0 < case["augmenting_tokens_per_step"] < 4 for case in steps)
 
 
+@pytest.mark.slow
+def test_train(tmp_path: Path) -> None:
+    found = run("train.py", tmp_path, *"--models tiny --batch 2 --threads 1".split())
+    ours = [case for case in found["cases"] if case["method"] == "calmlm"]
+    assert {(case["placement"], case["cache"]) for case in ours} == {
+        (placement, cache) for placement in ("even", "top") for cache in ("off", "warm")
+    }
+    lean = [case for case in ours if case["checkpointing"] != "nothing"]
+    assert all(1 <= case["flops_x_limit"] <= found["goals"]["flops_x_limit"] for case in lean)
+    saved = {(case["placement"], case["cache"], case["checkpointing"]): case["saved_mib"] for case in ours}
+    for placement in ("even", "top"):
+        every, some, none = (saved[placement, "off", kept] for kept in (None, "matmuls", "nothing"))
+        assert every > some > none
+    peaks = {(case["loss"], case["length"]): case["peak_mib"] for case in found["memory"]}
+    assert peaks["full", 256] > 3 * peaks["full", 64]
+    for loss in ("trainer", "sft"):
+        assert peaks[loss, 256] < 1.2 * peaks[loss, 64]
+
+
+def test_committed_results_of_training() -> None:
+    path = BENCHMARKS / "results" / "train_cpu.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ours = [case for case in found["cases"] if case["method"] == "calmlm" and case["checkpointing"] != "nothing"]
+    assert {case["models"] for case in ours} == {"tiny", "real"}
+    assert all(case["flops_x_limit"] <= found["goals"]["flops_x_limit"] for case in ours if case["models"] == "tiny")
+
+
 def test_committed_results_of_decoding() -> None:
     path = BENCHMARKS / "results" / "decode_cpu.json"
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -183,12 +183,11 @@ def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -
     settings = config.cache
     if settings.mode == "off":
         return None
-    for key in ("packing", "padding_free"):
-        if getattr(arguments, key, None):
-            raise ConfigError(
-                f"trainer.{key}: expected a row for each text beside activation_cache, which knows texts by their "
-                f"rows; leave one of the two out."
-            )
+    if getattr(arguments, "packing", None) and arguments.packing_strategy != "bfd":
+        raise ConfigError(
+            f"trainer.packing_strategy: expected 'bfd' beside activation_cache, which knows whole texts, but "
+            f"{arguments.packing_strategy!r} cuts them; leave one of the two out."
+        )
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "none"
     folder = Path(settings.folder or f"{config.output}.activations")
     return ActivationCache(settings, model, folder, report, precision)

@@ -24,6 +24,7 @@ from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.lean_loss import lean
 from calmlm.training.retaining import RetainingTrainer
 from calmlm.training.run_folder import RunFolder
+from calmlm.training.whole_checkpoints import WholeCheckpoints
 
 __all__ = [
     "Rows",
@@ -290,7 +291,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     from datasets import Dataset
     from trl import SFTTrainer
 
-    class Composed(ComposedTrainer, SFTTrainer):
+    class Composed(ComposedTrainer, WholeCheckpoints, SFTTrainer):
         def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             # TRL computes logits from states by itself, and what pointers say stands in no state.
             loss = Trainer.compute_loss if points else SFTTrainer.compute_loss
@@ -315,7 +316,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
 
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
-    class Composed(ComposedTrainer, Trainer):
+    class Composed(ComposedTrainer, WholeCheckpoints, Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             # Whoever wants to see logits is given all of them.
             alone = not (return_outputs or self.label_smoother or self.compute_loss_func or self.args.torch_compile)

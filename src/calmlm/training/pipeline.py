@@ -38,6 +38,7 @@ from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
+from calmlm.training.whole_checkpoints import is_fsdp2
 from calmlm.training.yaml import dump_yaml
 
 SLOW = 2.0  # times as long as in float32, from which on it is said
@@ -103,7 +104,8 @@ def train(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
     if checkpoint is not None:
-        check_continues(model, checkpoint, spread=bool(arguments.fsdp or arguments.deepspeed))
+        other = bool(arguments.deepspeed) or bool(arguments.fsdp and not is_fsdp2(arguments))
+        check_continues(model, checkpoint, other_files=other)
         changed = folder.changes(config.to_dict())
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")

@@ -151,6 +151,10 @@ def run(values: dict[str, Any], *, resume: bool = False) -> dict[str, Any]:
     make = pipeline.make_trainer
 
     def watched(*args: Any) -> Any:
+        if os.environ.get("EMPTY_BUT_IN_THE_FIRST") and os.environ["RANK"] != "0":
+            with torch.no_grad():
+                for parameter in args[1].model.connectors.parameters():
+                    parameter.fill_(torch.nan)
         made.append(make(*args))
         made[-1].add_callback(seen)
         return made[-1]

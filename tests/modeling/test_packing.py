@@ -12,7 +12,7 @@ import calmlm
 from calmlm.readers import given_of, prompt_of, starts_of
 from compositions import assert_close, assert_helpful, awaken, logits_of, own, pad, tiny_composition
 from readers.test_items import vision
-from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer
 from tokens.test_views import chatty, rendered
 
 LINES = [f"the quick fox {number} jumps over {number * 7} lazy dogs" for number in range(12)]

@@ -369,7 +369,7 @@ def test_texts_of_packed_rows_are_known_by_themselves(name: str, tmp_path: Path)
         labels = [[-100, *row["labels"][1:]] for row in some]
         places = [list(range(len(row["input_ids"]))) for row in some]
         parts = {"input_ids": [row["input_ids"] for row in some], "labels": labels, "position_ids": places}
-        return {key: torch.tensor([sum(part, [])]) for key, part in parts.items()}
+        return {key: torch.tensor([[number for one in part for number in one]]) for key, part in parts.items()}
 
     calls = [packed([4, 0, 5]), packed([3, 1, 2, 0]), batch_of(rows[:3]), batch_of(rows[3:])]
     expected = [model(**given, use_cache=False).loss.item() for given in calls]

@@ -1,7 +1,7 @@
 """The first losses of a run are the same, whatever is switched on: within 1e-5 of each other in float32.
 
-The activation cache, packing, several processes (DDP and FSDP2), and compilation; each for models with one tokenizer, with
-two, with a pointer, and for what reads prompts or images alone.
+The activation cache, packing, several processes (DDP and FSDP2), and compilation; each for models with one tokenizer,
+with two, with a pointer, and for what reads prompts or images alone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,13 @@ def losses(values: dict[str, Any]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "encoder"])
+QUICK = ("two tokenizers", "prompts")
+
+
+@pytest.mark.parametrize(
+    "system",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SYSTEMS if name != "encoder"],
+)
 def test_cached_or_packed(system: str, values: Callable[..., dict[str, Any]]) -> None:
     expected = losses(values(system))
     for name, switch in SWITCHES.items():
@@ -123,7 +129,7 @@ RAM = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "cpu_ram_efficient_loadi
 PROCESSES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "ddp": ({"ddp_backend": "gloo"}, {}),
     "fsdp2": (FSDP2, {}),
-    "fsdp2, loaded in one process": (RAM, {"ACCELERATE_USE_FSDP": "true"}),  # as accelerate launch says it
+    "fsdp2, loaded in one process": (RAM, {"EMPTY_BUT_IN_THE_FIRST": "1", "ACCELERATE_USE_FSDP": "true"}),
 }
 
 
@@ -149,3 +155,19 @@ def test_two_processes(kind: str, values: Callable[..., dict[str, Any]], tmp_pat
                     whole = parts[rank] if rank < len(parts) else whole[:0]
                 assert torch.equal(tensor, whole), (name, rank, key)
             assert found["learns"] == dict.fromkeys(found["before"], True), (name, rank)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_among_another_number_of_processes(values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """From one process to two with FSDP2, and back: the losses are those of a run that was never interrupted."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 0.01}
+    expected = run(values("pointer", **saving, max_steps=6))["losses"]
+    shutil.rmtree(tmp_path / "pointer")
+    run(values("pointer", **saving, max_steps=2))
+    parted = {**saving, **FSDP2, "per_device_train_batch_size": 6, "max_steps": 4}
+    several(tmp_path, {"pointer": {**values("pointer", **parted), "resume": True}})
+    kept = {path.name for path in (tmp_path / "pointer/checkpoints/checkpoint-4").iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "config.json"} <= kept
+    assert not any("fsdp" in name for name in kept)  # which would hold the frozen bases
+    found = run(values("pointer", **saving, max_steps=6), resume=True)["losses"]
+    assert found == pytest.approx(expected, abs=1e-4)

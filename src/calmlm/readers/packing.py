@@ -60,7 +60,7 @@ class Texts:
 
     def apart(self, inputs: Inputs) -> Inputs:
         """What a call on the same texts would be given if each had a row of its own."""
-        batch, width = self.number.shape
+        width = self.number.shape[1]
 
         def told(part: Tensor | None) -> Tensor | None:
             if part is None:

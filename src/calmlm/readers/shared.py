@@ -70,7 +70,9 @@ class SharedReader(Common):
     @property
     def packs(self) -> bool:
         """Whether the model can be given rows of several texts as they are."""
-        return not self.opening.ids and (torch.compiler.is_compiling() or self.backbone.packs)
+        if torch.compiler.is_compiling():  # when it cannot be tried out; a trainer has done so before
+            return not self.opening.ids and bool(vars(self.backbone).get("packs", True))
+        return not self.opening.ids and self.backbone.packs
 
     def draft(self, inputs: Inputs, past: Past) -> Tensor:
         """Read tokens before the anchor does; returns the model's own logits for the next one, (B, V_A).

@@ -237,8 +237,13 @@ def _check_packing(model: Any, arguments: Any) -> None:
             "trainer.packing_strategy: expected 'bfd', since with refresh: false an augmenting model reads the prompt "
             "of each text, but 'wrapped' does not tell texts apart; leave it out."
         )
+    if cut or is_spread(model):
+        return
     anchor = model.model.backbone()
-    if not cut and not is_spread(model) and not anchor.packs:
+    for name in model.model.augmenting:
+        if model.config.augmenting[name]["reads"] == "tokens":
+            _ = model.model.backbone(name).packs  # found out before anything is compiled
+    if not anchor.packs:
         raise ConfigError(
             f"trainer.{keys[0]}: expected an anchor that keeps texts apart whose positions begin anew within a row, "
             f"but {type(anchor.decoder).__name__} does not; leave it out."

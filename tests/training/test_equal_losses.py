@@ -105,6 +105,7 @@ def test_cached_or_packed(system: str, values: Callable[..., dict[str, Any]]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch's compiler, about what it traces
 @pytest.mark.parametrize("system", ["one tokenizer", "two tokenizers", "pointer", "encoder"])
 def test_compiled(system: str, values: Callable[..., dict[str, Any]]) -> None:
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}

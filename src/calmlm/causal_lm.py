@@ -30,7 +30,7 @@ from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, chec
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.modeling.probabilities import needed_for, pointed_logits
-from calmlm.readers import Inputs, given_of, prompt_of
+from calmlm.readers import Inputs, given_of, prompt_of, starts_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
@@ -297,7 +297,8 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             kwargs["logits_to_keep"] = self.model.backbone().kept(logits_to_keep, tokens)
         told = None
         if prompt_mask is None and labels is not None:
-            prompt_mask, told = prompt_of(labels), given_of(labels, past_key_values)
+            starts = starts_of(labels, attention_mask, position_ids)
+            prompt_mask, told = prompt_of(labels, starts), given_of(labels, past_key_values, starts)
         output, cache, pointed = self.model.run(
             self.anchor,
             Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask, told),

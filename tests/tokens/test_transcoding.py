@@ -98,23 +98,6 @@ def test_a_tokenizer_too_large_for_its_model_is_refused() -> None:
     assert_helpful(caught.value, "100", "augmenting tokenizer")
 
 
-def test_packed_rows_are_refused() -> None:
-    ours, theirs = tokenizer("bytes"), tokenizer("unigram")
-    model = calmlm.compose(
-        tiny_model("llama", vocab_size=len(ours)),
-        tiny_model("gpt2", vocab_size=len(theirs)),
-        2,
-        tokenizer=ours,
-        augmenting_tokenizer=theirs,
-    )
-    ids = ours("hello world", return_tensors="pt").input_ids
-    positions = torch.arange(ids.shape[1])[None]
-    logits_of(model, ids, position_ids=positions)
-    with pytest.raises(calmlm.DataError) as caught:
-        model(torch.cat((ids, ids), dim=1), position_ids=torch.cat((positions, positions), dim=1))
-    assert_helpful(caught.value, "packing")
-
-
 @pytest.mark.parametrize("kind", ["cross_attention", "flamingo"])
 def test_a_token_that_sees_nothing_is_left_alone_with_a_null_key_too(kind: str) -> None:
     ours, theirs = tokenizer("bytes"), tokenizer("unigram")

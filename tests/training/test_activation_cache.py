@@ -262,7 +262,7 @@ def test_holes_and_packing_make_other_texts(tmp_path: Path) -> None:
         ({"input_ids": ids}, [True] * 6),
         ({"input_ids": holes, "attention_mask": mask}, mask[0].bool().tolist()),
         ({"input_ids": ids, **packed}, [True] * 6),
-        ({"input_ids": ids, "attention_mask": torch.ones_like(ids), **packed}, [True] * 6),
+        ({"input_ids": ids[:, :3]}, [True] * 3),  # the first of the packed texts, which is known by then
     ]
     with torch.no_grad():
         expected = [model(**given, use_cache=False).logits[0][keep] for given, keep in calls]
@@ -358,10 +358,38 @@ def test_missing_states_are_generated_skipped_or_refused(settings: Settings, tas
         run(other)
 
 
-def test_packed_rows_are_refused(settings: Settings) -> None:
-    values = {**settings("sft", padding_free=True), "activation_cache": "memory"}
+@pytest.mark.parametrize("name", ["shared ids", "own tokens, prefix, windows", "prompts"])
+def test_texts_of_packed_rows_are_known_by_themselves(name: str, tmp_path: Path) -> None:
+    """What was read in a packed row is known in another one, and in a row of its own; the anchor's stream as well."""
+    model = made(name).train()
+    rows = rows_of(model)
+
+    def packed(chosen: list[int]) -> dict[str, Tensor]:
+        some = [rows[index] for index in chosen]
+        labels = [[-100, *row["labels"][1:]] for row in some]
+        places = [list(range(len(row["input_ids"]))) for row in some]
+        parts = {"input_ids": [row["input_ids"] for row in some], "labels": labels, "position_ids": places}
+        return {key: torch.tensor([[number for one in part for number in one]]) for key, part in parts.items()}
+
+    calls = [packed([4, 0, 5]), packed([3, 1, 2, 0]), batch_of(rows[:3]), batch_of(rows[3:])]
+    expected = [model(**given, use_cache=False).loss.item() for given in calls]
+    cache = cache_of(model, tmp_path)
+    with cache.recording():
+        for given in (packed([0, 1, 2]), packed([5, 4, 3])):
+            model(**given, use_cache=False)
+        assert all(cache.known(rows))
+        with counting(model) as ran, counting(model, "") as all_layers:
+            found = [model(**given, use_cache=False).loss.item() for given in calls]
+    assert not ran
+    assert len(all_layers) == 4
+    assert cache.counts.generated == 6
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_that_cut_texts_are_refused(settings: Settings) -> None:
+    values = {**settings("sft", packing=True, packing_strategy="wrapped"), "activation_cache": "memory"}
     values["data"]["max_length"] = 32
-    with pytest.raises(ConfigError, match="trainer.padding_free: expected a row for each text beside activation_cache"):
+    with pytest.raises(ConfigError, match="trainer.packing_strategy: expected 'bfd' beside activation_cache"):
         run(values)
 
 

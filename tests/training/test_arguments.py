@@ -137,11 +137,15 @@ def test_refused_of_trls(trainer: dict[str, Any], message: str, settings: Settin
     assert message in refused(settings("sft", max_steps=2, **trainer))
 
 
-@pytest.mark.parametrize("key", ["packing", "padding_free"])
-def test_one_prompt_in_a_row(key: str, settings: Settings) -> None:
-    values = settings("sft", max_steps=2, **{key: True})
+def test_rows_of_several_texts(settings: Settings, tmp_path: Path) -> None:
+    values = settings("sft", max_steps=2, packing=True, packing_strategy="wrapped")
     values["model"]["refresh"] = False
-    assert f"trainer.{key}: expected one text in a row" in refused(values)
+    assert "trainer.packing_strategy: expected 'bfd', since with refresh: false" in refused(values)
+    tiny_model("opt", seed=1).save_pretrained(tmp_path / "opt")
+    tiny_tokenizer().save_pretrained(tmp_path / "opt")
+    values = settings("sft", max_steps=2, padding_free=True)
+    values["model"]["anchor"] = str(tmp_path / "opt")
+    assert "trainer.padding_free: expected an anchor that keeps texts apart" in refused(values)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import calmlm
 from calmlm import CalmForCausalLM
@@ -133,3 +133,15 @@ def test_partitioned_parameters_are_gathered(partitioned: CalmForCausalLM, tmp_p
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.composition_tensors().items())
     partitioned.save_pretrained(tmp_path, state_dict=state)
     assert len(load_file(tmp_path / "model.safetensors")) == len(state)
+
+
+def test_gates_that_were_saved_without_a_dimension_are_read(tmp_path: Path) -> None:
+    """FSDP2 takes none; earlier versions wrote them so."""
+    model = tiny_composition(words="map", gate=True, null_key=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scalars = [name for name, tensor in tensors.items() if tensor.shape == (1,) and not name.endswith("null_key")]
+    assert {name.rsplit(".", 1)[-1] for name in scalars} >= {"gate", "gate_bias", "opening", "scale_anchor"}
+    save_file({n: t.reshape(()) if n in scalars else t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    again = CalmForCausalLM.from_pretrained(tmp_path, anchor=model.anchor, augmenting=model.augmenting["augmenting"])
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))

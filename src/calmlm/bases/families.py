@@ -285,7 +285,7 @@ class Backbone:
             return
         if self.packs:
             return
-        anew = positions[:, 1:] < positions[:, :-1]
+        anew = positions[:, 1:] <= positions[:, :-1]
         if isinstance(mask, Tensor) and mask.ndim == 2:
             real = mask[:, -positions.shape[1] :].bool().to(positions.device)
             anew = anew & real[:, 1:] & real[:, :-1]

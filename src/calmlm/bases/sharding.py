@@ -31,7 +31,7 @@ def is_absent(tensor: Tensor) -> bool:
 
 
 def gathered(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor] | None:
-    """Trained tensors of a model that is spread over processes, whole and on the CPU; all processes have to call this.
+    """Tensors of a model that is spread over processes, whole and on the CPU; all processes have to call this.
 
     Args:
         model: as a trainer has wrapped it.
@@ -47,6 +47,13 @@ def gathered(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tenso
         found = {name: p for name, p in partitioned.items() if wanted(name)}
         with import_module("deepspeed.zero").GatheredParameters(list(found.values())):
             return {name: p.detach().cpu().clone() for name, p in found.items()}
+    own = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in model.state_dict().items()}
+    if any(hasattr(tensor, "full_tensor") for tensor in own.values()):
+        chosen = {name: tensor for name, tensor in own.items() if wanted(name)}
+        return {
+            name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+            for name, tensor in chosen.items()
+        }
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # The frozen bases stay where they are.

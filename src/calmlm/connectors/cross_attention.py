@@ -118,7 +118,7 @@ class CrossAttention(nn.Module):
         self.v_proj = linear(anchor_size, anchor_size, rank)
         self.o_proj = linear(anchor_size, anchor_size, rank)
         self.null_key = nn.Parameter(torch.zeros(num_heads, self.head_dim)) if null_key else None
-        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gate else None
         self.reset_parameters(query_key_bias)
 
     def reset_parameters(self, query_key_bias: float | None = None) -> None:

@@ -42,7 +42,7 @@ class Flamingo(nn.Module):
             nn.GELU(),
             nn.Linear(EXPANSION * anchor_size, anchor_size, bias=False),
         )
-        self.feed_forward_gate = nn.Parameter(torch.zeros(()))
+        self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     @property
     def is_identity(self) -> bool:

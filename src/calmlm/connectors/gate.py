@@ -51,10 +51,11 @@ class ConvexGate(nn.Module):
 
     def __init__(self, augmenting_size: int, anchor_size: int, *, bias: float = 0.0, opened: bool = False) -> None:
         super().__init__()
+        # FSDP2 takes no parameters without a dimension.
         self.gate_anchor = nn.Parameter(torch.zeros(anchor_size))
         self.gate_augmenting = nn.Parameter(torch.zeros(augmenting_size))
-        self.gate_bias = nn.Parameter(torch.tensor(bias / GATE))
-        self.opening = nn.Parameter(torch.tensor(1 / OPENING if opened else 0.0))
+        self.gate_bias = nn.Parameter(torch.tensor([bias / GATE]))
+        self.opening = nn.Parameter(torch.tensor([1 / OPENING if opened else 0.0]))
 
     @property
     def attention(self) -> ConvexGate:
@@ -77,7 +78,7 @@ class ConvexGate(nn.Module):
         return GATE * (found + self.gate_bias.float())[..., None]
 
     def opened(self) -> Tensor:
-        """How far the gate is opened, a scalar in [0, 1]."""
+        """How far the gate is opened, (1,), in [0, 1]."""
         return _Bounded.apply(OPENING * self.opening.float())  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -91,7 +92,7 @@ def shares(parts: list[tuple[ConvexGate, Tensor, Tensor | None]], anchor: Tensor
     """
     logits = [_hidden(gate.gate(anchor, states), seen) for gate, states, seen in parts]
     found = torch.cat((torch.zeros_like(logits[0]), *logits), dim=-1).softmax(-1)[..., 1:]
-    return found * torch.stack([gate.opened() for gate, _, _ in parts])
+    return found * torch.cat([gate.opened() for gate, _, _ in parts])
 
 
 def _unit(state: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class WordMap(ConvexGate):
             self.map.weight.zero_()
             self.map.bias.zero_()
         self.map.requires_grad_(train_map)
-        self.scale_augmenting = nn.Parameter(torch.ones(()))
-        self.scale_anchor = nn.Parameter(torch.ones(()))
+        self.scale_augmenting = nn.Parameter(torch.ones(1))
+        self.scale_anchor = nn.Parameter(torch.ones(1))
 
     @torch.no_grad()
     def start(self, weight: Tensor, bias: Tensor) -> None:

@@ -146,6 +146,9 @@ def read_tensors(path: Path, expected: Iterable[tuple[str, Tensor]], source: str
             f"belongs to something else."
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in expected}
+    for name, tensor in tensors.items():
+        if not tensor.ndim and shapes.get(name) == (1,):  # as they were before
+            tensors[name] = tensor.reshape(1)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != found:
         wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))

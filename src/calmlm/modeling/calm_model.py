@@ -8,6 +8,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ from calmlm.readers import (
     needs_tokens,
     no_cache,
     positions_for,
+    texts_of,
 )
 from calmlm.state.cache import CalmCache
 from calmlm.state.hooks import Call, Pointed, Slot, attach, attach_adapters, attach_words, checkpoint_frozen, detach
@@ -512,6 +514,8 @@ class CalmModel(CalmPreTrainedModel):
         for name, text in (inputs.augmenting or {}).items():
             if self.reads_text(name):
                 check_text(text, name, inputs.ids.shape[0])
+        if past_key_values is None and not use_cache and inputs.positions is not None:
+            inputs, use_cache = self._told_apart(inputs, use_cache)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.cache_for(past_key_values, use_cache and self.can_cache)
@@ -553,6 +557,26 @@ class CalmModel(CalmPreTrainedModel):
         if cache is not None:
             cache.advance(inputs.ids.shape[1])
         return output, cache, call.pointed
+
+    def _told_apart(self, inputs: Inputs, use_cache: bool | None) -> tuple[Inputs, bool | None]:
+        """The inputs of a call without a cache with what its readers need of packed rows, which get no cache then.
+
+        Looking for them waits for the device.
+        """
+        readers: list[Any] = [self._readers[name] for name in self.active]
+        apart = self.slot.recorder is not None or not all(isinstance(r, SharedReader) and r.packs for r in readers)
+        apart = apart or any(self.reads_text(name) for name in inputs.augmenting or {})
+        cached = use_cache is None and self.config.use_cache and not self.training
+        if not apart and (torch.compiler.is_compiling() or not (cached or inputs.mask is not None)):
+            return inputs, use_cache
+        texts = texts_of(inputs)
+        for name in inputs.augmenting or {} if texts is not None else ():
+            if self.reads_text(name):
+                raise DataError(
+                    f"Each row must hold one text where the augmenting model {name!r} reads another one, but got "
+                    f"position_ids that begin anew within a row: give each text a row of its own."
+                )
+        return replace(inputs, texts=texts if apart else None), use_cache if texts is None else False
 
     def _run_alone(
         self,

@@ -18,6 +18,8 @@ __all__ = ["ANCHOR", "Shortcut", "run_anchor", "skipping"]
 ANCHOR = ""
 """The name under which a recorder knows the anchor."""
 HARMLESS = {"logits_to_keep", "return_dict"}
+LENGTHS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""What collators say of packed rows beside their positions, which say the same."""
 SHOWN = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What a configuration asks of all layers."""
 CLOSE = 1e-3  # of the largest number; another way to the same state may round otherwise, a wrong one is far off
@@ -44,7 +46,7 @@ def run_anchor(
     """
     mask = inputs.mask
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    other = {name for name, value in named.items() if value is not None} - HARMLESS
+    other = {name for name, value in named.items() if value is not None} - HARMLESS - LENGTHS
     shows_more = any(getattr(config, name, False) for name in SHOWN)
     if not getattr(recorder, "keeps_anchor", False) or other or shows_more or not plain or not len(lower):
         return call()

@@ -25,6 +25,7 @@ from calmlm.readers.inputs import (
 )
 from calmlm.readers.own_text import OwnReader
 from calmlm.readers.own_tokens import AlignedReader
+from calmlm.readers.packing import starts_of, texts_of
 from calmlm.readers.preamble import Opening
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
@@ -51,6 +52,8 @@ __all__ = [
     "no_cache",
     "positions_for",
     "prompt_of",
+    "starts_of",
+    "texts_of",
 ]
 
 

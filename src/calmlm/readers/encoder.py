@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmlm.connectors.cross_attention import eager_attention
+from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
 from calmlm.readers.kept_states import Reading, reading
+from calmlm.readers.packing import Texts
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -37,7 +38,7 @@ class EncoderReader(Common):
         given = dict((inputs.augmenting or {}).get(self.name) or {})
         if frontier.width == 0:
             frontier.given = given
-            owner = self._encode(stream, dict(given), inputs.ids)
+            owner = self._encode(stream, dict(given), inputs)
         elif given and not _same(given, frontier.given):
             raise DataError(
                 f"The augmenting model {self.name!r} must be given its inputs once, in the first call, but got others "
@@ -53,8 +54,14 @@ class EncoderReader(Common):
         if padding is not None:
             self._forget(padding, frontier)
         frontier.extend(inputs.ids, real, owner)
-        stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
-        if self.connector.rotary:
+        visible = frontier.mask(inputs.ids.shape[1])
+        if inputs.texts is not None:
+            visible = visible & inputs.texts.same(owner)[:, None]
+        stream.mask, stream.seeing, stream.attention = self.masked(visible)
+        if self.connector.rotary and inputs.texts is not None:
+            places = inputs.texts.place, inputs.texts.places(owner)
+            stream.rotation, stream.key_rotation = (rotary_angles(p, self.connector.head_dim) for p in places)
+        elif self.connector.rotary:
             stream.rotation, stream.key_rotation = frontier.rotations(
                 inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
             )
@@ -70,7 +77,7 @@ class EncoderReader(Common):
             )
         frontier.forget(columns)
 
-    def _encode(self, stream: Stream, given: dict[str, Any], ids: Tensor) -> Tensor:
+    def _encode(self, stream: Stream, given: dict[str, Any], inputs: Inputs) -> Tensor:
         """Run the encoder; returns the owners of its positions."""
         at = given.pop("at", None)
         if not given:
@@ -94,19 +101,25 @@ class EncoderReader(Common):
                 f"The connected layers of {self.name!r} must have states of width {size}, but layer {layer} of "
                 f"{type(self.model).__name__} has {states.shape[-1]}: connect layers of that width, or another encoder."
             )
-        return self._spread(stream, given, at, ids)
+        return self._spread(stream, given, at, inputs.ids, inputs.texts)
 
-    def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor) -> Tensor:
+    def _spread(self, stream: Stream, given: dict[str, Any], at: Any, ids: Tensor, texts: Texts | None) -> Tensor:
         """Give each row its encoded items (several rows of a beam share them); returns what token each position is at.
 
-        ``at`` is (rows, items) int64, the column of each item's token, -1 for an item that is not there.
+        ``at`` is (rows, items) int64, the column of each item's token, -1 for an item that is not there; by default
+        there is one item for each text, which stands at its first token.
         """
         states = next(iter(stream.hidden.values()))
         pooled = states.ndim == 2
         if pooled:  # one distribution for the whole item
             stream.hidden = {layer: hidden[:, None] for layer, hidden in stream.hidden.items()}
             states = states[:, None]
-        if at is None:
+        mask = None if pooled else self._mask(given, states)
+        if at is None and texts is not None:
+            at, item = self._at_texts(texts, len(states))
+            stream.hidden = {layer: hidden[item.to(hidden.device)] for layer, hidden in stream.hidden.items()}
+            states, mask = next(iter(stream.hidden.values())), None if mask is None else mask[item.to(mask.device)]
+        elif at is None:
             at = torch.zeros((states.shape[0], 1), dtype=torch.long)
         self._check_items(at, states.shape[0], ids.shape[0])
         at = at.to(ids.device)
@@ -115,7 +128,6 @@ class EncoderReader(Common):
         for layer, hidden in stream.hidden.items():
             stream.hidden[layer] = hidden.reshape(given_rows, -1, hidden.shape[-1]).repeat_interleave(times, 0)
         owner = at[:, :, None].expand(-1, -1, states.shape[1])
-        mask = None if pooled else self._mask(given, states)
         if mask is not None:
             owner = owner.masked_fill(mask.to(ids.device).view(given_rows, items, -1) == 0, NOBODY)
         return owner.reshape(given_rows, -1).repeat_interleave(times, 0)
@@ -146,6 +158,21 @@ class EncoderReader(Common):
                 f"without padding."
             )
         return mask if mask.shape[1] == length else None
+
+    def _at_texts(self, texts: Texts, items: int) -> tuple[Tensor, Tensor]:
+        """Where the texts of packed rows begin, (B, most), and the item of each, (B * most,)."""
+        count = len(texts.row)
+        if items != count:
+            raise DataError(
+                f"augmenting_inputs[{self.name!r}] must hold one item for each of the {count} texts that share rows, "
+                f"or say with 'at' which tokens the items belong to, but got {items}: pass one each, or 'at'."
+            )
+        of_rows = torch.bincount(texts.row)
+        place = torch.arange(count, device=of_rows.device) - (of_rows.cumsum(0) - of_rows)[texts.row]
+        at = texts.start.new_full((len(of_rows), int(of_rows.max())), NOBODY)
+        item = torch.zeros_like(at)
+        at[texts.row, place], item[texts.row, place] = texts.start, torch.arange(count, device=at.device)
+        return at, item.flatten()
 
     def _check_items(self, at: Any, items: int, rows: int) -> None:
         whole = isinstance(at, Tensor) and not at.is_floating_point() and at.dtype != torch.bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.state.cache import length_in
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.past import Past
+
+if TYPE_CHECKING:
+    from calmlm.readers.packing import Texts
 
 # The argument of models that keep a state alone: they multiply their input with the mask, which must be as long.
 STATE = "cache_params"
@@ -32,6 +35,8 @@ class Inputs:
         composed: (B,) bool, which rows the composition speaks in, or None for all.
         told: (B, past + T or fewer) bool, which tokens of the text were given and not generated; None where only
             ``prompt`` tells. Read by ``OwnReader`` alone.
+        texts: the texts of packed rows, in a call without a cache; None where each row holds one, or where nobody needs
+            to tell them apart.
     """
 
     ids: Any
@@ -41,6 +46,7 @@ class Inputs:
     augmenting: dict[str, dict[str, Any]] | None
     composed: Tensor | None = None
     told: Tensor | None = None
+    texts: Texts | None = None
 
 
 def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
@@ -101,15 +107,45 @@ def needs_tokens() -> DataError:
     )
 
 
-def prompt_of(labels: Tensor) -> Tensor:
-    """Which tokens belong to the prompt: those before the first label; (B, T) int64 to (B, T) bool."""
-    return (labels != -100).cumsum(-1) == 0
+def prompt_of(labels: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Which tokens belong to the prompt: those before the first label of their text; (B, T) int64 to (B, T) bool.
+
+    The first token of a text always does: nothing predicts it, whatever its label.
+
+    Args:
+        labels: -100 for none.
+        starts: (B, T) bool, where texts begin; None for the first column alone.
+    """
+    starts = _starts(labels) if starts is None else starts
+    learned = (labels != -100) & ~starts
+    counted = learned.long().cumsum(-1)
+    begun = torch.where(starts, counted, 0).cummax(-1).values  # how many there were before the text
+    return counted == begun
 
 
-def given_of(labels: Tensor, past: Cache | None) -> Tensor:
-    """Which tokens of a text were given: those without a label; (B, T) int64 to (B, past + T) bool."""
+def given_of(labels: Tensor, past: Cache | None, starts: Tensor | None = None) -> Tensor:
+    """Which tokens of a text were given: those without a label; (B, T) int64 to (B, past + T) bool.
+
+    The first token of a text is taken for what the second one is: nothing predicts it, whatever its label.
+
+    Args:
+        labels: -100 for none.
+        past: of earlier calls, whose tokens were given.
+        starts: (B, T) bool, where texts begin; None for the first column alone.
+    """
     before = length_in(past) if past is not None else 0
-    return nn.functional.pad(labels == -100, (before if isinstance(before, int) else 0, 0), value=True)
+    before = before if isinstance(before, int) else 0
+    given = labels == -100
+    if not before:
+        starts = _starts(labels) if starts is None else starts
+        given = torch.where(starts, nn.functional.pad(given[:, 1:], (0, 1), value=True), given)
+    return nn.functional.pad(given, (before, 0), value=True)
+
+
+def _starts(labels: Tensor) -> Tensor:
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, :1] = True
+    return starts
 
 
 def real_tokens(inputs: Inputs, name: str) -> Tensor:
@@ -142,10 +178,10 @@ def padded_since(inputs: Inputs, frontier: Frontier) -> Tensor | None:
 
 
 def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:
-    """Raise where positions begin anew within a row: the streams of several texts in one row would mix.
+    """Raise where positions begin anew within a row that a cache takes for one text.
 
     Raises:
-        DataError: for packed rows.
+        DataError: for such rows.
     """
     positions = inputs.positions
     if positions is None or positions.shape[-1] < 2:
@@ -153,8 +189,8 @@ def check_one_text(inputs: Inputs, real: Tensor, name: str) -> None:
     both = (real[:, 1:] & real[:, :-1]).to(positions.device)
     if bool((both & (positions[..., 1:] <= positions[..., :-1])).any()):
         raise DataError(
-            f"Each row must hold one text where the augmenting model {name!r} does not share the anchor's token ids, "
-            f"but got position_ids that begin anew within a row: switch packing off."
+            f"Each row must hold one text where a cache is used, because the augmenting model {name!r} goes on from "
+            f"it, but got position_ids that begin anew within a row: pass use_cache=False, or switch packing off."
         )
 
 

@@ -18,17 +18,19 @@ States = dict[int, Tensor]
 
 @dataclass(frozen=True)
 class Reading:
-    """One row of a call, without its padding.
+    """One row of a call, without its padding, or one text of a packed row.
 
     Attributes:
         key: 32 bytes that stand for all that the model is given: ids, positions, which token stands behind which.
         columns: of the call that hold the row, (S,) int64; None for all of them.
         length: how many there are, or 0 where only the model will tell.
+        row: of the call, where several texts share one; None for as many readings as rows.
     """
 
     key: bytes
     columns: Tensor | None
     length: int
+    row: int | None = None
 
 
 class Recorder(Protocol):
@@ -75,14 +77,25 @@ def readings(ids: Tensor, real: Tensor, *more: Tensor) -> list[Reading]:
 def readings_of(inputs: Any) -> list[Reading]:
     """The rows of a composition's call by the anchor's tokens, and by the positions that its caller gave.
 
-    With these, several texts may share a row; they are kept apart where there is no mask, and only there.
+    With these, several texts may share a row, and each is known as if it had one of its own.
     """
+    if inputs.texts is not None:
+        return _readings_of_texts(inputs)
     mask, positions = inputs.mask, inputs.positions
     real = torch.ones_like(inputs.ids) if mask is None else mask
     if positions is None:
         return readings(inputs.ids, real)
     positions = positions if positions.ndim == 2 else positions[0]
     return readings(inputs.ids, real, positions, torch.full_like(inputs.ids[:1], int(mask is None)))
+
+
+def _readings_of_texts(inputs: Any) -> list[Reading]:
+    texts, apart = inputs.texts, inputs.texts.apart(inputs)
+    found = []
+    rows = zip(readings_of(apart), texts.row.tolist(), texts.start.tolist(), texts.length.tolist(), strict=True)
+    for known, row, start, length in rows:
+        found.append(Reading(known.key, torch.arange(start, start + length), length, row))
+    return found
 
 
 def gathered(hidden: dict[int, Tensor], rows: Sequence[Reading]) -> list[States]:
@@ -93,9 +106,10 @@ def gathered(hidden: dict[int, Tensor], rows: Sequence[Reading]) -> list[States]
         rows: of the call.
     """
     on_cpu = {layer: states.detach().cpu() for layer, states in hidden.items()}
+    places = [index if row.row is None else row.row for index, row in enumerate(rows)]
     return [
-        {layer: s[index] if row.columns is None else s[index, row.columns] for layer, s in on_cpu.items()}
-        for index, row in enumerate(rows)
+        {layer: s[place] if row.columns is None else s[place, row.columns] for layer, s in on_cpu.items()}
+        for place, row in zip(places, rows, strict=True)
     ]
 
 
@@ -113,8 +127,9 @@ def placed(states: Sequence[States], rows: Sequence[Reading], width: int, device
         if rows[0].columns is None:
             found[layer] = torch.stack([row[layer] for row in states]).to(device)
             continue
-        made = first.new_zeros((len(rows), width, first.shape[-1]))
-        for index, (row, own) in enumerate(zip(rows, states, strict=True)):
-            made[index, row.columns] = own[layer]
+        places = [index if row.row is None else row.row for index, row in enumerate(rows)]
+        made = first.new_zeros((max(places) + 1, width, first.shape[-1]))
+        for place, row, own in zip(places, rows, states, strict=True):
+            made[place, row.columns] = own[layer]
         found[layer] = made.to(device)
     return found

@@ -16,6 +16,7 @@ from calmlm.connectors.cross_attention import eager_attention
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.readers.kept_states import Reading, reading
+from calmlm.readers.packing import read_apart
 from calmlm.state.frontier import NOBODY, Frontier, Shift
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Announced, Past, crop_cache
@@ -60,6 +61,8 @@ class OwnReader(Common):
 
     @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
     def read(self, inputs: Inputs, past: Past) -> Stream:
+        if inputs.texts is not None:
+            return read_apart(self, inputs, inputs.texts)
         past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
         real = catch_up(inputs, past, self.name)

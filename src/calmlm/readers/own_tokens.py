@@ -11,6 +11,7 @@ from torch import Tensor
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.readers.kept_states import readings
+from calmlm.readers.packing import read_apart
 from calmlm.state.frontier import NOBODY
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
@@ -27,6 +28,8 @@ class AlignedReader(Common):
     @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
     def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
+        if inputs.texts is not None:
+            return read_apart(self, inputs, inputs.texts)
         past = self.opening.begin(past, inputs.ids.shape[0])
         frontier = past.frontier
         real = catch_up(inputs, past, self.name)

@@ -13,6 +13,7 @@ from calmlm.errors import DataError
 from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
 from calmlm.readers.kept_states import readings
+from calmlm.readers.packing import read_apart
 from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
@@ -22,6 +23,8 @@ class PromptReader(Common):
     """A decoder that reads the prompt only and is not refreshed (paper, table 5, "m_A as encoder")."""
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
+        if inputs.texts is not None:
+            return read_apart(self, inputs, inputs.texts)
         frontier = past.frontier
         stream = Stream(None, None, None, past.cross, eager_attention)
         real = real_tokens(inputs, self.name)
@@ -45,7 +48,8 @@ class PromptReader(Common):
             )
             owner = torch.zeros_like(inputs.ids).masked_fill(~prompt, -1)
         frontier.extend(inputs.ids, real, owner)
-        stream.mask, stream.seeing, stream.attention = self.masked(frontier.mask(inputs.ids.shape[1]))
+        stream.visible = frontier.mask(inputs.ids.shape[1])
+        stream.mask, stream.seeing, stream.attention = self.masked(stream.visible)
         return stream
 
     def _prompt(self, inputs: Inputs) -> Tensor:

@@ -37,7 +37,8 @@ class SharedReader(Common):
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
         self._check(inputs.ids)
-        past = self.opening.begin(past, inputs.ids.shape[0])
+        read_as = inputs if inputs.texts is None else inputs.texts.apart(inputs)
+        past = self.opening.begin(past, read_as.ids.shape[0])
         seeing, attention = None, self.attention(boolean_mask=False)[1]
         if isinstance(inputs.mask, dict):
             mask = inputs.mask[f"cross.{self.name}"]
@@ -56,13 +57,22 @@ class SharedReader(Common):
         known = past.take_ahead(inputs.ids)
         read = next(iter(known.values())).shape[1] if known else 0
         if read < inputs.ids.shape[1]:
-            arguments = self._arguments(inputs, past, read)
+            arguments = self._arguments(read_as, past, read)
             whole = past.cross is None and (inputs.mask is None or getattr(inputs.mask, "ndim", 0) == 2)
-            self.run(stream, rows=partial(readings_of, inputs) if whole else None, **arguments)
+            self.run(stream, rows=partial(readings_of, read_as) if whole else None, **arguments)
+            if inputs.texts is not None:
+                stream.hidden = {layer: inputs.texts.beside(states) for layer, states in stream.hidden.items()}
         for layer, states in known.items():
             new = stream.hidden.get(layer)
             stream.hidden[layer] = states if new is None else torch.cat((states, new), dim=1)
         return stream
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model can be given rows of several texts as they are."""
+        if torch.compiler.is_compiling():  # when it cannot be tried out; a trainer has done so before
+            return not self.opening.ids and bool(vars(self.backbone).get("packs", True))
+        return not self.opening.ids and self.backbone.packs
 
     def draft(self, inputs: Inputs, past: Past) -> Tensor:
         """Read tokens before the anchor does; returns the model's own logits for the next one, (B, V_A).

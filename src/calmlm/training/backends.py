@@ -14,15 +14,17 @@ from transformers import DataCollatorForSeq2Seq, Trainer, get_scheduler
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 
+from calmlm.bases.sharding import is_spread
 from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
-from calmlm.readers import given_of, prompt_of
+from calmlm.readers import given_of, prompt_of, starts_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.lean_loss import lean
 from calmlm.training.retaining import RetainingTrainer
 from calmlm.training.run_folder import RunFolder
+from calmlm.training.whole_checkpoints import WholeCheckpoints
 
 __all__ = [
     "Rows",
@@ -221,17 +223,31 @@ def _check_padding(model: Any, arguments: Any, tokenizer: Any) -> None:
 
 
 def _check_packing(model: Any, arguments: Any) -> None:
-    """Raise where several texts are to share a row, and an augmenting model reads the prompt of one.
+    """Raise where several texts are to share a row, and something cannot tell them apart.
 
     Raises:
         ConfigError: naming the argument.
     """
-    for key in ("packing", "eval_packing", "padding_free"):
-        if getattr(arguments, key, None) and model.model.reads_prompts:
-            raise ConfigError(
-                f"trainer.{key}: expected one text in a row, since with refresh: false an augmenting model reads one "
-                f"prompt, but several are to share it; leave it out."
-            )
+    keys = [key for key in ("packing", "eval_packing", "padding_free") if getattr(arguments, key, None)]
+    if not keys:
+        return
+    cut = "packing" in keys and arguments.packing_strategy == "wrapped"  # rows that say nothing of their texts
+    if cut and model.model.reads_prompts:
+        raise ConfigError(
+            "trainer.packing_strategy: expected 'bfd', since with refresh: false an augmenting model reads the prompt "
+            "of each text, but 'wrapped' does not tell texts apart; leave it out."
+        )
+    if cut or is_spread(model):
+        return
+    anchor = model.model.backbone()
+    for name in model.model.augmenting:
+        if model.config.augmenting[name]["reads"] == "tokens":
+            _ = model.model.backbone(name).packs  # found out before anything is compiled
+    if not anchor.packs:
+        raise ConfigError(
+            f"trainer.{keys[0]}: expected an anchor that keeps texts apart whose positions begin anew within a row, "
+            f"but {type(anchor.decoder).__name__} does not; leave it out."
+        )
 
 
 def _try_out(trainer: Any, arguments: Any, train: Rows, evaluation: Rows | None) -> None:
@@ -280,7 +296,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
     from datasets import Dataset
     from trl import SFTTrainer
 
-    class Composed(ComposedTrainer, SFTTrainer):
+    class Composed(ComposedTrainer, WholeCheckpoints, SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             # TRL computes logits from states by itself, and what pointers say stands in no state.
             computed = Trainer.compute_loss if points else SFTTrainer.compute_loss
@@ -311,7 +327,7 @@ def lean_inputs(trainer: Any, inputs: Any, return_outputs: bool) -> Any:
 
 
 def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evaluation: Rows | None) -> Any:
-    class Composed(ComposedTrainer, Trainer):
+    class Composed(ComposedTrainer, WholeCheckpoints, Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             return super().compute_loss(model, lean_inputs(self, inputs, return_outputs), return_outputs, **kwargs)
 
@@ -332,7 +348,7 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
 
 @dataclass
 class WithPrompts:
-    """A collator that also says which tokens belong to the prompt; an object, so that workers can be sent it.
+    """A collator that also says which tokens belong to prompts; an object, so that workers can be sent it.
 
     Attributes:
         collate: makes the batch.
@@ -345,7 +361,8 @@ class WithPrompts:
     def __call__(self, rows: Any) -> dict[str, Any]:
         batch = self.collate(rows)
         labels = batch["labels"]
-        batch["prompt_mask"] = prompt_of(labels) if self.first else given_of(labels, None)
+        starts = starts_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
+        batch["prompt_mask"] = prompt_of(labels, starts) if self.first else given_of(labels, None, starts)
         return batch
 
 

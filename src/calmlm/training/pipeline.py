@@ -38,6 +38,7 @@ from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
+from calmlm.training.whole_checkpoints import is_fsdp2
 from calmlm.training.yaml import dump_yaml
 
 SLOW = 2.0  # times as long as in float32, from which on it is said
@@ -103,7 +104,8 @@ def train(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
     if checkpoint is not None:
-        check_continues(model, checkpoint, spread=bool(arguments.fsdp or arguments.deepspeed))
+        other = bool(arguments.deepspeed) or bool(arguments.fsdp and not is_fsdp2(arguments))
+        check_continues(model, checkpoint, other_files=other)
         changed = folder.changes(config.to_dict())
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
@@ -183,12 +185,11 @@ def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -
     settings = config.cache
     if settings.mode == "off":
         return None
-    for key in ("packing", "padding_free"):
-        if getattr(arguments, key, None):
-            raise ConfigError(
-                f"trainer.{key}: expected a row for each text beside activation_cache, which knows texts by their "
-                f"rows; leave one of the two out."
-            )
+    if getattr(arguments, "packing", None) and arguments.packing_strategy != "bfd":
+        raise ConfigError(
+            f"trainer.packing_strategy: expected 'bfd' beside activation_cache, which knows whole texts, but "
+            f"{arguments.packing_strategy!r} cuts them; leave one of the two out."
+        )
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "none"
     folder = Path(settings.folder or f"{config.output}.activations")
     return ActivationCache(settings, model, folder, report, precision)

@@ -42,19 +42,19 @@ def check_same(model: Any, saved: Path) -> None:
             )
 
 
-def check_continues(model: Any, checkpoint: Path, *, spread: bool = False) -> None:
+def check_continues(model: Any, checkpoint: Path, *, other_files: bool = False) -> None:
     """Raise unless a checkpoint was written while this composition was trained.
 
     Args:
         model: the composition.
         checkpoint: a complete one.
-        spread: whether the trainer spreads the model over processes, and saves its optimizer in files of other names.
+        other_files: whether the trainer saves its optimizer in files of other names, as DeepSpeed and FSDP1 do.
 
     Raises:
         ConfigError: naming what differs, or that its optimizer is missing.
     """
     check_same(model, checkpoint)
-    for file in () if spread else ("optimizer.pt", "scheduler.pt"):
+    for file in () if other_files else ("optimizer.pt", "scheduler.pt"):
         if not (checkpoint / file).is_file():
             raise ConfigError(
                 f"--resume: expected {file} in {checkpoint}, but there is none, as save_only_model saves none; start "

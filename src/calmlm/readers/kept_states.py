@@ -38,8 +38,13 @@ class Recorder(Protocol):
         """The states of all these rows, or None where some of them are not there."""
         ...
 
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
-        """Take what the model ``name`` has made of these rows."""
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> bool:
+        """Take what the model ``name`` has made of these rows.
+
+        Returns:
+            whether states of some of them were there already. Those are to be taken, by ``recall``: in another batch
+            they may come out with other last bits, and a run that goes on later would read them.
+        """
         ...
 
 

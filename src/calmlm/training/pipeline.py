@@ -33,6 +33,8 @@ from calmlm.training.backends import (
     upload,
 )
 from calmlm.training.cache_settings import UNITS
+from calmlm.training.curves import draw_curves
+from calmlm.training.going_on import check_agreement
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
@@ -99,6 +101,7 @@ def train(
 
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
+        check_agreement(checkpoint)
         report(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
@@ -118,6 +121,9 @@ def train(
         folder.start_in_one(arguments, dump_yaml(config.to_dict()), resume=kept)
 
     trainer.start = start
+    if cache is not None:
+        for one in (trainer, *([stage.trainer] if stage is not None else [])):
+            one.before_saving = cache.flush  # so that what a checkpoint has read is what a resumed run reads
     if checkpoint is None:
         _listen(model, tokenizer, rows, report)
     trainable, total = model.get_nb_trainable_parameters()
@@ -138,6 +144,8 @@ def train(
             steps, loss = outcome.global_step, outcome.training_loss
     if cache is not None:
         report(cache.summary())
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, folder, report)
     save_result(trainer, model, tokenizer, folder.composition, report)
     if arguments.push_to_hub:
         upload(trainer, folder.composition)

@@ -93,7 +93,19 @@ def _options(
     pass
 
 
-@app.command()
+class _WithSchema(typer.core.TyperCommand):
+    """A command whose help ends with the keys of the file that it reads."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.console import Console
+
+        from calmlm.training.schema_page import show_schema
+
+        super().format_help(ctx, formatter)
+        show_schema(Console())
+
+
+@app.command(cls=_WithSchema)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False, callback=expanded)],
     overrides: Annotated[

@@ -1,8 +1,8 @@
 """Runs of `calmlm` that can be killed: a process imports everything once and forks for each of them.
 
-As a program: prints that it is ready, reads a line of JSON for each run, {"arguments", "log", "folders", "kill_at"},
-prints the process id of the fork, then its status. A fork that has opened, moved or removed ``kill_at`` files in ``folders`` kills itself; one that
-ends by itself writes how many these were beside its log.
+As a program: prints that it is ready; then reads a line of JSON for each run, with its ``arguments``, ``log``,
+``folders`` and ``kill_at``, and prints the process id of the fork, and its status. A fork that has opened, moved or
+removed ``kill_at`` files in ``folders`` kills itself; one that ends by itself writes their number beside its log.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-__all__ = ["RUNNING", "ResumedTrainer", "any_process", "check_agreement"]
+__all__ = ["RUNNING", "ResumedTrainer", "check_agreement", "highest"]
 
 RUNNING = "running.json"
 
@@ -99,13 +99,13 @@ class ResumedTrainer(Trainer):
         return found
 
 
-def any_process(trainer: Trainer, flag: bool) -> bool:
-    """Whether a flag is set in any of the processes; all of them have to ask."""
+def highest(trainer: Trainer, value: int) -> int:
+    """The highest of all processes' values; all of them have to ask."""
     if trainer.args.world_size == 1:
-        return flag
-    found = torch.tensor(int(flag), device=trainer.args.device)
+        return value
+    found = torch.tensor(value, device=trainer.args.device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    return int(found)
 
 
 def check_finite(trainer: Trainer) -> None:
@@ -116,7 +116,7 @@ def check_finite(trainer: Trainer) -> None:
     """
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     own = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
-    if any_process(trainer, not all(bool(torch.isfinite(parameter).all()) for parameter in own)):
+    if highest(trainer, not all(bool(torch.isfinite(parameter).all()) for parameter in own)):
         raise CalmError(
             f"Expected weights that stay finite, but after step {trainer.state.global_step} some are infinite or no "
             f"number, so they were not saved: lower trainer.learning_rate, then go on from the last checkpoint with "

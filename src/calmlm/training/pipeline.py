@@ -37,7 +37,7 @@ from calmlm.training.curves import draw_curves
 from calmlm.training.going_on import check_agreement
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.retaining import Retained
-from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
+from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.yaml import dump_yaml
@@ -72,10 +72,13 @@ def train(
         CalmError: with one sentence about what is wrong.
     """
     folder = RunFolder(config.output)
-    folder.check(resume=resume, overwrite=overwrite)
-    arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
-    train_examples = load_examples(_listed(config.data.train))
-    eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    evaluates = config.data.eval is not None
+    _, arguments, train_examples, eval_examples = in_one_go(
+        lambda: folder.check(resume=resume, overwrite=overwrite),
+        lambda: make_arguments(config.backend, config.trainer, folder, evaluates=evaluates),
+        lambda: load_examples(_listed(config.data.train)),
+        lambda: load_examples(_listed(config.data.eval)) if evaluates else None,
+    )
     set_seed(arguments.seed)  # new connections draw their weights at random
     # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
     tokenizer = _tokenizer(config) if config.tokenizer is not None else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calmlm.errors import CalmError
 from calmlm.files.storage import text_writer, write_together
-from calmlm.training.going_on import any_process
+from calmlm.training.going_on import highest
 from calmlm.training.mean_gates import MeanGates
 from calmlm.training.run_folder import RunFolder
 
@@ -32,11 +32,14 @@ __all__ = ["WatchedTrainer", "bound_of", "is_far"]
 
 FIRST = 5  # logs that say what a loss is like at the start
 PATIENCE = 5  # logs in a row that a loss has to be above the bound
-TIMES, MORE = 3.0, 1.0  # of the start, and nats above that: a composition starts as the anchor, and only gets better
+TIMES, MORE = 2.0, 1.0  # of the start, and nats above that: a composition starts as the anchor, and only gets better
+BAD_GRADIENT, BAD_LOSS = 1, 2
+Part = tuple[dict[str, Any], Tensor]
+"""A batch that was in memory at once, and its loss."""
 
 
 def bound_of(losses: Sequence[float]) -> float:
-    """Above which a loss is far from where it began: 3 x the median of the first logs, and 1 nat."""
+    """Above which a loss is far from where it began: 2 x the median of the first logs, and 1 nat."""
     return TIMES * statistics.median(losses[:FIRST]) + MORE if len(losses) > FIRST else math.inf
 
 
@@ -62,7 +65,7 @@ class WatchedTrainer(Trainer):
 
     run: RunFolder
     gates: MeanGates | None = None
-    _batches: list[tuple[dict[str, Any], Tensor]]
+    _batches: list[Part]
     _now = -1
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -91,19 +94,15 @@ class WatchedTrainer(Trainer):
         # A scaler of losses tries factors that are too large, and skips those steps by itself.
         scaled = getattr(self.accelerator, "scaler", None) is not None
         infinite = found is not None and not scaled and not math.isfinite(float(found))
-        bad = [not bool(torch.isfinite(loss).all()) for _, loss in self._batches]
-        if any_process(self, infinite or any(bad)):
-            value = next((loss for (_, loss), wrong in zip(self._batches, bad, strict=True) if wrong), None)
-            what = (
-                f"the loss of step {self._now + 1} is {float(value):g}"
-                if value is not None
-                else (
-                    f"the gradient of step {self._now + 1} has the norm {float(found):g}"
-                    if infinite
-                    else f"step {self._now + 1} of another process has not"
-                )
-            )
-            self._stop(f"Expected a finite loss and gradient, but {what}", any(bad))
+        bad = [part for part in self._batches if not bool(torch.isfinite(part[1]).all())]
+        worst = highest(self, BAD_LOSS if bad else BAD_GRADIENT if infinite else 0)
+        step = f"step {self._now + 1}"
+        if worst == BAD_LOSS:
+            what = f"the loss of {step} is {float(bad[0][1]):g}" if bad else f"another process has none at {step}"
+            self._stop(f"Expected a finite loss, but {what}", bad)
+        elif worst == BAD_GRADIENT:
+            has = f"the gradient of {step} has the norm {float(found):g}"
+            self._stop(f"Expected a finite gradient, but {has}", self._batches)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -122,7 +121,7 @@ class WatchedTrainer(Trainer):
                 f"Expected a loss near {statistics.median(losses[:FIRST]):.3g}, as at the start, but at step "
                 f"{self.state.global_step} it is {losses[-1]:.3g}, and the last {PATIENCE} logged ones are all above "
                 f"{bound_of(losses):.3g}",
-                False,
+                self._batches,
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -130,21 +129,20 @@ class WatchedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or not is_far(self.state.log_history):
             super()._save_checkpoint(model, trial)
 
-    def _stop(self, what: str, bad: bool) -> None:
-        """Keep the batches of this step and raise.
+    def _stop(self, what: str, parts: list[Part]) -> None:
+        """Keep some parts of this step and raise.
 
         Args:
             what: has happened.
-            bad: whether to keep only those whose losses are not finite.
+            parts: to keep.
         """
-        step = self._now + 1
         try:
             kept = [
-                self._keep(number, step, batch, loss)
-                for number, (batch, loss) in enumerate(self._batches)
-                if not (bad and bool(torch.isfinite(loss).all()))
+                self._keep(number, part)
+                for number, part in enumerate(self._batches)
+                if any(part is other for other in parts)
             ]
-            where = f"its batch lies in {kept[0]}"
+            where = f"its batch lies in {kept[0]}" if kept else f"that one keeps the batch in {self.run.stopped}"
         except OSError as error:
             where = f"its batch could not be kept ({error.strerror})"
         last = self.run.last_checkpoint()
@@ -154,8 +152,9 @@ class WatchedTrainer(Trainer):
             f"{then}."
         )
 
-    def _keep(self, number: int, step: int, batch: dict[str, Any], loss: Tensor) -> Path:
-        """Write a batch as safetensors, and as JSON for people."""
+    def _keep(self, number: int, part: Part) -> Path:
+        """Write a part of a step as safetensors, and as JSON for people."""
+        (batch, loss), step = part, self._now + 1
         found = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
         rank = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 from calmlm.errors import CalmError, is_full
@@ -24,7 +26,7 @@ def sentence_for(error: BaseException, folder: RunFolder) -> CalmError | None:
     reason = " ".join(str(error).split())[:200].rstrip(". ")
     if is_full(error):
         return CalmError(f"Expected room for the run in {folder.path}, but the disk is full: free some, then {then}.")
-    if "DataLoader worker" in reason:
+    if "DataLoader worker (pid" in reason or _is_cut_off(error):
         return CalmError(
             f"Expected the workers that load data to last, but one is lost ({reason}): lower "
             f"trainer.dataloader_num_workers or give the machine more memory, then {then}."
@@ -38,3 +40,10 @@ def sentence_for(error: BaseException, folder: RunFolder) -> CalmError | None:
                 f"that one said last, then {then}."
             )
     return None
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Whether a worker was lost while it was handing over a batch."""
+    cut = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+    frames = traceback.extract_tb(error.__traceback__)
+    return cut and any(frame.filename.endswith("torch/utils/data/dataloader.py") for frame in frames)

@@ -338,8 +338,10 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     data, retain = read_what_fits(DataConfig, values.get("data")), read_what_fits(RetainConfig, values.get("retain"))
     cache = values.get("activation_cache")
     cache = read_what_fits(CacheConfig, {"mode": cache} if isinstance(cache, str) else cache)
+    named = {fault.partition(":")[0] for fault in faults}
     for part in (model, data, retain, cache):
-        faults += part.faults() if part is not None else []
+        found = part.faults() if part is not None else []
+        faults += [fault for fault in found if fault.partition(":")[0] not in named]
     backend = values.get("backend", "sft")
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):

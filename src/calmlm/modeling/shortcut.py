@@ -91,8 +91,7 @@ class Shortcut:
         if known is None:
             with _capturing(self.layers) as outputs:
                 output = call()
-            if recorder.record(ANCHOR, rows, gathered({top: state_of(outputs[top])}, rows)):
-                known = recorder.recall(ANCHOR, rows)
+            known = recorder.record(ANCHOR, rows, gathered({top: state_of(outputs[top])}, rows))
             if known is None:
                 return output
         device = next(self.layers[0].parameters()).device

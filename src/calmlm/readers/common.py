@@ -92,8 +92,7 @@ class Common:
             self._run(stream, head, arguments)
             hidden = {layer: states for layer, states in stream.hidden.items() if layer not in shared}
             whole = all(len(states) == len(read) for states in hidden.values())  # else an encoder makes several
-            if whole and recorder.record(self.name, read, gathered(hidden, read)):
-                known = recorder.recall(self.name, read)
+            known = recorder.record(self.name, read, gathered(hidden, read)) if whole else None
         if known and known[0]:
             width = arguments["input_ids"].shape[1] if read[0].columns is not None else 0
             hidden = placed(known, read, width, execution_device(self.backbone.decoder))

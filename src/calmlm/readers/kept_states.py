@@ -38,12 +38,12 @@ class Recorder(Protocol):
         """The states of all these rows, or None where some of them are not there."""
         ...
 
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> bool:
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> list[States] | None:
         """Take what the model ``name`` has made of these rows.
 
         Returns:
-            whether states of some of them were there already. Those are to be taken, by ``recall``: in another batch
-            they may come out with other last bits, and a run that goes on later would read them.
+            the states to go on with where some rows were known already, else None. In another batch a text may come out
+            with other last bits; with those of its first batch, a run that is resumed reads what this one has read.
         """
         ...
 

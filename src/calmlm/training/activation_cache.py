@@ -125,11 +125,11 @@ class ActivationCache:
         self.counts.seconds += time.perf_counter() - start
         return found
 
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> bool:
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> list[States] | None:
         """Take what the model ``name`` has made of these rows.
 
         Returns:
-            whether states of some of them were there already, and are to be taken.
+            the states to go on with, where those of some rows were there already.
 
         Raises:
             DataError: for numbers that are not finite.
@@ -152,7 +152,10 @@ class ActivationCache:
                 continue
             self.counts.bytes += size
             self.stores[name].put(row.key, record)
-        return held and not is_spread(self.model)  # whose processes could not all recall it
+        if not held or is_spread(self.model):  # whose processes do the same, whatever each of them knows
+            return None
+        kept = [self.stores[name].get(row.key) for row in rows]
+        return [_decoded(record, self.dtypes[name]) for record in kept if record is not None] if all(kept) else None
 
     def _say(self, line: str) -> None:
         if line not in self._said:

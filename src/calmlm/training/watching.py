@@ -158,8 +158,8 @@ class WatchedTrainer(Trainer):
         found = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
         rank = f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""
-        part = f"-part-{number}" if len(self._batches) > 1 else ""
-        name = f"step-{step}{rank}{part}"
+        numbered = f"-part-{number}" if len(self._batches) > 1 else ""
+        name = f"step-{step}{rank}{numbered}"
         told = {"step": step, "process": self.args.process_index, "part": number, "loss": str(float(loss))}
         told |= {"rows": _rows(tensors, self.processing_class)}
         text = json.dumps(told, indent=1, ensure_ascii=False)

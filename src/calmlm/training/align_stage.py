@@ -57,7 +57,7 @@ class AlignStage:
         own = own_contexts(model)
         encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on="all", own=own)
         self.rows, self.cut = encoded.rows, encoded.truncated
-        self.name = f"{folder.path.resolve().name}-align"
+        self.name = f"{folder.path.absolute().name}-align"
         check_ids(model, self.rows)
         self._check()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         "warmup_steps": 0.03,
         "logging_steps": 10,
         "report_to": ["tensorboard"],
-        "run_name": folder.path.resolve().name,
+        "run_name": os.path.basename(os.path.abspath(folder.path)),
         "project": PROJECT,
         "include_num_input_tokens_seen": "non_padding",  # and so tokens a second
         "save_total_limit": 2,

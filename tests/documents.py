@@ -67,7 +67,7 @@ def check_command(words: list[str]) -> None:
 def check_options(words: list[str]) -> None:
     """Raise unless the command has these options; a sentence may leave out what else it needs."""
     _, command, rest = _command_of(words)
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {"--help"} | {option for parameter in command.params for option in parameter.opts}
     unknown = [word for word in rest if word.startswith("-") and word not in known]
     assert not unknown, f"{' '.join(words)}: there is no {', '.join(unknown)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import calmlm
-from calmlm.errors import CalmError, ConfigError, DataError
+from calmlm.errors import CalmError, ConfigError, DataError, is_full
 from calmlm.files.paths import expanded
 
 FAULT = 2  # exit status of a wrong setting, model or file, as of a wrong option
@@ -64,7 +63,7 @@ def _click_status(error: Exception) -> int:
         say("Interrupted.")
         return INTERRUPTED
     show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if status is None and _is_full(error):
+    if status is None and is_full(error):
         say("error: Expected room for what is written, but the disk is full: free some, then go on with --resume.")
         return FAULT
     if status is None:
@@ -72,12 +71,6 @@ def _click_status(error: Exception) -> int:
     if show is not None:
         show()
     return int(status)
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a disk without room is behind an error; safetensors and torch say so in their messages alone."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))
 
 
 def say(message: str) -> None:
@@ -100,7 +93,19 @@ def _options(
     pass
 
 
-@app.command()
+class _WithSchema(typer.core.TyperCommand):
+    """A command whose help ends with the keys of the file that it reads."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.console import Console
+
+        from calmlm.training.schema_page import show_schema
+
+        super().format_help(ctx, formatter)
+        show_schema(Console())
+
+
+@app.command(cls=_WithSchema)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False, callback=expanded)],
     overrides: Annotated[

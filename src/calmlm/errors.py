@@ -13,9 +13,19 @@ the message alone and exits with status 2.
 
 from __future__ import annotations
 
+import errno
 import re
 
-__all__ = ["CalmError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "ModelError", "first_line"]
+__all__ = [
+    "CalmError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingExtraError",
+    "ModelError",
+    "first_line",
+    "is_full",
+]
 
 
 class CalmError(Exception):
@@ -57,3 +67,9 @@ def first_line(error: BaseException) -> str:
     """The first sentence of an error's message, at most one line of it, without its final full stop."""
     lines = str(error).strip().splitlines()
     return re.split(r"\.\s+(?=[A-Z])", lines[0])[0].rstrip(". ") if lines else type(error).__name__
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk without room is behind an error; safetensors and torch say so in their messages alone."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))

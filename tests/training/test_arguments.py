@@ -102,7 +102,7 @@ RECOMPUTED = {"activation_checkpointing": True}
         ({"fsdp": True}, "Using fsdp only works in distributed training"),
         ({"log_level": "loud"}, "trainer.log_level: expected 'detail' or 'debug'"),
         ({"include_num_input_tokens_seen": "some"}, "trainer.include_num_input_tokens_seen: expected 'all' or"),
-        ({"report_to": "zzz"}, "zzz is not supported"),
+        ({"report_to": "zzz"}, "but got 'zzz'; choose one"),
         ({"debug": "zzz"}, "zzz is not a valid DebugOption"),
     ],
     ids=str,

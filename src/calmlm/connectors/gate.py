@@ -8,6 +8,7 @@ with the anchor's state h_B and the augmenting model's state h_A scaled to unit 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,13 @@ class ConvexGate(nn.Module):
         anchor_size: D_B.
         bias: where the gate's logit starts.
         opened: whether the opening starts at 1.
+
+    Attributes:
+        observe: is told of each batch's gates, (..., 1) float32, and where they count, (...) bool or None; None for
+            nobody.
     """
+
+    observe: Callable[[Tensor, Tensor | None], None] | None = None
 
     # The protocol of ``calmlm.connectors``.
     before_layer = False
@@ -92,7 +99,11 @@ def shares(parts: list[tuple[ConvexGate, Tensor, Tensor | None]], anchor: Tensor
     """
     logits = [_hidden(gate.gate(anchor, states), seen) for gate, states, seen in parts]
     found = torch.cat((torch.zeros_like(logits[0]), *logits), dim=-1).softmax(-1)[..., 1:]
-    return found * torch.cat([gate.opened() for gate, _, _ in parts])
+    found = found * torch.cat([gate.opened() for gate, _, _ in parts])
+    for (gate, _, seen), own in zip(parts, found.split(1, dim=-1), strict=True):
+        if gate.observe is not None:
+            gate.observe(own, seen)
+    return found
 
 
 def _unit(state: Tensor) -> Tensor:

@@ -68,7 +68,10 @@ class Graft(ConvexGate):
             gate = gate * where[..., None]
         own = anchor.float()
         standard = (augmenting.to(self.dtype) - self.mean) / self.deviation
-        change = self.opened() * (self.map(standard).float() - own)
+        opened = self.opened()
+        if self.observe is not None:
+            self.observe(opened * gate, where)
+        change = opened * (self.map(standard).float() - own)
         if self.correction is not None:
             change = change + self.correction(standard).float()
         return (own + gate * change).to(anchor.dtype)

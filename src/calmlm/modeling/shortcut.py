@@ -90,15 +90,16 @@ class Shortcut:
             return call()
         known: list[States] | None = recorder.recall(ANCHOR, rows)
         top = len(self.layers) - 1
-        if known is not None:
-            device = next(self.layers[0].parameters()).device
-            state = placed(known, rows, width, device)[top]
-            with skipping(self.layers, self._forms, state):
-                return call()
-        with _capturing(self.layers) as outputs:
-            output = call()
-        recorder.record(ANCHOR, rows, gathered({top: state_of(outputs[top])}, rows))
-        return output
+        if known is None:
+            with _capturing(self.layers) as outputs:
+                output = call()
+            known = recorder.record(ANCHOR, rows, gathered({top: state_of(outputs[top])}, rows))
+            if known is None:
+                return output
+        device = next(self.layers[0].parameters()).device
+        state = placed(known, rows, width, device)[top]
+        with skipping(self.layers, self._forms, state):
+            return call()
 
     @torch.no_grad()
     def _try(self, call: Callable[[], Any]) -> bool:

@@ -91,9 +91,9 @@ class Common:
         if known is None:
             self._run(stream, head, arguments)
             hidden = {layer: states for layer, states in stream.hidden.items() if layer not in shared}
-            if all(len(states) == len(read) for states in hidden.values()):  # else an encoder makes several of an item
-                recorder.record(self.name, read, gathered(hidden, read))
-        elif known and known[0]:
+            whole = all(len(states) == len(read) for states in hidden.values())  # else an encoder makes several
+            known = recorder.record(self.name, read, gathered(hidden, read)) if whole else None
+        if known and known[0]:
             width = arguments["input_ids"].shape[1] if read[0].columns is not None else 0
             hidden = placed(known, read, width, execution_device(self.backbone.decoder))
             stream.hidden.update(hidden)

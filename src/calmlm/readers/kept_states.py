@@ -40,8 +40,13 @@ class Recorder(Protocol):
         """The states of all these rows, or None where some of them are not there."""
         ...
 
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
-        """Take what the model ``name`` has made of these rows."""
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> list[States] | None:
+        """Take what the model ``name`` has made of these rows.
+
+        Returns:
+            the states to go on with where some rows were known already, else None. In another batch a text may come out
+            with other last bits; with those of its first batch, a run that is resumed reads what this one has read.
+        """
         ...
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,13 @@ class ActivationCache:
         before, self.model.slot.recorder = self.model.slot.recorder, self
         try:
             yield self
-        finally:
+        except BaseException:
             self.model.slot.recorder = before
-            self.flush()
+            with suppress(ConfigError):  # what ended the run says more
+                self.flush()
+            raise
+        self.model.slot.recorder = before
+        self.flush()
 
     def flush(self) -> None:
         """Write what has not been written yet."""
@@ -121,12 +125,16 @@ class ActivationCache:
         self.counts.seconds += time.perf_counter() - start
         return found
 
-    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> None:
+    def record(self, name: str, rows: Sequence[Reading], states: Sequence[States]) -> list[States] | None:
         """Take what the model ``name`` has made of these rows.
+
+        Returns:
+            the states to go on with, where those of some rows were there already.
 
         Raises:
             DataError: for numbers that are not finite.
         """
+        held = False
         self.counts.generated += len(rows) if name != ANCHOR else 0
         for row, own in zip(rows, states, strict=True):
             if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
@@ -134,6 +142,7 @@ class ActivationCache:
                     f"Expected finite states of the {_role(name)}, but got NaN or infinity for a text of "
                     f"{row.length} tokens: leave that example out, or load the model in float32."
                 )
+            held = held or row.key in self.stores[name]
             if self.config.on_generate == "delete" or row.key in self.stores[name]:
                 continue
             record = _encoded(own, self.config.dtype)
@@ -143,6 +152,10 @@ class ActivationCache:
                 continue
             self.counts.bytes += size
             self.stores[name].put(row.key, record)
+        if not held or is_spread(self.model):  # whose processes do the same, whatever each of them knows
+            return None
+        kept = [self.stores[name].get(row.key) for row in rows]
+        return [_decoded(record, self.dtypes[name]) for record in kept if record is not None] if all(kept) else None
 
     def _say(self, line: str) -> None:
         if line not in self._said:

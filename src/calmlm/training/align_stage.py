@@ -57,6 +57,7 @@ class AlignStage:
         own = own_contexts(model)
         encoded = encode_examples(examples, tokenizer, max_length=max_length, loss_on="all", own=own)
         self.rows, self.cut = encoded.rows, encoded.truncated
+        self.name = f"{folder.path.absolute().name}-align"
         check_ids(model, self.rows)
         self._check()
         try:
@@ -76,7 +77,7 @@ class AlignStage:
                 del given[key]
         if "num_train_epochs" in own:
             given.pop("max_steps", None)
-        return given | own
+        return {"run_name": self.name} | given | own
 
     def run(self, start: Callable[[], None], *, resume: bool, report: Report) -> None:
         """Train on the text, unless an earlier run has; the model holds the result, and so does `align/composition`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer_utils import SchedulerType
 
 from calmlm.bases.sharding import is_spread
-from calmlm.data.extras import require
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
 from calmlm.readers import given_of, prompt_of, starts_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
+from calmlm.training.failures import sentence_for
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
+from calmlm.training.going_on import ResumedTrainer
 from calmlm.training.lean_loss import lean
+from calmlm.training.named_reporters import PROJECT, check_reporters
 from calmlm.training.retaining import RetainingTrainer
 from calmlm.training.run_folder import RunFolder
+from calmlm.training.watching import WatchedTrainer
 from calmlm.training.whole_checkpoints import WholeCheckpoints
 
 __all__ = [
@@ -55,6 +59,9 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
         "warmup_steps": 0.03,
         "logging_steps": 10,
         "report_to": ["tensorboard"],
+        "run_name": os.path.basename(os.path.abspath(folder.path)),
+        "project": PROJECT,
+        "include_num_input_tokens_seen": "non_padding",  # and so tokens a second
         "save_total_limit": 2,
         "dataloader_pin_memory": torch.cuda.is_available(),  # without a GPU it only warns
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not arguments.get("fp16"),
@@ -73,8 +80,7 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     if backend == "sft":
         merged.setdefault("router_aux_loss_coef", 0.0)  # of a mixture of experts, whose router is frozen
         merged["max_length"] = None  # rows are cut before they get there; see set_packing_length
-    if "tensorboard" in _as_list(merged["report_to"]):
-        require("tensorboard", "train", "Logging (trainer.report_to: tensorboard)")
+    check_reporters(_as_list(merged["report_to"]))
     try:
         made = cls(**merged)
     except Exception as error:  # whatever its checks, its files and its packages give rise to
@@ -152,6 +158,7 @@ def make_trainer(
         if isinstance(reporter, TensorBoardCallback):
             reporter.logging_dir = str(folder.logs)
     trainer.add_callback(FirstStep(trainer, reporters))
+    trainer.run = folder
     return trainer
 
 
@@ -159,6 +166,7 @@ def train_with(trainer: Any, checkpoint: Path | None) -> Any:
     """Train, from a checkpoint on if there is one; returns what the trainer does.
 
     Raises:
+        CalmError: the disk is full, or a worker or another process is lost.
         ConfigError: for whatever the trainer finds out about its arguments in its first step.
     """
     try:
@@ -166,6 +174,9 @@ def train_with(trainer: Any, checkpoint: Path | None) -> Any:
     except CalmError:
         raise
     except Exception as error:
+        outside = sentence_for(error, trainer.run)
+        if outside is not None:
+            raise outside from error
         if trainer.begun:
             raise
         raise _refusal(error) from error
@@ -304,7 +315,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
     points = model.model.points
 
-    class Held(RetainingTrainer, Composed):
+    class Held(WatchedTrainer, ResumedTrainer, RetainingTrainer, Composed):
         pass
 
     trainer = Held(
@@ -331,7 +342,7 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             return super().compute_loss(model, lean_inputs(self, inputs, return_outputs), return_outputs, **kwargs)
 
-    class Held(RetainingTrainer, Composed):
+    class Held(WatchedTrainer, ResumedTrainer, RetainingTrainer, Composed):
         pass
 
     # Despite its name the collator for any rows with labels: it pads those with -100.

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from calmlm.errors import ConfigError
 from calmlm.files.publishing import CARD_NAME, model_card
 from calmlm.files.storage import alignment_name, portable_config, write_text
+from calmlm.training.named_reporters import project_named
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -128,6 +129,7 @@ class FirstStep(TrainerCallback):
         self.trainer.begin()
         for reporter in self.reporters:
             self.trainer.add_callback(reporter)
-            reporter.on_train_begin(args, self.trainer.state, control, **kwargs)
+            with project_named(args):
+                reporter.on_train_begin(args, self.trainer.state, control, **kwargs)
             for state, logs in self.missed:
                 reporter.on_log(args, state, control, logs=logs, **kwargs)

@@ -33,9 +33,11 @@ from calmlm.training.backends import (
     upload,
 )
 from calmlm.training.cache_settings import UNITS
+from calmlm.training.curves import draw_curves
+from calmlm.training.going_on import check_agreement
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.retaining import Retained
-from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views
+from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.whole_checkpoints import is_fsdp2
@@ -71,10 +73,13 @@ def train(
         CalmError: with one sentence about what is wrong.
     """
     folder = RunFolder(config.output)
-    folder.check(resume=resume, overwrite=overwrite)
-    arguments = make_arguments(config.backend, config.trainer, folder, evaluates=config.data.eval is not None)
-    train_examples = load_examples(_listed(config.data.train))
-    eval_examples = load_examples(_listed(config.data.eval)) if config.data.eval is not None else None
+    evaluates = config.data.eval is not None
+    _, arguments, train_examples, eval_examples = in_one_go(
+        lambda: folder.check(resume=resume, overwrite=overwrite),
+        lambda: make_arguments(config.backend, config.trainer, folder, evaluates=evaluates),
+        lambda: load_examples(_listed(config.data.train)),
+        lambda: load_examples(_listed(config.data.eval)) if evaluates else None,
+    )
     set_seed(arguments.seed)  # new connections draw their weights at random
     # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
     tokenizer = _tokenizer(config) if config.tokenizer is not None else None
@@ -100,6 +105,7 @@ def train(
 
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
+        check_agreement(checkpoint)
         report(
             f"Going on from {checkpoint}." if checkpoint else "No complete checkpoint yet: starting at the beginning."
         )
@@ -120,6 +126,9 @@ def train(
         folder.start_in_one(arguments, dump_yaml(config.to_dict()), resume=kept)
 
     trainer.start = start
+    if cache is not None:
+        for one in (trainer, *([stage.trainer] if stage is not None else [])):
+            one.before_saving = cache.flush  # so that what a checkpoint has read is what a resumed run reads
     if checkpoint is None:
         _listen(model, tokenizer, rows, report)
     trainable, total = model.get_nb_trainable_parameters()
@@ -140,6 +149,8 @@ def train(
             steps, loss = outcome.global_step, outcome.training_loss
     if cache is not None:
         report(cache.summary())
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, folder, report)
     save_result(trainer, model, tokenizer, folder.composition, report)
     if arguments.push_to_hub:
         upload(trainer, folder.composition)

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calmlm.errors import ConfigError, first_line
+from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import portable_config
 from calmlm.training.backends import Rows
 
-__all__ = ["check_continues", "check_ids", "check_inputs", "check_same", "check_saving", "check_views"]
+__all__ = ["check_continues", "check_ids", "check_inputs", "check_same", "check_saving", "check_views", "in_one_go"]
 
 LOOKED_AT = 32  # rows of which a view has to show something
+
+
+def in_one_go(*steps: Callable[[], Any]) -> list[Any]:
+    """What each of these gives, or the faults of all that fail.
+
+    Raises:
+        CalmError: the one fault, or a ConfigError that names all of them.
+    """
+    found, faults = [], []
+    for step in steps:
+        try:
+            found.append(step())
+        except CalmError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ConfigError(f"The run has {len(faults)} faults: " + " ".join(map(str, faults)))
+    return found
 
 
 def check_same(model: Any, saved: Path) -> None:

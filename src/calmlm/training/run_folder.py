@@ -18,6 +18,10 @@ from calmlm.errors import ConfigError
 from calmlm.files.paths import expanded
 from calmlm.files.storage import WEIGHTS_NAME, probe_place, write_text
 
+PREFIX = "checkpoint-"
+SPREAD = ("*_fsdp*", "global_step*")
+"""Where the weights of a model that is spread over processes lie: FSDP's files, and DeepSpeed's."""
+
 
 class RunFolder:
     """The files of one training run.
@@ -26,6 +30,8 @@ class RunFolder:
     checkpoints/     one folder for each checkpoint
     logs/            TensorBoard's
     composition/     the result
+    loss.png         the losses, and gates.png the gates of a composition that has some
+    stopped/         the batch that a run was stopped at
     align/           of a run with a stage on plain text: the folder of that stage
     """
 
@@ -36,6 +42,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.composition = self.path / "composition"
         self.align = self.path / "align"
+        self.stopped = self.path / "stopped"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse to write where something stands already, unless that was asked for. Changes nothing.
@@ -54,7 +61,7 @@ class RunFolder:
                 f"Expected a folder for the output that can be written to, but {self.path} is none ({error}); name "
                 f"another output."
             ) from None
-        if not any(path.is_file() for path in self.path.rglob("*")):
+        if not any(path.is_file() and not self._is_passing(path) for path in self.path.rglob("*")):
             return
         if not resume and not overwrite:
             raise ConfigError(
@@ -67,6 +74,10 @@ class RunFolder:
                 f"name another output."
             )
 
+    def _is_passing(self, path: Path) -> bool:
+        """Whether a file is no result: one that was being written when a run was killed, or the batch it stopped at."""
+        return self.stopped in path.parents or (path.parent == self.path and path.name.startswith(".config.yaml."))
+
     def _is_run(self) -> bool:
         """Whether `calmlm train` has written the configuration that lies here."""
         try:
@@ -76,11 +87,24 @@ class RunFolder:
         return isinstance(found, dict) and {"output", "model", "data", "trainer"} <= found.keys()
 
     def start(self, config_text: str, *, resume: bool) -> None:
-        """Make the folder. Unless resumed, what an earlier run left on its way goes; its result stays for now."""
+        """Make the folder.
+
+        Unless resumed, what an earlier run left on its way goes; its result stays for now. Where a run is resumed,
+        checkpoints behind the last whole one go: Trainer would count them among those that it keeps.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for folder in (self.checkpoints, self.logs, self.align):
-                shutil.rmtree(folder, ignore_errors=True)
+        for left in (*self.path.glob(".config.yaml.*"), *self.path.glob(".earlier.*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if resume:
+            last = self.last_checkpoint()
+            for number, folder in self._numbered():
+                if last is None or number > int(last.name.removeprefix(PREFIX)):
+                    shutil.rmtree(folder)
+        else:
+            for folder in (self.checkpoints, self.logs, self.align, self.stopped):
+                if folder.exists():  # in one step, so that no part of an earlier run is ever gone on from
+                    folder.rename(self.path / f".earlier.{folder.name}")
+                    shutil.rmtree(self.path / f".earlier.{folder.name}")
         write_text(self.config, config_text)
 
     def start_in_one(self, arguments: Any, config_text: str, *, resume: bool) -> None:
@@ -108,12 +132,13 @@ class RunFolder:
 
         One that was damaged since is passed over.
         """
-        found = [
-            (int(folder.name.removeprefix("checkpoint-")), folder)
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit() and _is_whole(folder)
-        ]
+        found = [(number, folder) for number, folder in self._numbered() if _is_whole(folder)]
         return max(found)[1] if found else None
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """All folders of checkpoints, whole or not, with their steps."""
+        named = [(folder.name.removeprefix(PREFIX), folder) for folder in self.checkpoints.glob(f"{PREFIX}*")]
+        return [(int(number), folder) for number, folder in named if number.isdigit()]
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -131,7 +156,7 @@ def _is_whole(checkpoint: Path) -> bool:
     try:
         for name in ("trainer_state.json", "config.json"):
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        if (checkpoint / WEIGHTS_NAME).is_file():  # a model that is spread over processes lies elsewhere
+        if not any(any(checkpoint.glob(kind)) for kind in SPREAD):
             with safe_open(checkpoint / WEIGHTS_NAME, framework="pt"):
                 pass
     except (OSError, ValueError, SafetensorError):
@@ -164,7 +189,10 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in target.parent.glob(f".{target.name}.*.old"):  # by a process that was killed
+        left.rename(target) if not target.exists() else shutil.rmtree(left, ignore_errors=True)
+    for left in target.parent.glob(f".{target.name}.*.new"):
+        shutil.rmtree(left, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh

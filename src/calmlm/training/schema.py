@@ -217,7 +217,7 @@ class AlignConfig:
 
     Args:
         text: a file of plain text, a paragraph a line; by default `model.plain_text`.
-        trainer: how long and how fast it trains, over the run's own arguments; see `OF_STAGES`.
+        trainer: how long and how fast it trains, over the run's own arguments: max_steps, learning_rate and so on.
     """
 
     text: Place | None = None
@@ -333,12 +333,15 @@ def parse_config(values: Mapping[str, Any], source: str = "The configuration") -
     faults: list[str] = []
     values = _with_off(values)
     config = read_fields(TrainingConfig, values, faults)
-    if config is not None:
-        faults += config.cache.faults()
-        faults += config.retain.faults() if config.retain is not None else []
     # A key of the wrong type must not hide the faults of the others.
-    model, data = read_what_fits(ModelConfig, values.get("model")), read_what_fits(DataConfig, values.get("data"))
-    faults += [*(model.faults() if model else []), *(data.faults() if data else [])]
+    model = read_what_fits(ModelConfig, values.get("model"))
+    data, retain = read_what_fits(DataConfig, values.get("data")), read_what_fits(RetainConfig, values.get("retain"))
+    cache = values.get("activation_cache")
+    cache = read_what_fits(CacheConfig, {"mode": cache} if isinstance(cache, str) else cache)
+    named = {fault.partition(":")[0] for fault in faults}
+    for part in (model, data, retain, cache):
+        found = part.faults() if part is not None else []
+        faults += [fault for fault in found if fault.partition(":")[0] not in named]
     backend = values.get("backend", "sft")
     arguments = values.get("trainer", {})
     if backend in ("sft", "trainer") and isinstance(arguments, Mapping):

@@ -5,19 +5,21 @@
     index-<writer>.arrow               key, shard, offset and length of each text in the writer's shards
 
 A shard is written beside its place and moved there, then the index likewise. So what an interrupted run leaves behind
-is whole, or stands in no index and counts as missing.
+is whole, or stands in no index and counts as missing. Whoever opens the folder an hour later removes the latter.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +30,8 @@ from calmlm.files.storage import write_atomically, write_text
 __all__ = ["SHARD_BYTES", "Shards", "size_of"]
 
 SHARD_BYTES = 1 << 30
+ABANDONED = 3600.0
+"""Seconds after which a file that stands in no index has no writer any more."""
 ABOUT = "about.json"
 COLUMNS = ("key", "shard", "offset", "length")
 Record = Mapping[str, Tensor]
@@ -65,6 +69,7 @@ class Shards:
         self._waiting_bytes = self._written = 0
         for path in sorted(folder.glob("index-*.arrow")):
             self._places.update((key, place) for key, *place in self._read(path))  # type: ignore[misc]
+        self._sweep()
 
     def _check(self, about: dict[str, Any]) -> None:
         path = self.folder / ABOUT
@@ -86,6 +91,14 @@ class Shards:
                 f"{self.folder} must hold states of this composition's models and settings, but they were made with "
                 f"another {', '.join(other) or 'form'}: name another folder, or remove this one."
             )
+
+    def _sweep(self) -> None:
+        """Remove what a writer that was killed has left; one that lives takes less time to name its shard."""
+        named = {shard for shard, *_ in self._places.values()}
+        for path in (*self.folder.glob("shard-*.safetensors"), *self.folder.glob(".*")):
+            with suppress(OSError):  # another process sweeps as well
+                if path.name not in named and time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
 
     def _read(self, path: Path) -> list[tuple[bytes, str, int, int]]:
         from pyarrow import feather
@@ -160,7 +173,8 @@ class Shards:
         try:
             write_atomically(self.folder / shard, lambda path: save_file(tensors, path))
             self._index([*self._own, *places])
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            (self.folder / shard).unlink(missing_ok=True)  # in no index
             raise ConfigError(
                 f"The activation cache needs room on the disk of {self.folder}, but writing failed "
                 f"({first_line(error)}): free some, lower activation_cache.budget, or set activation_cache: off."

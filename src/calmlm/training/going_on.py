@@ -1,0 +1,142 @@
+"""What makes a resumed run the same run: a checkpoint that is whole, and all that the trainer knew when it was written.
+
+Trainer's own checkpoints leave out the loss since the last log, what the activation cache has not written yet, and
+whether the other processes are done writing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.trainer_pt_utils import nested_gather
+
+from calmlm.errors import CalmError, ConfigError, first_line, is_full
+from calmlm.files.storage import write_text
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+__all__ = ["RUNNING", "ResumedTrainer", "check_agreement", "highest"]
+
+RUNNING = "running.json"
+
+
+class ResumedTrainer(Trainer):
+    """Stands before ``Trainer``, or a subclass of it, in a class of both.
+
+    Attributes:
+        before_saving: called in every process before a checkpoint is written.
+    """
+
+    before_saving: Callable[[], None] | None = None
+    _loss_so_far = 0.0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as Trainer does, or leave nothing and say why.
+
+        Raises:
+            CalmError: it could not be written, or would hold weights that are not finite.
+        """
+        step, place = self.state.global_step, Path(self.args.output_dir)
+        check_finite(self)
+        if self.before_saving is not None:
+            self.before_saving()
+        self._loss_so_far = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item() if step else 0.0
+        try:
+            super()._save_checkpoint(model, trial)
+        except CalmError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (isinstance(error, (OSError, SafetensorError)) or is_full(error)):
+                raise
+            if self.args.should_save:
+                shutil.rmtree(place / f"checkpoint-{step}", ignore_errors=True)
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise CalmError(
+                f"Expected to write the checkpoint of step {step} in {place}, but that failed ({reason}): make room "
+                f"there, then go on from the one before it with --resume."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also save what is known since the last log, and let no process be left behind: its state comes last."""
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            known = {
+                "loss": self._loss_so_far,
+                "last_logged": getattr(self, "_globalstep_last_logged", 0),
+                "metrics": {key: list(found) for key, found in self._measured().items()},
+                "tokens": getattr(self, "_total_train_tokens", 0),
+            }
+            write_text(Path(output_dir) / RUNNING, json.dumps(known))
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "") / RUNNING
+        if checkpoint is None or not path.is_file():  # of an older version
+            return
+        known = json.loads(path.read_text(encoding="utf-8"))
+        # In place: the loop holds the tensor already.
+        self._tr_loss += torch.tensor(known["loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
+        self._total_loss_scalar -= known["loss"]  # the run's mean is over the steps of this call
+        self._globalstep_last_logged = known["last_logged"]
+        for key, values in known["metrics"].items():
+            self._measured()[key] = list(values)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = known["tokens"]
+
+    def _measured(self) -> dict[str, list[float]]:
+        """What TRL's trainer measures between two logs."""
+        found: dict[str, list[float]] = getattr(self, "_metrics", {}).get("train", {})
+        return found
+
+
+def highest(trainer: Trainer, value: int) -> int:
+    """The highest of all processes' values; all of them have to ask."""
+    if trainer.args.world_size == 1:
+        return value
+    found = torch.tensor(value, device=trainer.args.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def check_finite(trainer: Trainer) -> None:
+    """Raise where a checkpoint would replace good ones with weights that nothing can go on from.
+
+    Raises:
+        CalmError: naming the step.
+    """
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    own = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained]
+    if highest(trainer, not all(bool(torch.isfinite(parameter).all()) for parameter in own)):
+        raise CalmError(
+            f"Expected weights that stay finite, but after step {trainer.state.global_step} some are infinite or no "
+            f"number, so they were not saved: lower trainer.learning_rate, then go on from the last checkpoint with "
+            f"--resume."
+        )
+
+
+def check_agreement(checkpoint: Path | None) -> None:
+    """Raise unless all processes go on from the same checkpoint.
+
+    Raises:
+        ConfigError: they do not, as on machines that do not share the output.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    name = checkpoint.name if checkpoint is not None else "none"
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, name)
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"--resume: expected all processes to find the same checkpoint, but they find {', '.join(found)}; put the "
+            f"output on a disk that all machines share."
+        )

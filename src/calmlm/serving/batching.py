@@ -122,7 +122,11 @@ class Batch:
         mask, given = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for row, text in enumerate(self.texts):
             begin = longest - len(text.ids)
-            ids[row, begin:], mask[row, begin:], given[row, begin : begin + text.given] = torch.tensor(text.ids), 1, True
+            ids[row, begin:], mask[row, begin:], given[row, begin : begin + text.given] = (
+                torch.tensor(text.ids),
+                1,
+                True,
+            )
         self._mask = mask.to(device)
         self._cache = None
         self._note_composed()

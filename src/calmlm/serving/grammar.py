@@ -13,6 +13,7 @@ from calmlm.data.extras import require
 from calmlm.errors import ConfigError, first_line
 
 ANY_OBJECT = {"type": "object"}
+SPACE = {"whitespace_pattern": r"[ \n]{0,8}"}  # between parts; a model that is at a loss would write it for ever
 
 
 class SchemaWriter:
@@ -49,7 +50,7 @@ class SchemaWriter:
         from llguidance import LLMatcher
 
         try:
-            made = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            made = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACE)
             fault = LLMatcher.validate_grammar(made, self._tokenizer)
         except Exception as error:
             fault = first_line(error)

@@ -126,8 +126,12 @@ def make_app(catalogue: Catalogue, engine: Engine, *, api_key: str | None = None
         return wrong_request(list(error.errors())).response
 
     @app.exception_handler(HTTPException)
-    async def refuse_route(_request: Request, error: HTTPException) -> Response:
-        return RefusalError(error.status_code, str(error.detail)).response
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        if error.status_code in (404, 405):
+            message = f"The server must know {request.method} {request.url.path}, but does not: see /openapi.json."
+        else:
+            message = "The request body must be JSON, but it cannot be read: send JSON."
+        return RefusalError(error.status_code, message).response
 
     @app.exception_handler(Exception)
     async def refuse_fault(_request: Request, _error: Exception) -> Response:

@@ -77,7 +77,8 @@ class JsonGrammar:
 
     def take(self, token: int) -> None:
         """Go on behind a token."""
-        self._matcher.consume_token(token)
+        if not self._matcher.consume_token(token):
+            raise RuntimeError(f"llguidance refuses a token that it has allowed: {self._matcher.get_error()}")
 
     @property
     def ended(self) -> bool:

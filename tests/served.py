@@ -60,7 +60,9 @@ def engine_of(served: Catalogue, *, max_batch: int = 8, max_queue: int = 64) -> 
 
 
 @contextmanager
-def serving(served: Catalogue, *, max_batch: int = 8, max_queue: int = 64, **options: Any) -> Iterator[tuple[str, Engine]]:
+def serving(
+    served: Catalogue, *, max_batch: int = 8, max_queue: int = 64, **options: Any
+) -> Iterator[tuple[str, Engine]]:
     """A server's address, and its engine."""
     with engine_of(served, max_batch=max_batch, max_queue=max_queue) as engine:
         app = make_app(served, engine, **options)

@@ -24,7 +24,9 @@ NEW = 8
 
 
 @torch.no_grad()
-def write(lane: Lane, prompts: list[list[int]], count: int, arrivals: list[int], composed: list[bool]) -> list[list[int]]:
+def write(
+    lane: Lane, prompts: list[list[int]], count: int, arrivals: list[int], composed: list[bool]
+) -> list[list[int]]:
     """What each prompt is gone on with, where each comes at its own step and leaves after ``count`` tokens or an end."""
     texts = [Text(list(ids), len(ids), said) for ids, said in zip(prompts, composed, strict=True)]
     ends = lane.model.generation_config.eos_token_id
@@ -161,7 +163,9 @@ def test_what_is_joined_wrongly_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
     """Where a cache is put together in another order, texts are decoded one by one rather than wrongly."""
     lane = CompositionLane(tiny_composition("llama", "gpt2"), "shared")
     padded = concatenation._padded
-    monkeypatch.setattr(concatenation, "_padded", lambda states, width, opening: padded(states, width, opening).roll(1, 2))
+    monkeypatch.setattr(
+        concatenation, "_padded", lambda states, width, opening: padded(states, width, opening).roll(1, 2)
+    )
     try_out(lane)
     assert not lane.joins
 

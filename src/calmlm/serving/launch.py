@@ -120,12 +120,15 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: it cannot be had.
     """
+    made = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
+        if made is not None:
+            made.close()
         said = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"--host and --port must name a place to listen at, but {host}:{port} is none ({said}): choose another."

@@ -27,7 +27,7 @@ NEW = 8
 def write(
     lane: Lane, prompts: list[list[int]], count: int, arrivals: list[int], composed: list[bool]
 ) -> list[list[int]]:
-    """What each prompt is gone on with, where each comes at its own step and leaves after ``count`` tokens or an end."""
+    """What each prompt is gone on with, where each comes at its own step and leaves when it ends."""
     texts = [Text(list(ids), len(ids), said) for ids, said in zip(prompts, composed, strict=True)]
     ends = lane.model.generation_config.eos_token_id
     batch: Batch | None = None

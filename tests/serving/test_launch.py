@@ -1,4 +1,4 @@
-"""``calmlm serve``: faults are told before anything is loaded; bases are loaded once; a signal lets answers be finished."""
+"""``calmlm serve``: faults are told before anything is loaded, bases are loaded once, a signal lets answers end."""
 
 from __future__ import annotations
 

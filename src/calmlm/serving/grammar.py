@@ -13,7 +13,7 @@ from calmlm.data.extras import require
 from calmlm.errors import ConfigError, first_line
 
 ANY_OBJECT = {"type": "object"}
-SPACE = {"whitespace_pattern": r"[ \n]{0,8}"}  # between parts; a model that is at a loss would write it for ever
+SPACE: Any = {"whitespace_pattern": r"[ \n]{0,8}"}  # between parts; a model that is at a loss would write it for ever
 
 
 class SchemaWriter:

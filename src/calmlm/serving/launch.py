@@ -115,7 +115,7 @@ def _run(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, so that a port that is taken is known before anything is loaded.
+    """A socket to listen at, so that a port that is taken is known before anything is loaded.
 
     Raises:
         ConfigError: it cannot be had.

@@ -24,6 +24,7 @@ from calmlm.serving.next_token import Chooser, Drawn, choose
 from calmlm.serving.transcript import Transcript
 
 PREFILL = 2048  # columns times rows that are read at once, so that running texts do not wait for long
+WASTE = 64  # of these may be padding, and a quarter of what is no padding
 log = logging.getLogger(__name__)
 
 
@@ -205,18 +206,24 @@ class Engine:
         """The next texts of one lane that there is room for, in the order in which they came."""
         room = self.max_batch - self._running
         chosen: list[Writing] = []
-        longest = 0
+        longest = real = rows = 0  # of what has to be read: equal prompts behind each other are read once
         for writing in self._waiting if room > 0 else ():
-            if chosen and self._place(writing)[0] is not self._place(chosen[0])[0]:
-                continue
-            wider = max(longest, len(writing.text.ids))
-            if len(chosen) >= room or (chosen and wider * (len(chosen) + 1) > PREFILL):
+            if len(chosen) >= room:
                 break
-            same = bool(chosen) and writing.text.ids == chosen[-1].text.ids
-            if chosen and not (self._place(writing)[0].pads or (same and self._place(writing)[0].joins)):
-                break
+            if chosen:
+                lane = self._place(chosen[0])[0]
+                if self._place(writing)[0] is not lane or not lane.joins:
+                    continue
+                if writing.text.ids == chosen[-1].text.ids:
+                    chosen.append(writing)
+                    continue
+                cells = max(longest, len(writing.text.ids)) * (rows + 1)
+                found = real + len(writing.text.ids)
+                if not lane.pads or cells > PREFILL or cells - found > WASTE + found // 4:
+                    continue
             chosen.append(writing)
-            longest = wider
+            longest, rows = max(longest, len(writing.text.ids)), rows + 1
+            real += len(writing.text.ids)
         taken = set(map(id, chosen))
         self._waiting = [writing for writing in self._waiting if id(writing) not in taken]
         self._running += len(chosen)

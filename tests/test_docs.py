@@ -132,7 +132,7 @@ def run(page: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
     for block in blocks((ROOT / page).read_text(encoding="utf-8"), "python"):
         for old, new in changes.items():
             block = block.replace(old, new)
-        exec(compile(block, page, "exec"), names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
     return names
 
 

@@ -200,6 +200,28 @@ def test_settings_change_what_is_written(client: openai.OpenAI, served: Catalogu
     assert write(temperature=2, seed=1) != plain
 
 
+def test_the_models_own_settings_hold(
+    client: openai.OpenAI, served: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalties and ends of ``generation_config.json`` are those of ``generate``."""
+    settings = served.models["two"].lane.model.generation_config
+    plain = wanted(served, "two", PROMPTS[0])
+    monkeypatch.setattr(settings, "repetition_penalty", 3.0)
+    monkeypatch.setattr(settings, "no_repeat_ngram_size", 1)
+    given: Any = {"model": "two", "prompt": PROMPTS[0], "max_tokens": NEW, "temperature": 0}
+    found = client.completions.create(**given).choices[0].text
+    assert found == wanted(served, "two", PROMPTS[0]) != plain
+    end = served.models["two"].tokenizer(found[2]).input_ids[0]
+    monkeypatch.setattr(settings, "eos_token_id", [2, end])
+    ended = client.completions.create(**given)
+    assert ended.choices[0].text == found[: found.index(found[2])] and ended.choices[0].finish_reason == "stop"
+    assert ended.usage and ended.usage.completion_tokens == len(ended.choices[0].text) + 1
+    monkeypatch.setattr(settings, "eos_token_id", 2)
+    monkeypatch.setattr(settings, "temperature", 1e-9)
+    del given["temperature"]
+    assert client.completions.create(**given).choices[0].text == found
+
+
 def test_json_that_follows_a_schema() -> None:
     words = tokenizer("bytes-large")
     model = tiny_composition("llama", "gpt2", **own("bytes", "bytes-large"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import calmlm
 from calmlm.cli import main
@@ -73,6 +75,23 @@ def test_faults_are_told_before_anything_is_loaded(
         (linked / file.name).write_bytes(file.read_bytes())
     (linked / "tokenizer.json").symlink_to("/etc/hostname")
     assert "a link that leads out of it" in fault(capsys, str(linked))
+
+
+def test_only_safetensors_are_read(folders: dict[str, str], anchor_folder: Path, tmp_path: Path) -> None:
+    """Weights that are pickled are refused, and what lies beside them is not looked at."""
+    shutil.copytree(anchor_folder, tmp_path / "anchor")
+    shutil.copytree(folders["one"], tmp_path / "composition")
+    config = tmp_path / "composition" / "config.json"
+    data = json.loads(config.read_text())
+    data["anchor"]["id"] = "../anchor"
+    config.write_text(json.dumps(data))
+    places = {"one": str(tmp_path / "composition")}
+    assert "anchor" in load(places, device="cpu").models
+    weights = tmp_path / "anchor" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(CalmError, match=r"safetensors"):
+        load(places, device="cpu")
 
 
 def test_names() -> None:

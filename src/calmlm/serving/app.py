@@ -7,9 +7,9 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -198,7 +198,7 @@ class Desk:
 
     async def _pieces(
         self, request: Request, job: Job, queue: asyncio.Queue[tuple[int, Piece | None]]
-    ) -> AsyncIterator[tuple[int, Piece]]:
+    ) -> AsyncGenerator[tuple[int, Piece]]:
         """What is written, until all choices have ended or the client is gone; nothing is written for nobody.
 
         Raises:
@@ -230,31 +230,30 @@ class Desk:
 
 
 async def _events(
-    answer: Answer, first: tuple[int, Piece], pieces: AsyncIterator[tuple[int, Piece]], usage: bool
+    answer: Answer, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece]], usage: bool
 ) -> AsyncIterator[str]:
     """The events of a stream; a text that fails ends it with an error."""
     held: list[list[Piece]] = [[] for _ in answer.choices]
-    for event in answer.opening(usage):
-        yield event
-    try:
-        place, piece = first
-        while True:
-            answer.add(place, piece)
-            held[place].append(piece)
-            if piece.text or piece.finish is not None:
-                yield answer.event(place, held[place], usage)
-                held[place] = []
-            try:
-                place, piece = await anext(pieces)
-            except StopAsyncIteration:
-                break
-    except GoneError:
-        return
-    except RefusalError as error:
-        yield answer.failed(error.body)
-        return
-    for event in answer.closing(usage):
-        yield event
+    async with aclosing(pieces):
+        for event in answer.opening(usage):
+            yield event
+        found: tuple[int, Piece] | None = first
+        try:
+            while found is not None:
+                place, piece = found
+                answer.add(place, piece)
+                held[place].append(piece)
+                if piece.text or piece.finish is not None:
+                    yield answer.event(place, held[place], usage)
+                    held[place] = []
+                found = await anext(pieces, None)
+        except GoneError:
+            return
+        except RefusalError as error:
+            yield answer.failed(error.body)
+            return
+        for event in answer.closing(usage):
+            yield event
 
 
 def _refusal(error: Exception) -> RefusalError:

@@ -142,6 +142,7 @@ class Catalogue:
 
     def _add(self, name: str, lane: Lane, tokenizer: Any, max_tokens: int | None) -> None:
         try_out(lane)
+        tokenizer("a", verbose=False)  # the first call may change its state, which other threads could read later
         stated = lane.length if lane.length is not None else max_tokens or STATED_NOWHERE
         self.models[name] = Served(name, lane, tokenizer, min(stated, max_tokens or stated))
 
@@ -237,7 +238,9 @@ def load(
             given["anchor"] = next(iter(loaded.values())).anchor
             same = {key: _known(known, entry) for key, entry in configs[name].augmenting.items()}
             given["augmenting"] = {key: model for key, model in same.items() if model is not None}
-        model = CalmForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **given)
+        model = CalmForCausalLM.from_pretrained(
+            place, dtype=dtype, trust_remote_code=False, use_safetensors=True, **given
+        )
         loaded[name] = model.to(target)
         known += [(configs[name].augmenting[key], base) for key, base in model.augmenting.items()]
     first = next(iter(loaded.values()))

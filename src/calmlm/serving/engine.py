@@ -177,30 +177,33 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         while True:
-            with self._change:
-                while not (self._waiting or self._batches or self._closing):
-                    self.idle.set()
-                    self._change.wait()
-                if self._closing:
-                    break
-                arrived = self._admitted()
+            arrived: list[Writing] = []
             try:
+                with self._change:
+                    while not (self._waiting or self._batches or self._closing):
+                        self.idle.set()
+                        self._change.wait()
+                    if self._closing:
+                        break
+                    arrived = self._admitted()
                 if arrived:
                     self._begin(arrived)
                 for entry in list(self._batches):
                     self._step(*entry)
             except Exception as error:  # a fault of ours must not end the thread that all requests wait for
                 log.exception("The engine failed; its texts are given up.")
-                for _, writings in self._batches:
-                    self._fail(writings, error)
-                self._fail([one for one in arrived if one.latest is None], error)
-                self._batches = []
+                self._give_up(arrived, error)
             self._count()
-        left = [*self._waiting, *(writing for _, writings in self._batches for writing in writings)]
-        self._waiting, self._batches = [], []
-        self._fail(left, DrainingError())
+        self._give_up([], DrainingError())
         self._count()
         self.idle.set()
+
+    def _give_up(self, arrived: list[Writing], error: Exception) -> None:
+        """End all texts with an error, those that wait included."""
+        with self._change:
+            left = [*arrived, *self._waiting, *(writing for _, writings in self._batches for writing in writings)]
+            self._waiting, self._batches = [], []
+        self._fail(left, error)
 
     def _admitted(self) -> list[Writing]:
         """The next texts of one lane that there is room for, in the order in which they came."""

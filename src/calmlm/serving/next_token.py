@@ -153,9 +153,10 @@ def _processors(
 ) -> LogitsProcessorList:
     """What ``generate`` of transformers makes of logits before it takes a token; its own loop keeps it private."""
     settings: dict[str, Any] = {"do_sample": draws, "num_beams": 1, "num_return_sequences": 1}
-    settings |= (
-        {"temperature": temperature, "top_p": top_p, "top_k": model.generation_config.top_k or 0} if draws else {}
-    )
+    if model.generation_config.pad_token_id is None:
+        settings["pad_token_id"] = 0  # nothing is padded here, and transformers would say each time what it takes
+    if draws:
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": model.generation_config.top_k or 0}
     config, _ = model._prepare_generation_config(None, **settings)
     model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=device)
     ids = torch.tensor([list(prompt)], device=device)

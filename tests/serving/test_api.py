@@ -96,8 +96,14 @@ def test_each_model_of_the_catalogue(client: openai.OpenAI, served: Catalogue) -
     assert len(set(texts.values())) == 4
 
 
-def test_many_at_a_time_are_what_each_is_alone(client: openai.OpenAI, served: Catalogue) -> None:
-    """More than fit into a batch, of all models, whole and as streams."""
+@pytest.mark.parametrize("kind", ["joined", "read apart", "decoded apart"])
+def test_many_at_a_time_are_what_each_is_alone(
+    client: openai.OpenAI, served: Catalogue, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than fit into a batch, of all models, whole and as streams; also where models cannot share a batch."""
+    for model in served.models.values():
+        monkeypatch.setattr(model.lane, "pads", kind == "joined")
+        monkeypatch.setattr(model.lane, "joins", kind != "decoded apart")
     asked = [(name, prompt) for prompt in PROMPTS for name in ("one", "two", "anchor", "small")]
     alone = [wanted(served, name, prompt, 4 + place % 7) for place, (name, prompt) in enumerate(asked)]
 

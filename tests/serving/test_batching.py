@@ -107,16 +107,12 @@ def test_a_text_is_the_same_alone_and_among_others(case: str) -> None:
     model = make()
     lane = CompositionLane(model, case)
     try_out(lane)
-    assert lane.joins or "recurrent" in case
+    assert lane.joins and lane.pads
     prompts = prompts_for(kind and tokenizer(kind), 3)
     chance = random.Random(case)
     wanted = [expected(model, ids, NEW) for ids in prompts]
     assert len({tuple(one) for one in wanted}) > 2
-    if not lane.joins:
-        for ids, one in zip(prompts, wanted, strict=True):
-            assert write(lane, [ids], NEW, [0], [True]) == [one]
-        return
-    arrivals = [chance.randrange(NEW) if lane.pads else place for place in range(len(prompts))]
+    arrivals = [chance.randrange(NEW) for _ in prompts]
     assert write(lane, prompts, NEW, arrivals, [True] * len(prompts)) == wanted
 
 
@@ -139,11 +135,8 @@ def test_a_base_model_alone(family: str) -> None:
     try_out(lane)
     prompts = prompts_for(None, 7)
     wanted = [expected(model, ids, NEW) for ids in prompts]
-    if lane.joins:
-        arrivals = [0, 2, 2, 5, 1] if lane.pads else list(range(len(prompts)))
-        assert write(lane, prompts, NEW, arrivals, [True] * 5) == wanted
-    else:
-        assert [write(lane, [ids], NEW, [0], [True])[0] for ids in prompts] == wanted
+    assert lane.joins and lane.pads
+    assert write(lane, prompts, NEW, [0, 2, 2, 5, 1], [True] * 5) == wanted
 
 
 def test_equal_prompts_are_read_once() -> None:

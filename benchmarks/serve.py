@@ -212,7 +212,7 @@ def main() -> None:
         asked, sequential = questions(composition, tokenizer, options.prompts, options.seed)
         del composition
         with server(Path(place), options.clients) as (url, process):
-            drive(url, "composition", asked, options.clients, min(5, options.seconds))  # warms up
+            drive(url, "composition", asked, options.clients, options.seconds / 2)  # until memory has its shape
             before = memory(process)
             load = drive(url, "composition", asked, options.clients, options.seconds)
             grown = memory(process) - before

@@ -360,9 +360,8 @@ def serve(
     from calmlm.serving.launch import Options, serve
 
     logging.disable_progress_bar()
-    places = [f"{name}{equals}{expanded(place)}" for name, equals, place in (f.rpartition("=") for f in folders)]
     serve(
-        places,
+        folders,
         Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype),
         say,
     )

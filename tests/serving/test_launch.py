@@ -94,7 +94,10 @@ def test_only_safetensors_are_read(folders: dict[str, str], anchor_folder: Path,
         load(places, device="cpu")
 
 
-def test_names() -> None:
+def test_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lr=1" / "it").mkdir(parents=True)
+    assert named(["~/lr=1/it", "b=~/lr=1/it"]) == {"it": f"{tmp_path}/lr=1/it", "b": f"{tmp_path}/lr=1/it"}
     assert named(["a=b", "runs/x", "org/model"]) == {"a": "b", "runs/x": "runs/x", "org/model": "org/model"}
     with pytest.raises(CalmError):
         named(["a=b", "a"])

@@ -191,7 +191,7 @@ class Desk:
         return Json(answer.whole())
 
     def _check_open(self) -> None:
-        if self.engine.draining:
+        if self.engine.draining or not self.engine.alive:
             raise _refusal(DrainingError())
         if self.engine.full:
             raise _refusal(QueueFullError())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from calmlm.config import CalmConfig
 from calmlm.data.context import EndOfContext
 from calmlm.errors import CheckpointError, ConfigError, DataError, ModelError
 from calmlm.files.loading import read_config
+from calmlm.files.paths import expanded
 from calmlm.serving.batching import try_out
 from calmlm.serving.grammar import SchemaWriter
 from calmlm.serving.lanes import BaseLane, CompositionLane, Lane
@@ -161,9 +163,10 @@ def named(folders: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for given in folders:
         name, equals, place = given.partition("=")
+        place = expanded(place)
         if not equals or not place or "/" in name:
-            place = given
-            name = Path(place).resolve().name if Path(place).exists() else place
+            place = expanded(given)
+            name = Path(os.path.abspath(place)).name if Path(place).exists() else place
         if not name or name in found:
             raise ConfigError(
                 f"Each composition must have a name of its own, but {name!r} stands for two: write NAME=FOLDER."
@@ -191,7 +194,7 @@ def check_places(places: dict[str, str]) -> dict[str, CalmConfig]:
     first, *others = configs
     for other in others:
         one, two = (configs[key].anchor for key in (first, other))
-        if one.get("fingerprint") != two.get("fingerprint"):
+        if (one.get("fingerprint") or one.get("id")) != (two.get("fingerprint") or two.get("id")):
             raise CheckpointError(
                 f"All compositions of one server must have the same anchor, but {first!r} stands on "
                 f"{_short(one.get('id'))} and {other!r} on {_short(two.get('id'))}: start a server for each."

@@ -254,27 +254,37 @@ class Engine:
             self.metrics.prompt_tokens.labels(writing.name).inc(writing.text.given)
         self._read(lane, writings)
 
-    def _read(self, lane: Lane, writings: list[Writing]) -> None:
-        """Read texts from their beginning, alone where they fail together."""
+    def _read(self, lane: Lane, writings: list[Writing], *, joins: bool = True) -> None:
+        """Read texts from their beginning, each alone where they fail together; they may join their lane's batch."""
         try:
             batch, logits = Batch.begin(lane, [writing.text for writing in writings])
         except Exception as error:
             if len(writings) == 1:
                 self._fail(writings, error)
                 return
-            for writing in writings:
-                self._read(lane, [writing])
+            self._read_apart(lane, writings)
             return
         self._batches.append((batch, writings))
         self._take(batch, writings, logits)
         if not batch.texts:
             return
-        for other, others in self._batches:
-            if other.lane is lane and other is not batch and lane.joins:
-                self._batches.remove((batch, writings))
-                other.join(batch)
-                others += writings
-                return
+        entries = self._batches if joins and lane.joins else []
+        other, others = next((e for e in entries if e[0].lane is lane and e[0] is not batch), (None, []))
+        if other is None:
+            return
+        self._batches = [entry for entry in self._batches if entry[0] is not batch]
+        try:
+            other.join(batch)
+            others += writings
+        except Exception as error:
+            log.warning("A batch could not be joined (%s); its texts are written apart.", type(error).__name__)
+            self._batches = [entry for entry in self._batches if entry[0] is not other]
+            self._read_apart(lane, [*others, *writings])
+
+    def _read_apart(self, lane: Lane, writings: list[Writing]) -> None:
+        """Read texts from their beginning and let each go on alone, where something was too much for all of them."""
+        for writing in writings:
+            self._read(lane, [writing], joins=False)
 
     def _step(self, batch: Batch, writings: list[Writing]) -> None:
         """One token more for each text of a batch."""
@@ -285,9 +295,8 @@ class Engine:
             logits = batch.step()
         except Exception as error:
             log.warning("A step failed (%s); its texts are read again, each alone.", type(error).__name__)
-            self._batches.remove((batch, writings))
-            for writing in writings:
-                self._read(batch.lane, [writing])
+            self._batches = [entry for entry in self._batches if entry[0] is not batch]
+            self._read_apart(batch.lane, writings)
             return
         self._take(batch, writings, logits)
 

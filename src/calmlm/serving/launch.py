@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -103,7 +102,6 @@ def _run(
             engine.idle.wait()
             self.should_exit = True
 
-    logging.getLogger("calmlm").setLevel(logging.INFO)
     engine.start()
     host, port = listener.getsockname()[:2]
     report(f"Serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")

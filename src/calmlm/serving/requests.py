@@ -71,6 +71,8 @@ def make_job(
         raise RefusalError(400, f"logit_bias must name tokens below {vocabulary}: use this model's.", "logit_bias")
     if len(prompts) * asked.n > most:
         raise RefusalError(400, f"The request must ask for at most {most} texts: lower n, or send fewer prompts.", "n")
+    if sampling.logprobs is not None:
+        _ = served.bytes_of  # made here, where it keeps nobody waiting
     writings: list[Writing] = []
     for ids in prompts:
         _check(served, ids, "messages" if chat else "prompt")

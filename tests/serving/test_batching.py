@@ -13,12 +13,13 @@ import calmlm
 from calmlm.serving.batching import Batch, Text, try_out
 from calmlm.serving.lanes import BaseLane, CompositionLane, Lane
 from calmlm.state import concatenation
-from compositions import own, tiny_composition
+from compositions import awaken, own, tiny_composition
 from served import expected
 from state.test_recurrent import composition as recurrent_composition
 from state.test_recurrent import recurrent
 from tiny import tiny_model, tiny_tokens
 from tokenizers_tiny import AWKWARD, tokenizer
+from tokens.test_views import chatty, rendered
 
 NEW = 8
 
@@ -115,6 +116,26 @@ def test_a_text_is_the_same_alone_and_among_others(case: str) -> None:
     assert len({tuple(one) for one in wanted}) > 2
     arrivals = [chance.randrange(NEW) for _ in prompts]
     assert write(lane, prompts, NEW, arrivals, [True] * len(prompts)) == wanted
+
+
+def test_rows_of_which_the_small_model_sees_nothing() -> None:
+    """Through a view it reads the content of messages alone; its cache holds nothing of other rows."""
+    ours, theirs = chatty("bytes", "chatml"), chatty("sentencepiece", "headers")
+    small = tiny_model("mistral", seed=2, vocab_size=len(theirs), sliding_window=6)
+    model = calmlm.compose(
+        tiny_model("llama", vocab_size=len(ours)), small, 2, rotary=True, tokenizer=ours, augmenting_tokenizer=theirs,
+        alignment="own", augmenting_view="bare",
+    )  # fmt: skip
+    lane = CompositionLane(awaken(model), "view")
+    try_out(lane)
+    prompts = [
+        rendered(ours, [{"role": "user", "content": "the fox"}], add_generation_prompt=True),
+        ours("a b").input_ids,
+    ]
+    assert lane.shows(prompts[0]) is None and lane.shows(prompts[1]) == "augmenting"
+    wanted = [expected(model, ids, NEW) for ids in prompts]
+    for arrivals in ([0, 2], [2, 0], [0, 0]):
+        assert write(lane, prompts, NEW, arrivals, [True, True]) == wanted
 
 
 def test_rows_without_the_composition_are_the_anchors() -> None:

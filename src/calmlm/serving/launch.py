@@ -13,6 +13,7 @@ from calmlm.data.extras import require
 from calmlm.errors import ConfigError
 
 KEY = "CALMLM_API_KEY"
+STUCK = 30  # seconds that clients have to read what is written for them, once the server ends
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def _run(
 
     engine = Engine(options.max_batch, options.max_queue, catalogue.max_length)
     app = make_app(catalogue, engine, api_key=key, max_body=options.max_body)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=STUCK,
+    )  # fmt: skip
 
     class Server(uvicorn.Server):
         """A signal lets it finish what was accepted; a second one ends it at once."""

@@ -69,6 +69,8 @@ def test_faults_are_told_before_anything_is_loaded(
         assert "choose another" in fault(capsys, one, "--port", str(taken.getsockname()[1]))
     assert "--host and --port" in fault(capsys, one, "--host", "no.such.host.invalid")
     assert "--api-key must" in fault(capsys, one, "--api-key", " ")
+    assert "name another" in fault(capsys, one, "--tokenizer", str(tmp_path / "nothing"), "--port", "0")
+    assert "use auto or cpu" in fault(capsys, one, "--device", "nonsense", "--port", "0")
     linked = tmp_path / "linked"
     linked.mkdir()
     for file in Path(one).iterdir():

@@ -233,6 +233,7 @@ def load(
         CalmError: there is no such composition, model, tokenizer or device, or they do not belong together.
     """
     configs, target = check_places(places), device_of(device)
+    words = None if tokenizer is None else load_tokenizer([tokenizer], named=True)
     loaded: dict[str, CalmForCausalLM] = {}
     known: list[tuple[dict[str, Any], PreTrainedModel]] = []
     for name, place in places.items():
@@ -247,8 +248,8 @@ def load(
         loaded[name] = model.to(target)
         known += [(configs[name].augmenting[key], base) for key, base in model.augmenting.items()]
     first = next(iter(loaded.values()))
-    sources = [tokenizer] if tokenizer else [next(iter(places.values())), first.anchor.name_or_path]
-    words = load_tokenizer(sources, named=tokenizer is not None)
+    if words is None:
+        words = load_tokenizer([next(iter(places.values())), first.anchor.name_or_path])
     return Catalogue(loaded, words, max_tokens, _bases(loaded, words))
 
 

@@ -13,9 +13,9 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(script: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+def run(script: str, tmp_path: Path, *options: str, rounds: str = "--rounds 1") -> dict[str, Any]:
     output = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / script), "--rounds", "1", "--output", str(output), *options]
+    command = [sys.executable, str(BENCHMARKS / script), *rounds.split(), "--output", str(output), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == json.loads(output.read_text(encoding="utf-8"))
@@ -40,6 +40,14 @@ def test_decode(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_alignment(tmp_path: Path) -> None:
     assert all(case["match"] for case in run("alignment.py", tmp_path)["cases"])
+
+
+@pytest.mark.slow
+def test_serve(tmp_path: Path) -> None:
+    found = run("serve.py", tmp_path, *"--clients 4 --seconds 2 --prompts 3".split(), rounds="")
+    assert (found["clients"], found["wrong"], found["lost"]) == (4, 0, 0)
+    assert found["throughput_x_sequential"] > 0 and found["throughput_x_anchor"] > 0
+    assert 0 < found["p50_s"] <= found["p95_s"]
 
 
 REAL = [

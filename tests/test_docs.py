@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 
 import calmlm
 from calmlm.cli import main
-from compositions import tiny_composition
+from calmlm.serving.catalogue import Catalogue
+from compositions import own, tiny_composition
 from documents import ROOT, anchors, blocks, check_command, check_options, console, inline, links, pages
 from gguf_files import write_gguf
 from readers.test_items import vision
-from tiny import tiny_model, tiny_tokens
+from served import serving
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokens
 from tokenizers_tiny import tokenizer
 from tokens.test_views import chatty
 
@@ -124,10 +127,12 @@ def save(model: Any, folder: str, tokens: Any = None) -> Any:
     return type(model).from_pretrained(folder)
 
 
-def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+def run(page: str, names: dict[str, Any], **changes: str) -> dict[str, Any]:
     """Run all Python of a page in order; return the names that it leaves."""
     for block in blocks((ROOT / page).read_text(encoding="utf-8"), "python"):
-        exec(compile(block, page, "exec"), names)
+        for old, new in changes.items():
+            block = block.replace(old, new)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
     return names
 
 
@@ -206,8 +211,20 @@ def test_code_of_generation() -> None:
     assert run("docs/generation.md", names)["out"].shape[0] == 2
 
 
+def test_code_of_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    words = copy.deepcopy(tokenizer("bytes-large"))
+    words.chat_template = CHAT_TEMPLATE
+    model = tiny_composition("llama", "gpt2", **own("bytes", "bytes-large"))
+    with serving(Catalogue({"composition": model}, words)) as (url, _):
+        address = {"http://127.0.0.1:8000": url}
+        names = run("docs/serving.md", {}, **address)
+        names["client"].close()
+    assert json.loads(names["answer"].choices[0].text)["tame"] in (True, False)
+    assert capsys.readouterr().out.startswith("composition\n")
+
+
 def test_every_page_with_code_has_a_test_that_runs_it() -> None:
     """What needs data sets from a hub is compiled only."""
     with_code = {name_of(page) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")}
-    run_here = {"docs/any-two-models.md", "docs/generation.md", "docs/real-models.md"}
+    run_here = {f"docs/{page}.md" for page in ("any-two-models", "generation", "real-models", "serving")}
     assert with_code == {"README.md", "configs/benchmarks/README.md", *run_here}

@@ -52,7 +52,7 @@ class TextModel:
         Raises:
             CalmError: there is no such composition, model, tokenizer or device.
         """
-        target = _device(device)
+        target = device_of(device)
         model = calmlm.CalmForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
         places = [tokenizer] if tokenizer else [source, model.anchor.name_or_path]
         found = load_tokenizer(places, trust_remote_code=trust_remote_code, named=tokenizer is not None)
@@ -226,7 +226,7 @@ def _say(line: str) -> None:
     print(("\n" if sys.stdout.isatty() else "") + line, file=sys.stderr, flush=True)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: many texts are written in one growing batch."""

@@ -1,0 +1,375 @@
+"""The one thread in which models run: it admits texts, lets their batches step, and hands out what is written.
+
+Other threads submit texts and cancel them. What is written is handed to each text's ``deliver``, in the thread of the
+engine: it must return at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from calmlm.data.context import EndOfContext
+from calmlm.errors import CalmError
+from calmlm.serving.batching import Batch, Text
+from calmlm.serving.lanes import CompositionLane, Lane
+from calmlm.serving.metrics import Metrics
+from calmlm.serving.next_token import Chooser, Drawn, choose
+from calmlm.serving.transcript import Transcript
+
+PREFILL = 2048  # columns times rows that are read at once, so that running texts do not wait for long
+WASTE = 64  # of these may be padding, and a quarter of what is no padding
+log = logging.getLogger(__name__)
+
+
+class QueueFullError(Exception):
+    """There is no place for more texts."""
+
+
+class DrainingError(Exception):
+    """The engine finishes what it has accepted and takes nothing new."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to a text.
+
+    Attributes:
+        text: what it settles; often nothing.
+        drawn: the token; None where none was taken.
+        place: how many characters stood before it.
+        finish: ``"stop"`` or ``"length"`` where the text ends with it.
+        error: what ended the text instead.
+    """
+
+    text: str = ""
+    drawn: Drawn | None = None
+    place: int = 0
+    finish: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Writing:
+    """One text on its way through the engine.
+
+    Attributes:
+        text: its tokens.
+        lane: that writes it.
+        beside: lanes in whose batch it may stand, as a row without the composition.
+        chooser: takes its tokens.
+        transcript: makes them text.
+        ends: tokens that end it.
+        room: how many tokens may be written.
+        deliver: takes each piece.
+        name: of the model, for metrics.
+        context: ends it where a context of an augmenting model's own tokens does, or None.
+    """
+
+    text: Text
+    lane: Lane
+    chooser: Chooser
+    transcript: Transcript
+    ends: frozenset[int]
+    room: int
+    deliver: Callable[[Piece], None]
+    name: str
+    beside: Sequence[CompositionLane] = ()
+    context: EndOfContext | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    latest: float | None = None
+    cancelled: bool = False
+
+
+class Engine:
+    """Writes texts, many at a time.
+
+    Args:
+        max_batch: texts that are written at a time.
+        max_queue: texts that may wait besides.
+        max_length: tokens of the longest text; tells what a full cache is.
+    """
+
+    def __init__(self, max_batch: int, max_queue: int, max_length: int) -> None:
+        self.max_batch, self.max_queue, self.max_length = max_batch, max_queue, max_length
+        self.metrics = Metrics()
+        self.idle = threading.Event()
+        self.idle.set()
+        self._change = threading.Condition()
+        self._waiting: list[Writing] = []
+        self._running = 0  # written by the engine's thread alone
+        self._draining = self._closing = False
+        self._batches: list[tuple[Batch, list[Writing]]] = []
+        self._thread = threading.Thread(target=self._run, name="calmlm-engine", daemon=True)
+
+    # For other threads
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._draining
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no place for one more text."""
+        return self._running + len(self._waiting) >= self.max_batch + self.max_queue
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, writings: Sequence[Writing]) -> None:
+        """Take on texts, all of them or none.
+
+        Raises:
+            DrainingError: nothing new is taken.
+            QueueFullError: there is no place for them.
+        """
+        with self._change:
+            if self._draining or self._closing:
+                raise DrainingError
+            if self._running + len(self._waiting) + len(writings) > self.max_batch + self.max_queue:
+                raise QueueFullError
+            self._waiting += writings
+            self.idle.clear()
+            self.metrics.waiting.set(len(self._waiting))
+            self._change.notify()
+
+    def cancel(self, writings: Sequence[Writing]) -> None:
+        """Give up texts that nobody waits for any more; their places are free with the next step."""
+        with self._change:
+            for writing in writings:
+                writing.cancelled = True
+            self._waiting = [writing for writing in self._waiting if not writing.cancelled]
+            self.metrics.waiting.set(len(self._waiting))
+            self._change.notify()
+
+    def drain(self) -> None:
+        """Take nothing new; ``idle`` is set when all that was accepted is written."""
+        self._draining = True  # one assignment: a signal handler may not wait for a lock
+        threading.Thread(target=self._wake, daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread; texts that are not finished get an error."""
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=60)
+
+    # The engine's own thread
+
+    def _wake(self) -> None:
+        with self._change:
+            self._change.notify()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        while True:
+            arrived: list[Writing] = []
+            try:
+                with self._change:
+                    while not (self._waiting or self._batches or self._closing):
+                        self.idle.set()
+                        self._change.wait()
+                    if self._closing:
+                        break
+                    arrived = self._admitted()
+                if arrived:
+                    self._begin(arrived)
+                for entry in list(self._batches):
+                    self._step(*entry)
+            except Exception as error:  # a fault of ours must not end the thread that all requests wait for
+                log.exception("The engine failed; its texts are given up.")
+                self._give_up(arrived, error)
+            self._count()
+        self._give_up([], DrainingError())
+        self._count()
+        self.idle.set()
+
+    def _give_up(self, arrived: list[Writing], error: Exception) -> None:
+        """End all texts with an error, those that wait included."""
+        with self._change:
+            left = [*arrived, *self._waiting, *(writing for _, writings in self._batches for writing in writings)]
+            self._waiting, self._batches = [], []
+        self._fail(left, error)
+
+    def _admitted(self) -> list[Writing]:
+        """The next texts of one lane that there is room for, in the order in which they came."""
+        room = self.max_batch - self._running
+        chosen: list[Writing] = []
+        longest = real = rows = 0  # of what has to be read: equal prompts behind each other are read once
+        for writing in self._waiting if room > 0 else ():
+            if len(chosen) >= room:
+                break
+            if chosen:
+                lane = self._place(chosen[0])[0]
+                if self._place(writing)[0] is not lane or not lane.joins:
+                    continue
+                if writing.text.ids == chosen[-1].text.ids:
+                    chosen.append(writing)
+                    continue
+                cells = max(longest, len(writing.text.ids)) * (rows + 1)
+                found = real + len(writing.text.ids)
+                if not lane.pads or cells > PREFILL or cells - found > WASTE + found // 4:
+                    continue
+            chosen.append(writing)
+            longest, rows = max(longest, len(writing.text.ids)), rows + 1
+            real += len(writing.text.ids)
+        taken = set(map(id, chosen))
+        self._waiting = [writing for writing in self._waiting if id(writing) not in taken]
+        self._running += len(chosen)
+        return chosen
+
+    def _place(self, writing: Writing) -> tuple[Lane, bool]:
+        """The lane that writes a text, and whether the composition speaks in it.
+
+        A text of the anchor's joins a composition's batch where there is one: they share a step.
+        """
+        length = len(writing.text.ids) + writing.room
+        for lane in writing.beside:
+            fits = lane.length is None or length <= lane.length
+            if fits and lane.chooses_rows and any(batch.lane is lane for batch, _ in self._batches):
+                return lane, False
+        return writing.lane, writing.text.composed
+
+    def _begin(self, writings: list[Writing]) -> None:
+        """Read the prompts of texts of one lane, take their first tokens, and let them join."""
+        now = time.monotonic()
+        lane = self._place(writings[0])[0]
+        for writing in writings:
+            writing.text.composed = self._place(writing)[1]
+            self.metrics.queued.labels(writing.name).observe(now - writing.arrived)
+            self.metrics.prompt_tokens.labels(writing.name).inc(writing.text.given)
+        self._read(lane, writings)
+
+    def _read(self, lane: Lane, writings: list[Writing], *, joins: bool = True) -> None:
+        """Read texts from their beginning, each alone where they fail together; they may join their lane's batch."""
+        try:
+            batch, logits = Batch.begin(lane, [writing.text for writing in writings])
+        except Exception as error:
+            if len(writings) == 1:
+                self._fail(writings, error)
+                return
+            self._read_apart(lane, writings)
+            return
+        self._batches.append((batch, writings))
+        self._take(batch, writings, logits)
+        if not batch.texts:
+            return
+        entries = self._batches if joins and lane.joins else []
+        other, others = next((e for e in entries if e[0].lane is lane and e[0] is not batch), (None, []))
+        if other is None:
+            return
+        self._batches = [entry for entry in self._batches if entry[0] is not batch]
+        try:
+            other.join(batch)
+            others += writings
+        except Exception as error:
+            log.warning("A batch could not be joined (%s); its texts are written apart.", type(error).__name__)
+            self._batches = [entry for entry in self._batches if entry[0] is not other]
+            self._read_apart(lane, [*others, *writings])
+
+    def _read_apart(self, lane: Lane, writings: list[Writing]) -> None:
+        """Read texts from their beginning and let each go on alone, where something was too much for all of them."""
+        for writing in writings:
+            self._read(lane, [writing], joins=False)
+
+    def _step(self, batch: Batch, writings: list[Writing]) -> None:
+        """One token more for each text of a batch."""
+        self._leave(batch, writings, [place for place, writing in enumerate(writings) if writing.cancelled])
+        if not writings:
+            return
+        try:
+            logits = batch.step()
+        except Exception as error:
+            log.warning("A step failed (%s); its texts are read again, each alone.", type(error).__name__)
+            self._batches = [entry for entry in self._batches if entry[0] is not batch]
+            self._read_apart(batch.lane, writings)
+            return
+        self._take(batch, writings, logits)
+
+    def _take(self, batch: Batch, writings: list[Writing], logits: torch.Tensor) -> None:
+        """Take the next token of each text, hand out what it adds, and let those leave that end."""
+        ids = [writing.text.ids for writing in writings]
+        drawn = choose([writing.chooser for writing in writings], ids, logits)
+        now, ended = time.monotonic(), []
+        for place, (writing, found) in enumerate(zip(writings, drawn, strict=True)):
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                if self._add(writing, found, now):
+                    ended.append(place)
+            except Exception as error:  # what one text fails with is no other's concern
+                self._fail([writing], error)
+                ended.append(place)
+        self._leave(batch, writings, ended)
+
+    def _add(self, writing: Writing, drawn: Drawn, now: float) -> bool:
+        """Add a token to a text; returns whether it ends there."""
+        self.metrics.new_tokens.labels(writing.name).inc()
+        since = self.metrics.first_token if writing.latest is None else self.metrics.between
+        since.labels(writing.name).observe(now - (writing.arrived if writing.latest is None else writing.latest))
+        writing.latest = now
+        text = writing.text
+        text.ids.append(drawn.token)
+        place, fresh, finish = writing.transcript.length, "", None
+        if drawn.token in writing.ends:
+            finish = "stop"
+        else:
+            fresh = writing.transcript.add(drawn.token)
+            grammar: Any = writing.chooser.grammar
+            if writing.transcript.stopped or (grammar is not None and grammar.ended):
+                finish = "stop"
+            elif len(text.ids) - text.given >= writing.room or (
+                writing.context is not None and bool(writing.context(torch.tensor([text.ids]), None)[0])
+            ):
+                finish = "length"
+        if finish is not None:
+            fresh += writing.transcript.finish()
+            finish = "stop" if writing.transcript.stopped else finish
+            self.metrics.whole.labels(writing.name).observe(now - writing.arrived)
+        self._tell(writing, Piece(fresh, drawn, place, finish))
+        return finish is not None
+
+    def _leave(self, batch: Batch, writings: list[Writing], places: Sequence[int]) -> None:
+        if not places:
+            return
+        gone = set(places)
+        kept = [place for place in range(len(writings)) if place not in gone]
+        batch.keep(kept)
+        writings[:] = [writings[place] for place in kept]
+        if not writings:
+            self._batches = [entry for entry in self._batches if entry[0] is not batch]
+
+    def _fail(self, writings: Sequence[Writing], error: Exception) -> None:
+        if not isinstance(error, (CalmError, DrainingError)):
+            log.error("A text failed: %s.", type(error).__name__, exc_info=error)
+        for writing in writings:
+            self._tell(writing, Piece(error=error))
+
+    @staticmethod
+    def _tell(writing: Writing, piece: Piece) -> None:
+        try:
+            writing.deliver(piece)
+        except Exception:  # whoever waited is gone
+            writing.cancelled = True
+
+    def _count(self) -> None:
+        with self._change:
+            self._running = sum(len(writings) for _, writings in self._batches)
+            self.metrics.running.set(self._running)
+            self.metrics.waiting.set(len(self._waiting))
+        cached = sum(len(writing.text.ids) for _, writings in self._batches for writing in writings)
+        self.metrics.cache.set(cached / (self.max_batch * self.max_length))

@@ -1,0 +1,86 @@
+"""Answers that follow a JSON schema, by llguidance (the extra ``structured``)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmlm.data.extras import require
+from calmlm.errors import ConfigError, first_line
+
+ANY_OBJECT = {"type": "object"}
+SPACE: Any = {"whitespace_pattern": r"[ \n]{0,8}"}  # between parts; a model that is at a loss would write it for ever
+
+
+class SchemaWriter:
+    """Makes grammars for one tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        vocabulary: how many logits its model has.
+        ends: the tokens that end a text.
+
+    Raises:
+        MissingExtraError: llguidance is not installed.
+        ConfigError: it cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: set[int]) -> None:
+        require("llguidance", "structured", "response_format")
+        from llguidance.hf import from_tokenizer
+
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(ends) or None)
+        except Exception as error:  # its core is written in Rust, and raises what it likes
+            raise ConfigError(
+                f"response_format must come with a tokenizer that llguidance reads, but it refuses this one "
+                f"({first_line(error)}): leave response_format out."
+            ) from error
+
+    def grammar(self, schema: dict[str, Any]) -> JsonGrammar:
+        """The grammar of a JSON schema.
+
+        Raises:
+            ConfigError: for a schema that cannot be followed.
+        """
+        from llguidance import LLMatcher
+
+        try:
+            made = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACE)
+            fault = LLMatcher.validate_grammar(made, self._tokenizer)
+        except Exception as error:
+            fault = first_line(error)
+        if fault:
+            raise ConfigError(
+                f"response_format must hold a JSON schema that can be followed, but this one cannot "
+                f"({fault.splitlines()[0].rstrip('. ')}): change it."
+            )
+        return JsonGrammar(LLMatcher(self._tokenizer, made))
+
+
+class JsonGrammar:
+    """One text's place in a grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        """Which tokens may follow, (vocabulary,) bool."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        found = np.zeros(vocabulary, dtype=bool)
+        found[: len(bits)] = bits[:vocabulary].astype(bool)
+        return torch.from_numpy(found)
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+        if not self._matcher.consume_token(token):
+            raise RuntimeError(f"llguidance refuses a token that it has allowed: {self._matcher.get_error()}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_stopped())

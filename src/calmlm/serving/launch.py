@@ -1,0 +1,139 @@
+"""``calmlm serve``: load, listen, and finish what was accepted before the end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calmlm.data.extras import require
+from calmlm.errors import ConfigError
+
+KEY = "CALMLM_API_KEY"
+STUCK = 30  # seconds that clients have to read what is written for them, once the server ends
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to serve.
+
+    Attributes:
+        host: to listen at.
+        port: to listen at; 0 takes a free one.
+        api_key: what requests have to bring; None reads ``CALMLM_API_KEY``, and asks for nothing where that is empty.
+        max_batch: texts that are written at a time.
+        max_queue: texts that may wait besides.
+        max_tokens: of a prompt and its answer; None leaves it to the models.
+        max_body: bytes of a request.
+        tokenizer: id or folder, where the compositions have none.
+        device: of the models.
+        dtype: of the base models; None keeps their own.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_batch: int = 32
+    max_queue: int = 256
+    max_tokens: int | None = None
+    max_body: int = 2**20
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+
+
+def serve(folders: Sequence[str], options: Options, report: Callable[[str], None]) -> None:
+    """Serve compositions until a signal comes; what was accepted is finished then.
+
+    Args:
+        folders: of the compositions, or ``name=folder``.
+        options: where and how.
+        report: takes lines.
+
+    Raises:
+        CalmError: something cannot be served; nothing was begun then.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, "serve", "calmlm serve")
+    from calmlm.serving.catalogue import check_places, load, named
+
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY) or None
+    if key is not None and not key.strip():
+        raise ConfigError("--api-key must be a word, but got none: leave it out, or write one.")
+    places = named(folders)
+    check_places(places)
+    listener = _listen(options.host, options.port)
+    with listener:
+        catalogue = load(
+            places,
+            tokenizer=options.tokenizer,
+            device=options.device,
+            dtype=options.dtype,
+            max_tokens=options.max_tokens,
+        )
+        _run(catalogue, options, key, listener, report)
+
+
+def _run(
+    catalogue: Any, options: Options, key: str | None, listener: socket.socket, report: Callable[[str], None]
+) -> None:
+    import uvicorn
+
+    from calmlm.serving.app import make_app
+    from calmlm.serving.engine import Engine
+
+    engine = Engine(options.max_batch, options.max_queue, catalogue.max_length)
+    app = make_app(catalogue, engine, api_key=key, max_body=options.max_body)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=STUCK,
+    )  # fmt: skip
+
+    class Server(uvicorn.Server):
+        """A signal lets it finish what was accepted; a second one ends it at once."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if engine.draining:
+                self.should_exit = self.force_exit = True
+                return
+            engine.drain()
+            threading.Thread(target=self._end, daemon=True).start()
+
+        def _end(self) -> None:
+            engine.idle.wait()
+            self.should_exit = True
+
+    engine.start()
+    host, port = listener.getsockname()[:2]
+    report(f"Serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        engine.close()
+    report("All that was accepted is answered.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket to listen at, so that a port that is taken is known before anything is loaded.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    made = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        if made is not None:
+            made.close()
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--host and --port must name a place to listen at, but {host}:{port} is none ({said}): choose another."
+        ) from None
+    made.set_inheritable(True)
+    return made

@@ -1,0 +1,37 @@
+"""What the server counts, under the names that dashboards know from vLLM."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """The figures of one engine; each engine has its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.running = self._gauge("num_requests_running", "Texts that are being written.")
+        self.waiting = self._gauge("num_requests_waiting", "Texts that wait for a place.")
+        self.cache = self._gauge("kv_cache_usage_perc", "Cached tokens, as a part of 1 of what fits.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were read.")
+        self.new_tokens = self._counter("generation_tokens", "Tokens that were written.")
+        self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self.between = self._histogram("inter_token_latency_seconds", "From one token to the next.", STEPS)
+        self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)
+        self.queued = self._histogram("request_queue_time_seconds", "From arrival to the prefill.", SECONDS)
+
+    def page(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(f"calmlm:{name}", about, registry=self.registry)
+
+    def _counter(self, name: str, about: str) -> Counter:
+        return Counter(f"calmlm:{name}", about, ["model_name"], registry=self.registry)
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"calmlm:{name}", about, ["model_name"], buckets=buckets, registry=self.registry)

@@ -234,7 +234,7 @@ def main() -> None:
         "goals": {"throughput_x_sequential_of_sixteen_clients": GOAL, "wrong": 0, "lost": 0},
         "prompts": options.prompts,
         "seed": options.seed,
-        **origin(None),
+        **origin("python benchmarks/serve.py"),
     }
     keep(result, options.output)
 

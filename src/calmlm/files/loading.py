@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
@@ -18,7 +19,7 @@ from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
-from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
+from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections, split_gguf
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
 from calmlm.tokens.alignment import Alignment, is_of
@@ -64,6 +65,7 @@ def load_composition(
     config = config if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
     folder = weights.parent
+    fetch_inside(source, config, folder, hub)
     if not isinstance(augmenting, dict):
         names = list(config.augmenting)
         augmenting = {names[0]: augmenting} if augmenting is not None else {}
@@ -432,3 +434,37 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
             f"give a folder that save_pretrained wrote."
         )
     return Path(path)
+
+
+def fetch_inside(source: str | Path, config: CalmConfig, folder: Path, hub: dict[str, Any]) -> None:
+    """Fetch the base models that lie in a composition's own repository, as those of an export do.
+
+    Args:
+        source: folder or id of the composition.
+        config: its configuration.
+        folder: where its files lie here.
+        hub: as for ``fetch``.
+
+    Raises:
+        CheckpointError: they cannot be fetched.
+    """
+    names = [entry.get("id") or "" for entry in (config.anchor, *config.augmenting.values())]
+    wanting = [name for name in names if name.startswith("./") and not (folder / name).exists()]
+    if Path(source).is_dir() or not wanting:
+        return
+    subfolder = hub.get("subfolder") or ""
+    places = [Path(name) if split_gguf(str(folder / name))[1] is None else Path(name).parent for name in wanting]
+    commit = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
+    options = {key: hub[key] for key in REACH if hub.get(key) is not None}
+    try:
+        snapshot_download(
+            str(source),
+            revision=commit.name,
+            allow_patterns=[(Path(subfolder) / place / "*").as_posix() for place in places],
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The composition {str(source)!r} must come with its base models, but {wanting[0]!r} could not be fetched "
+            f"({first_line(error)}): check your access and the network."
+        ) from error

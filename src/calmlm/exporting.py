@@ -23,7 +23,7 @@ from calmlm.config import CalmConfig, check_names, split_gguf
 from calmlm.errors import CalmError, CheckpointError, ConfigError, ModelError, first_line
 from calmlm.files import storage
 from calmlm.files.card import CARD_NAME, model_card, with_bases
-from calmlm.files.evaluations import RESULTS
+from calmlm.files.leaderboards import RESULTS
 from calmlm.files.loading import fetch, fetch_inside, read_config
 from calmlm.files.naming import check_saved
 from calmlm.files.paths import expanded
@@ -329,9 +329,8 @@ def _contained(folder: Path, title: str, names: Iterable[str]) -> tuple[str, ...
         CheckpointError: for a name that leads elsewhere.
     """
     real = folder.resolve()
-    roots = [real]
-    if real.parent.name == "snapshots":
-        roots.append(real.parent.parent / "blobs")
+    snapshots = [place for place in real.parents if place.name == "snapshots"]
+    roots = [real, *(place.parent / "blobs" for place in snapshots)]
     unique = tuple(dict.fromkeys(names))
     for name in unique:
         path = (folder / name).resolve()

@@ -29,6 +29,7 @@ from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
 REACH = ("token", "cache_dir", "local_files_only")
+PRIVATE = ("_from_auto", "_commit_hash", "adapter_kwargs")  # of transformers, between its classes
 HUB_ARGUMENTS = (*REACH, "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -76,6 +77,8 @@ def load_composition(
             f"but got {', '.join(unknown)}: use its names."
         )
 
+    # A commit of this repository is none of the bases'.
+    options = {key: value for key, value in options.items() if key not in PRIVATE}
     settings = {"trust_remote_code": trust_remote_code, **options}
     form = Form(None, gguf_file, dtype, device_map, quantization_config)
     anchor_model = _base(anchor, config.anchor, "anchor", source, folder, form, settings)
@@ -449,7 +452,7 @@ def fetch_inside(source: str | Path, config: CalmConfig, folder: Path, hub: dict
         CheckpointError: they cannot be fetched.
     """
     names = [entry.get("id") or "" for entry in (config.anchor, *config.augmenting.values())]
-    wanting = [name for name in names if name.startswith("./") and not (folder / name).exists()]
+    wanting = [name for name in names if name.startswith("./")]
     if Path(source).is_dir() or not wanting:
         return
     subfolder = hub.get("subfolder") or ""

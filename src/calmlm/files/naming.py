@@ -15,14 +15,13 @@ from transformers.utils import cached_file
 from calmlm.config import split_gguf
 from calmlm.errors import CheckpointError, first_line
 from calmlm.files import storage
-from calmlm.files.loading import fetch, read_config
+from calmlm.files.loading import PRIVATE, fetch, read_config
 from calmlm.tokens.gguf_files import about_to_read
 from calmlm.tokens.lookup import is_made_up
 
 IN_MEMORY = str(Path(__file__).parent / "in_memory")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
-PRIVATE = ("_from_auto", "_commit_hash")  # of transformers, between its classes
 
 
 class InMemory(str):

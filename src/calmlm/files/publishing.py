@@ -12,7 +12,7 @@ from huggingface_hub import EvalResultEntry, HfApi
 from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError, first_line
 from calmlm.files.card import CARD_NAME, Learned, model_card
-from calmlm.files.evaluations import RESULTS, check_results, write_results
+from calmlm.files.leaderboards import RESULTS, check_results, write_results
 from calmlm.files.storage import portable_config, write_text
 
 BESIDE = (

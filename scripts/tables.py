@@ -45,6 +45,40 @@ def systems(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+CHOICES = {
+    "composed": "**CALM**",
+    "lora": "LoRA on D_C",
+    "continued_pretraining": "m_B trained on m_A's corpus",
+    "task_arithmetic": "merging: task arithmetic",
+    "ties": "merging: TIES",
+    "moe": "mixture of experts",
+    "router": "router",
+    "text_tool": "m_A as a tool, in text",
+    "cascade": "cascade, which is told the rule",
+}
+
+
+def choices(result: dict[str, Any]) -> str:
+    """The systems that one chooses between: three skills, what is forgotten, and what decoding costs."""
+    rows = {(row["method"], row["task"]): row for row in result["rows"]}
+    lines = [
+        f"| | {' | '.join(SKILLS.values())} | m_B's skills, after minus before | numbers trained | decoding, m_B = 1 |",
+        "|---" * (4 + len(SKILLS)) + "|",
+    ]
+    for method, title in CHOICES.items():
+        row = rows[method, "kv_arithmetic/keys_arithmetic"]
+        shown = [format(rows[method, task]["mean"], ".1f") for task in SKILLS]
+        shown += [f"{row['retained_delta']:+.1f}", f"{row['trainable_parameters']:,}"]
+        lines.append(f"| {title} | {' | '.join(shown)} | {row['decode_time_x_anchor']:.2f} |")
+    seeds = min(rows[method, "kv_arithmetic/keys_arithmetic"]["seeds"] for method in CHOICES)
+    lines += [
+        "",
+        f"Exact match in per cent, mean over {seeds} seeds. Merging and the mixture take a twin of m_B that was trained on "
+        "m_A's corpus. [All systems, with intervals](results.md).",
+    ]
+    return "\n".join(lines)
+
+
 TRANSLATORS = {
     "m_B": "m_B",
     "m_A_examples": "m_A, which reads 5 examples",
@@ -81,6 +115,11 @@ def translators(result: dict[str, Any]) -> str:
             "[Models made from nothing](docs/results.md).",
         ]
     )
+
+
+def choosing(result: dict[str, Any]) -> str:
+    """The same, as a page in docs/ links to it."""
+    return translators(result).replace("](experiments/", "](../experiments/").replace("](docs/", "](")
 
 
 def key_values(result: dict[str, Any]) -> str:
@@ -257,6 +296,8 @@ def comparison(result: dict[str, Any]) -> str:
 
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "translators", "experiments/real/results/translation.json", translators),
+    ("docs/choosing.md", "choices", "experiments/compare/results/small.json", choices),
+    ("docs/choosing.md", "translators", "experiments/real/results/translation.json", choosing),
     ("docs/comparison.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),

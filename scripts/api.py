@@ -66,8 +66,8 @@ HEAD = """<!-- Written by scripts/api.py from the docstrings; change those, not 
 
 # Python reference
 
-What a user of calmlm calls. Shapes are given as (B, T): rows and positions. Everything that `calmlm` exports is imported on
-first use.
+What a user of calmlm calls. Shapes are given as (B, T): rows and positions. What `calmlm` exports is imported on first
+use.
 """
 
 Definition = ast.FunctionDef | ast.ClassDef

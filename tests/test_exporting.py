@@ -39,7 +39,7 @@ def shared(place: Path) -> CalmForCausalLM:
     anchor = base(place / "big", "llama", 1, tiny_tokenizer())
     tiny_model("llama", seed=1).save_pretrained(anchor, max_shard_size="20KB")
     (anchor / "model.safetensors").unlink()
-    for name in ("optimizer.pt", "trainer_state.json", "pytorch_model.bin", "run.py"):
+    for name in ("optimizer.pt", "trainer_state.json", "pytorch_model.bin", "run.py", "notes.txt", "keys.json"):
         (anchor / name).write_text("{}")
     (anchor / "LICENSE").write_text("free")
     return calmlm.compose(anchor, base(place / "small", "gpt2", 2), 2, words="pointer")
@@ -58,6 +58,9 @@ def files_of_blocks(place: Path) -> CalmForCausalLM:
     for name, seed in (("one", 1), ("other", 2), ("third", 3)):
         (place / "files").mkdir(parents=True, exist_ok=True)
         write_gguf(place / "files" / f"{name}.gguf", seed=seed)
+    for name in ("notes.txt", "config.json", "README.md", "keys.json"):  # of something else
+        (place / "files" / name).write_text("{}")
+    (place / "files" / "NOTICE.md").write_text("free")
     shutil.move(place / "files" / "other.gguf", place / "other.gguf")
     return calmlm.compose(place / "files" / "one.gguf", place / "other.gguf", 2)
 
@@ -107,7 +110,9 @@ def test_it_loads_where_nothing_else_is(make: Callable[[Path], CalmForCausalLM],
     assert all(entry["id"].startswith("./") and entry["revision"] is None for entry in entries)
     names = {path.relative_to(tmp_path / "moved").as_posix() for path in (tmp_path / "moved").rglob("*")}
     assert not any(path.is_symlink() for path in (tmp_path / "moved").rglob("*"))
-    assert not any(name.endswith((".bin", ".pt", ".py", "trainer_state.json")) for name in names)
+    assert not any(
+        name.endswith((".bin", ".pt", ".py", "trainer_state.json", "notes.txt", "keys.json")) for name in names
+    )
     assert str(tmp_path) not in "".join(
         path.read_text() for path in (tmp_path / "moved").rglob("*.json") if "tokenizer" not in path.name
     )
@@ -120,6 +125,7 @@ def test_it_loads_where_nothing_else_is(make: Callable[[Path], CalmForCausalLM],
         assert config["augmenting"]["self"]["id"] == "./anchor"  # copied once
         assert "augmenting/self" not in names
     if make is files_of_blocks:
+        assert {name for name in names if name.startswith("anchor/")} == {"anchor/one.gguf", "anchor/NOTICE.md"}
         assert {name for name in names if name.endswith(".gguf")} == {
             "anchor/one.gguf",
             "augmenting/augmenting/other.gguf",
@@ -199,7 +205,7 @@ def test_a_failure_leaves_nothing(saved: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(exporting.shutil, "copyfile", full)
         refused(ConfigError, "No space left")
     with monkeypatch.context() as patch:  # something that the model needs is left behind
-        patch.setattr(exporting, "_texts", lambda folder: [])
+        patch.setattr(exporting, "SETTINGS", ())
         refused(ModelError, "would not load", str(tmp_path / "out" / "export"))
     tiny_model("llama", seed=7).save_pretrained(tmp_path / "big")  # another model lies there now
     refused(CheckpointError, "has changed", str(tmp_path / "big"))

@@ -26,12 +26,17 @@ from calmlm.files.card import CARD_NAME, model_card, with_bases
 from calmlm.files.leaderboards import RESULTS
 from calmlm.files.loading import fetch, fetch_inside, read_config
 from calmlm.files.naming import check_saved
-from calmlm.files.paths import expanded
+from calmlm.files.paths import expanded, lies_in
 
-TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.md", "*.html", "*.yaml")
-PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-FOLDERS = ("additional_chat_templates", RESULTS)
-LEFT_OUT = ("trainer_state.json", "*.safetensors.index.json")
+WORDS = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "*.spm", "*.bpe", "bpe.codes", "tekken.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+"""What a tokenizer is made of."""
+SETTINGS = ("config.json", "generation_config.json", "*processor_config.json", CARD_NAME)
+PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "*TERMS*")
+OWN = ("alignment.*.json", f"{RESULTS}/*.yaml")
+"""What a composition has besides."""
 MARGIN = 2**24  # bytes for what the export writes itself, and for the folders
 
 
@@ -199,14 +204,18 @@ def _check_room(target: Path, size: int) -> None:
 def _composition(source: str, config: CalmConfig) -> _Part:
     """The composition's own files."""
     if not Path(source).is_dir():
-        _fetch(source, None, [storage.WEIGHTS_NAME, *TEXTS, *(f"{folder}/*" for folder in FOLDERS)])
+        _fetch(source, None, [storage.WEIGHTS_NAME, *SETTINGS, *WORDS, *PAPERS, *OWN])
     folder = fetch(source, storage.WEIGHTS_NAME, {}).parent
     fetch_inside(source, config, folder, {})
     for name, entry in config.augmenting.items():
         if entry["reads"] == "text":
             fetch(source, storage.alignment_name(name), {})
     title = f"the composition {source!r}"
-    return _Part(folder, _contained(folder, title, [storage.WEIGHTS_NAME, *_texts(folder)]), title)
+    return _Part(
+        folder,
+        _contained(folder, title, [storage.WEIGHTS_NAME, *_matching(folder, *SETTINGS, *WORDS, *PAPERS, *OWN)]),
+        title,
+    )
 
 
 def _base(where: str, source: str, revision: str | None) -> _Part:
@@ -234,9 +243,13 @@ def _base(where: str, source: str, revision: str | None) -> _Part:
                 f"All models of an export must lie in a folder or have an id, but {title} is no longer at "
                 f"{source!r}; put it back, or compose from where it lies."
             )
-        weights = ["*.safetensors"] if file is None else [file]
-        folder = _fetch(place, revision, [*weights, *TEXTS, *PAPERS, "*.py", "additional_chat_templates/*"], file)
-    names = [*([file] if file is not None else _weights(folder, title)), *_texts(folder), *_code(folder, title)]
+        weights = ["*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "*.py"] if file is None else [file]
+        folder = _fetch(place, revision, [*weights, *SETTINGS, *WORDS, *PAPERS], file)
+    if file is None:
+        texts = _matching(folder, *SETTINGS, *WORDS, *PAPERS)
+        names = [*_weights(folder, title), *texts, *_code(folder, texts, title)]
+    else:  # whose folder may be anybody's
+        names = [file, *_matching(folder, *WORDS, *PAPERS)]
     if file is not None and not (folder / file).is_file():
         raise ModelError(f"{title[:1].upper()}{title[1:]} must lie at {source!r}, but there is none; put it back.")
     return _Part(folder, _contained(folder, title, names), title)
@@ -285,21 +298,19 @@ def _weights(folder: Path, title: str) -> list[str]:
     return names
 
 
-def _texts(folder: Path) -> list[str]:
-    """Configurations, tokenizers, cards and licences."""
-    found = [path for pattern in (*TEXTS, *PAPERS) for path in folder.glob(pattern) if path.is_file()]
-    found += [path for name in FOLDERS for path in (folder / name).glob("*") if path.is_file()]
-    kept = [path for path in found if not any(path.match(pattern) for pattern in LEFT_OUT)]
-    return sorted({path.relative_to(folder).as_posix() for path in kept})
+def _matching(folder: Path, *patterns: str) -> list[str]:
+    """The files whose names match, relative to the folder; nothing else that lies there is copied."""
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return sorted({path.relative_to(folder).as_posix() for path in found})
 
 
-def _code(folder: Path, title: str) -> list[str]:
+def _code(folder: Path, texts: Iterable[str], title: str) -> list[str]:
     """Code that comes with a model and that its configuration names; it runs with ``trust_remote_code`` alone.
 
     Raises:
         ModelError: it lies in another repository.
     """
-    named = [value for path in folder.glob("*.json") if (value := _auto_map(path))]
+    named = [value for text in texts if text.endswith(".json") and (value := _auto_map(folder / text))]
     if not named:
         return []
     elsewhere = [value for value in named if "--" in value]
@@ -328,13 +339,9 @@ def _contained(folder: Path, title: str, names: Iterable[str]) -> tuple[str, ...
     Raises:
         CheckpointError: for a name that leads elsewhere.
     """
-    real = folder.resolve()
-    snapshots = [place for place in real.parents if place.name == "snapshots"]
-    roots = [real, *(place.parent / "blobs" for place in snapshots)]
     unique = tuple(dict.fromkeys(names))
     for name in unique:
-        path = (folder / name).resolve()
-        if ".." in Path(name).parts or os.path.isabs(name) or not any(root in path.parents for root in roots):
+        if ".." in Path(name).parts or os.path.isabs(name) or not lies_in(folder / name, folder):
             raise CheckpointError(
                 f"{title[:1].upper()}{title[1:]} must lie in its folder, but {name!r} leads out of {folder}; put the "
                 f"file itself there."

@@ -13,6 +13,7 @@ from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError, first_line
 from calmlm.files.card import CARD_NAME, Learned, model_card
 from calmlm.files.leaderboards import RESULTS, check_results, write_results
+from calmlm.files.paths import lies_in
 from calmlm.files.storage import portable_config, write_text
 
 BESIDE = (
@@ -119,7 +120,9 @@ class Published:
             return
         for pattern in (CARD_NAME, *BESIDE):
             for path in place.glob(pattern):
-                if path.is_file():
+                if path.is_file() and lies_in(path, place):
                     shutil.copyfile(path, folder / path.name)
-        if (place / RESULTS).is_dir():
-            shutil.copytree(place / RESULTS, folder / RESULTS)
+        for path in (place / RESULTS).glob("*.yaml"):
+            if path.is_file() and lies_in(path, place):
+                (folder / RESULTS).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / RESULTS / path.name)

@@ -23,8 +23,9 @@ from calmlm.config import CalmConfig, check_names, split_gguf
 from calmlm.errors import CalmError, CheckpointError, ConfigError, ModelError, first_line
 from calmlm.files import storage
 from calmlm.files.card import CARD_NAME, model_card, with_bases
+from calmlm.files.fetching import fetch, fetch_inside
 from calmlm.files.leaderboards import RESULTS
-from calmlm.files.loading import fetch, fetch_inside, read_config
+from calmlm.files.loading import read_config
 from calmlm.files.naming import check_saved
 from calmlm.files.paths import expanded, lies_in
 

@@ -15,7 +15,8 @@ from transformers.utils import cached_file
 from calmlm.config import split_gguf
 from calmlm.errors import CheckpointError, first_line
 from calmlm.files import storage
-from calmlm.files.loading import PRIVATE, fetch, read_config
+from calmlm.files.fetching import PRIVATE, fetch
+from calmlm.files.loading import read_config
 from calmlm.tokens.gguf_files import about_to_read
 from calmlm.tokens.lookup import is_made_up
 

@@ -18,7 +18,7 @@ def expanded(path: Written) -> Written:
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a file, as a link leads to it, lies in a folder, or among the blobs of the hub's cache that it is part of."""
+    """Whether a file, wherever a link leads, lies in a folder, or among the blobs of the hub's cache behind it."""
     folder = folder.resolve()
     snapshots = [place for place in folder.parents if place.name == "snapshots"]
     return any(root in path.resolve().parents for root in (folder, *(place.parent / "blobs" for place in snapshots)))

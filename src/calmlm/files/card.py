@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResultEntry
@@ -97,7 +98,9 @@ def _items(key: str, values: Sequence[str]) -> str:
 
 
 def _place(entry: dict[str, Any]) -> str:
-    return entry.get("id") or "given in memory"
+    """An id, or the name of a folder or file: where it lies is of this machine."""
+    source = entry.get("id") or ""
+    return Path(source).name if source.startswith((".", "/")) else source or "given in memory"
 
 
 def _connections(entry: dict[str, Any]) -> str:

@@ -107,6 +107,7 @@ def test_results_in_a_folder(tmp_path: Path) -> None:
     assert [entry.value for entry in read_results(tmp_path)] == [1, 0.25]
     text = (tmp_path / "README.md").read_text()
     assert text.startswith(before.rstrip())
+    assert "| cais/hle | hle | 1 | with tools |" in text  # from before
     assert "| openai/gsm8k | gsm8k | 0.25 |  |" in text and "0.5" not in text.removeprefix(before.rstrip())
     for value in ("good", True, float("inf")):
         with pytest.raises(ConfigError, match="must be a number"):

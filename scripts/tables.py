@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from calmlm.experiments.kv_arithmetic import report as kv
 from calmlm.experiments.statistics import cells_of, table_of
 
 ROOT = Path(__file__).parent.parent
-KV_PAGE = "../experiments/kv_arithmetic/results/small.md"
+KV_PAGE = "experiments/kv_arithmetic/results/small.md"
+PLOTS = (ROOT / "experiments" / "compare" / "results", ROOT / "docs" / "images" / "results")
+"""Where the pictures of a page lie, and where a site finds them."""
 
 
 SYSTEMS = {"m_A": "m_A", "m_B": "m_B", "composed": "**composed**", "cascade": "cascade", "lora": "LoRA"}
@@ -41,6 +44,40 @@ def systems(result: dict[str, Any]) -> str:
         "",
         f"Exact match in per cent, mean over {seeds} seeds. LoRA trains about as many parameters as the composition, "
         "on the same data. The cascade is told which words are keys. [All systems, with intervals](results.md).",
+    ]
+    return "\n".join(lines)
+
+
+CHOICES = {
+    "composed": "**CALM**",
+    "lora": "LoRA on D_C",
+    "continued_pretraining": "m_B trained on m_A's corpus",
+    "task_arithmetic": "merging: task arithmetic",
+    "ties": "merging: TIES",
+    "moe": "mixture of experts",
+    "router": "router",
+    "text_tool": "m_A as a tool, in text",
+    "cascade": "cascade, which is told the rule",
+}
+
+
+def choices(result: dict[str, Any]) -> str:
+    """The systems that one chooses between: three skills, what is forgotten, and what decoding costs."""
+    rows = {(row["method"], row["task"]): row for row in result["rows"]}
+    lines = [
+        f"| | {' | '.join(SKILLS.values())} | m_B's skills, after minus before | numbers trained | decoding, m_B = 1 |",
+        "|---" * (4 + len(SKILLS)) + "|",
+    ]
+    for method, title in CHOICES.items():
+        row = rows[method, "kv_arithmetic/keys_arithmetic"]
+        shown = [format(rows[method, task]["mean"], ".1f") for task in SKILLS]
+        shown += [f"{row['retained_delta']:+.1f}", f"{row['trainable_parameters']:,}"]
+        lines.append(f"| {title} | {' | '.join(shown)} | {row['decode_time_x_anchor']:.2f} |")
+    seeds = min(rows[method, "kv_arithmetic/keys_arithmetic"]["seeds"] for method in CHOICES)
+    lines += [
+        "",
+        f"Exact match in per cent, mean over {seeds} seeds. Merging and the mixture take a twin of m_B that was "
+        "trained on m_A's corpus. [All systems, with intervals](results.md).",
     ]
     return "\n".join(lines)
 
@@ -83,12 +120,18 @@ def translators(result: dict[str, Any]) -> str:
     )
 
 
+def choosing(result: dict[str, Any]) -> str:
+    """The same, as a page of the site: links that lead out of docs/ are named."""
+    text = re.sub(r"\[([^\]]*)\]\((experiments/[^)]*)\)", r"\1 (`\2`)", translators(result))
+    return text.replace("](docs/", "](")
+
+
 def key_values(result: dict[str, Any]) -> str:
     """The table of key-value arithmetic alone, and where the rest is."""
     rows = table_of(cells_of(result["rows"]), kv.METHODS, kv.COLUMNS, kv.PUBLISHED)
     caption = (
         f"Exact match in per cent, mean over {len(result['seeds'])} seeds and its 95 % interval; in brackets what the "
-        f"slides publish for far larger models. [What was trained on what, and how long it took]({KV_PAGE})."
+        f"slides publish for far larger models. What was trained on what, and how long it took (`{KV_PAGE}`)."
     )
     return "\n".join([*rows, "", caption])
 
@@ -252,11 +295,13 @@ def decoding(result: dict[str, Any]) -> str:
 
 def comparison(result: dict[str, Any]) -> str:
     """The whole report of the comparison."""
-    return markdown(result, plots="../experiments/compare/results/")
+    return markdown(result, plots="images/results/")
 
 
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "translators", "experiments/real/results/translation.json", translators),
+    ("docs/choosing.md", "choices", "experiments/compare/results/small.json", choices),
+    ("docs/choosing.md", "translators", "experiments/real/results/translation.json", choosing),
     ("docs/comparison.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
@@ -291,6 +336,12 @@ def main(arguments: list[str]) -> int:
         behind += new != old
         if arguments != ["--check"]:
             target.write_text(new, encoding="utf-8")
+    for plot in sorted(PLOTS[0].glob("*.png")):
+        copy = PLOTS[1] / plot.name
+        behind += not copy.exists() or copy.read_bytes() != plot.read_bytes()
+        if arguments != ["--check"]:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(plot.read_bytes())
     return int(behind > 0) if arguments == ["--check"] else 0
 
 

@@ -6,15 +6,21 @@ import ast
 import copy
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import calmlm
 from calmlm.cli import main
+from calmlm.exporting import export
 from calmlm.serving.catalogue import Catalogue
+from calmlm.serving.catalogue import load as load_served
 from compositions import own, tiny_composition
 from documents import ROOT, anchors, blocks, check_command, check_options, console, inline, links, pages
 from gguf_files import write_gguf
@@ -187,13 +193,18 @@ def test_code_of_any_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(names["model"].model.active) == {"eyes"}
 
 
-def test_code_of_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    places = ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m/gemma-3-270m-q4_k_m")
-    for seed, place in enumerate(places):
-        path = tmp_path / "models" / f"{place}.gguf"
+def tiny_files(place: Path) -> None:
+    """Tiny models where `scripts/models` puts the real ones."""
+    names = ("smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m/gemma-3-270m-q4_k_m")
+    for seed, name in enumerate(names):
+        path = place / "models" / f"{name}.gguf"
         path.parent.mkdir(parents=True)
         write_gguf(path, seed=seed)
+
+
+def test_code_of_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_files(tmp_path)
     assert run("docs/real-models.md", {})["untrained"].config.augmenting["augmenting"]["words"]
     rows = [{"prompt": f"the cat {n}", "completion": f" sat on the mat {n}"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -223,8 +234,84 @@ def test_code_of_serving(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("composition\n")
 
 
+def test_code_of_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its two programs on tiny models in the place of the real ones, and the step between them."""
+    monkeypatch.chdir(tmp_path)
+    tiny_files(tmp_path)
+    compose, call = blocks((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), "python")
+    exec(compile(compose, "docs/tutorial.md", "exec", dont_inherit=True), {})
+    assert main(["inspect", "runs/translation/untrained"]) == 0
+    assert main(["export", "runs/translation/untrained", "translator"]) == 0
+    shutil.rmtree("models")
+    shutil.rmtree("runs")
+    with serving(load_served({"composition": "translator"})) as (url, _):
+        names: dict[str, Any] = {}
+        exec(compile(call.replace("http://127.0.0.1:8000", url), "docs/tutorial.md", "exec", dont_inherit=True), names)
+        names["client"].close()
+    assert names["answer"].usage.completion_tokens > 0
+
+
+def test_code_of_sharing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a hub, which tests/files/test_sharing.py has."""
+    monkeypatch.chdir(tmp_path)
+    base = save(tiny_model("llama", seed=1), "base")
+    model = calmlm.compose("base", tiny_model("gpt2", seed=2), 2)
+    model.augmenting["augmenting"].save_pretrained("small")
+    calmlm.compose("base", "small", 2).save_pretrained("runs/example/composition")
+    export("runs/example/composition", "shared/translator")
+    pushed: dict[str, Any] = {}
+
+    def push(found: Any, name: str, **options: Any) -> None:
+        pushed[name] = options
+        found.save_pretrained(name)
+
+    monkeypatch.setattr(calmlm.CalmForCausalLM, "push_to_hub", push)
+    names = run("docs/sharing.md", {})
+    assert pushed == {"me/translator": {"private": True}}
+    assert type(names["again"].anchor) is type(base)
+    assert "| openai/gsm8k | gsm8k | 0.41 |" in (tmp_path / "runs/example/composition/README.md").read_text()
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "api.py"), "--check"], timeout=60)
+    assert done.returncode == 0, "docs/api.md is behind the code: run scripts/api.py."
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    missing = [name for name in calmlm.__all__ if f"### `calmlm.{name}`" not in text and name != "CalmModel"]
+    assert missing == []
+
+
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def test_the_site_has_every_page_and_no_plugins(tmp_path: Path) -> None:
+    def named(entries: list[Any]) -> list[str]:
+        found = []
+        for entry in entries:
+            for value in entry.values():
+                found += named(value) if isinstance(value, list) else [value]
+        return found
+
+    nav = named(SITE["nav"])
+    assert SITE["plugins"] == []
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert len(nav) == len(set(nav))
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    program = shutil.which("zensical") or shutil.which("zensical", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("zensical is not installed")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    done = subprocess.run([program, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
+
+
 def test_every_page_with_code_has_a_test_that_runs_it() -> None:
     """What needs data sets from a hub is compiled only."""
     with_code = {name_of(page) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")}
-    run_here = {f"docs/{page}.md" for page in ("any-two-models", "generation", "real-models", "serving")}
+    run_here = {
+        f"docs/{page}.md" for page in ("any-two-models", "generation", "real-models", "serving", "sharing", "tutorial")
+    }
     assert with_code == {"README.md", "configs/benchmarks/README.md", *run_here}

@@ -373,6 +373,22 @@ def serve(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    target: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False, callback=expanded)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a composition and all of its models to one folder, which loads anywhere without a hub."""
+    from transformers.utils import logging
+
+    from calmlm.exporting import export
+
+    logging.disable_progress_bar()
+    print(export(folder, target, overwrite=overwrite, trust_remote_code=trust_remote_code, report=say))
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file as for `calmlm train`.", callback=expanded)],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as key=value.")] = None,

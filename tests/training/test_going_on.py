@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from calmlm.errors import CalmError, ConfigError
+from calmlm.files.storage import replacing_folder
 from calmlm.training import going_on, pipeline
 from calmlm.training.pipeline import train
-from calmlm.training.run_folder import RunFolder, replacing_folder
+from calmlm.training.run_folder import RunFolder
 from calmlm.training.schema import parse_config
 from calmlm.training.state_shards import Shards
 from training.callbacks import interrupt_at, join

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 import calmlm
 from calmlm.cli import main
 from calmlm.errors import CalmError, ConfigError, DataError
+from calmlm.files.storage import replacing_folder
 from calmlm.training import pipeline as run_module
 from calmlm.training.pipeline import train
-from calmlm.training.run_folder import RunFolder, replacing_folder
+from calmlm.training.run_folder import RunFolder
 from calmlm.training.schema import TrainingConfig, parse_config
 from gguf_files import write_gguf
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens

@@ -128,7 +128,12 @@ def test_what_is_uploaded_can_be_loaded(
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (composition, repository))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    assert "trl" not in (repository / "README.md").read_text().lower()
+    for card in (composition / "README.md", repository / "README.md"):
+        text = card.read_text()
+        assert "trl" not in text.lower()
+        assert f"- trained on `{Path(values['data']['train']).name}`" in text
+        assert "| steps | 4 |" in text
+        assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,7 @@ import calmlm
 from calmlm.data.jsonl import read_jsonl
 from calmlm.demo import MODELS
 from calmlm.errors import ModelError
-from calmlm.training.run_folder import replacing_folder
+from calmlm.files.storage import replacing_folder
 
 HOME = MODELS
 

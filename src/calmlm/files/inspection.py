@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from calmlm.config import ConnectorConfig, opening_of
 from calmlm.errors import CheckpointError
 from calmlm.files import storage
-from calmlm.files.loading import fetch, read_config
+from calmlm.files.fetching import fetch
+from calmlm.files.loading import read_config
 
 
 def describe(source: str) -> list[tuple[str, str]]:

@@ -21,14 +21,13 @@ from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_
 from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line
 from calmlm.files import storage
+from calmlm.files.fetching import HUB_ARGUMENTS, PRIVATE, REACH, fetch, fetch_inside
 from calmlm.tokens.alignment import Alignment, is_of
 from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.tokens.retokenization import Rewriting
 
-REACH = ("token", "cache_dir", "local_files_only")
-HUB_ARGUMENTS = (*REACH, "force_download", "proxies")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -64,6 +63,7 @@ def load_composition(
     config = config if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
     folder = weights.parent
+    fetch_inside(source, config, folder, hub)
     if not isinstance(augmenting, dict):
         names = list(config.augmenting)
         augmenting = {names[0]: augmenting} if augmenting is not None else {}
@@ -74,6 +74,8 @@ def load_composition(
             f"but got {', '.join(unknown)}: use its names."
         )
 
+    # A commit of this repository is none of the bases'.
+    options = {key: value for key, value in options.items() if key not in PRIVATE}
     settings = {"trust_remote_code": trust_remote_code, **options}
     form = Form(None, gguf_file, dtype, device_map, quantization_config)
     anchor_model = _base(anchor, config.anchor, "anchor", source, folder, form, settings)
@@ -411,24 +413,3 @@ def _check_target(decoder: Any, target: str, size: list[int]) -> None:
         widths = [getattr(found, "in_features", None), getattr(found, "out_features", None)]
     if widths != size:
         raise ConfigError(f"{target!r} in the anchor is no linear map from {size[0]} to {size[1]}")
-
-
-def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
-    """The local path of one of the composition's files, downloaded if ``source`` is a hub id.
-
-    Raises:
-        CheckpointError: when there is no such file.
-    """
-    try:
-        path = cached_file(str(source), name, **{k: v for k, v in hub.items() if v is not None})
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"A saved composition must hold {name}, but none was found at {str(source)!r} ({first_line(error)}): "
-            f"give a folder that save_pretrained wrote, or a hub id that you can reach."
-        ) from error
-    if path is None:
-        raise CheckpointError(
-            f"A saved composition must hold {name}, but none was found at {str(source)!r}: "
-            f"give a folder that save_pretrained wrote."
-        )
-    return Path(path)

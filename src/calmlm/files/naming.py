@@ -12,15 +12,17 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from calmlm.config import split_gguf
 from calmlm.errors import CheckpointError, first_line
 from calmlm.files import storage
-from calmlm.files.loading import fetch, read_config
+from calmlm.files.fetching import PRIVATE, fetch
+from calmlm.files.loading import read_config
+from calmlm.tokens.gguf_files import about_to_read
 from calmlm.tokens.lookup import is_made_up
 
 IN_MEMORY = str(Path(__file__).parent / "in_memory")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
-PRIVATE = ("_from_auto", "_commit_hash")  # of transformers, between its classes
 
 
 class InMemory(str):
@@ -95,7 +97,11 @@ def _found(auto: Any, name: str, options: dict[str, Any]) -> Any:
     reason = "there is none"
     if source:
         try:
-            found = auto.from_pretrained(source, revision=anchor.get("revision"), **hub, **options)
+            place, file = split_gguf(source)
+            if file is not None:
+                about_to_read()
+                auto, options = AutoTokenizer, options | {"gguf_file": file}
+            found = auto.from_pretrained(place, revision=anchor.get("revision"), **hub, **options)
             if not isinstance(found, PreTrainedTokenizerBase) or not is_made_up(found):
                 return found
         except Exception as error:  # transformers raises whatever the first missing file gives rise to

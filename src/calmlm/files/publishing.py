@@ -1,17 +1,31 @@
-"""A composition for others: its model card, and the upload to a hub."""
+"""A composition for others: the upload to a hub."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResultEntry, HfApi
 
-from calmlm.config import CalmConfig, split_gguf
+from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError, first_line
+from calmlm.files.card import CARD_NAME, Learned, model_card
+from calmlm.files.leaderboards import RESULTS, check_results, write_results
+from calmlm.files.paths import lies_in
+from calmlm.files.storage import portable_config, write_text
 
-CARD_NAME = "README.md"
+BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "added_tokens.json",
+)
+"""What lies beside a composition and belongs to its tokenizer."""
 
 
 def check_published(config: CalmConfig) -> None:
@@ -25,33 +39,9 @@ def check_published(config: CalmConfig) -> None:
         if not source or source.startswith((".", "/")) or Path(source).is_dir():
             raise ConfigError(
                 f"The bases of a composition must have hub ids before it is uploaded, but {role!r} comes from "
-                f"{source or 'memory'!r}: upload that model first and compose from its id."
+                f"{source or 'memory'!r}: upload that model first and compose from its id, or upload what calmlm "
+                f"export writes."
             )
-
-
-def model_card(config: CalmConfig) -> str:
-    """The model card of a composition, as Markdown with the hub's metadata on top."""
-    sources = [config.anchor, *config.augmenting.values()]
-    named = [entry["id"] for entry in sources if entry.get("id") and not entry["id"].startswith((".", "/"))]
-    ids = list(dict.fromkeys(split_gguf(name)[0] for name in named))
-    head = "".join(f"- {name}\n" for name in ids)
-    rows = [f"| anchor | {config.anchor.get('id') or 'given in memory'} | {config.anchor.get('revision') or ''} | |"]
-    for name, entry in config.augmenting.items():
-        words = entry.get("words")
-        parts = [f"{i} → {j}" for i, j in entry["connections"]]
-        parts += [f"words ({words.get('kind', 'map')})"] if words else []
-        parts += [f"adapters (rank {entry['adapters']['rank']})"] if entry.get("adapters") else []
-        pairs = ", ".join(parts)
-        rows.append(f"| {name} | {entry.get('id') or 'given in memory'} | {entry.get('revision') or ''} | {pairs} |")
-    return (
-        "---\nlibrary_name: calmlm\npipeline_tag: text-generation\ntags:\n- calm\n- composition\n"
-        + (f"base_model:\n{head}" if ids else "")
-        + "---\n\n# A composition of frozen language models\n\n"
-        "This folder holds the trained connections only (CALM, arXiv 2401.02412). Loading fetches the base models.\n\n"
-        "| role | model | revision | connections (augmenting layer → anchor layer, 0-based) |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n\n```python\nimport calmlm\n\nmodel = calmlm.CalmForCausalLM.from_pretrained(folder)\n```\n"
-    )
 
 
 class Published:
@@ -59,6 +49,7 @@ class Published:
 
     config: CalmConfig
     save_pretrained: Callable[..., None]
+    _place: str | None
 
     def push_to_hub(
         self,
@@ -70,8 +61,12 @@ class Published:
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        datasets: Sequence[str] = (),
+        results: Sequence[EvalResultEntry] = (),
     ) -> str:
         """Upload the composition's tensors, configuration and model card to a repository, made if needed.
+
+        A composition that is as it was loaded from a folder keeps that folder's tokenizer, card and results.
 
         Args:
             repo_id: name of the repository, with its owner.
@@ -81,17 +76,26 @@ class Published:
             token: the hub's access token; the stored one by default.
             revision: branch to upload to.
             create_pr: whether to open a pull request instead.
+            datasets: ids of the data sets that it was trained on, for a card that is written now.
+            results: of benchmarks, for the card and for the hub's leaderboards (``.eval_results/*.yaml``).
 
         Returns:
             the address of the commit.
 
         Raises:
             ConfigError: when a base model has no hub id, so that nobody else could load the composition, or the hub
-                refuses or cannot be reached.
+                refuses or cannot be reached, or a result is none that the hub reads.
         """
         check_published(self.config)
+        check_results(results)
         with tempfile.TemporaryDirectory() as folder:
+            self._keep(Path(self._place) if self._place else None, Path(folder))
+            if datasets and not (Path(folder) / CARD_NAME).exists():
+                config = portable_config(self.config, Path(folder))
+                write_text(Path(folder) / CARD_NAME, model_card(config, Learned(datasets)))
             self.save_pretrained(folder)
+            if results:
+                write_results(folder, results)
             api = HfApi(token=token)
             try:
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -108,3 +112,17 @@ class Published:
                     f"The hub must be reached and take the repository {repo_id!r}, but it did not "
                     f"({first_line(error)}): check the name, the token and the network."
                 ) from error
+
+    @staticmethod
+    def _keep(place: Path | None, folder: Path) -> None:
+        """Copy what lies beside a saved composition, where it was loaded from a folder and has not changed since."""
+        if place is None or not place.is_dir():
+            return
+        for pattern in (CARD_NAME, *BESIDE):
+            for path in place.glob(pattern):
+                if path.is_file() and lies_in(path, place):
+                    shutil.copyfile(path, folder / path.name)
+        for path in (place / RESULTS).glob("*.yaml"):
+            if path.is_file() and lies_in(path, place):
+                (folder / RESULTS).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / RESULTS / path.name)

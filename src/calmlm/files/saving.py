@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 from calmlm.bases.sharding import is_sharded
 from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError
-from calmlm.files import publishing, storage
+from calmlm.files import storage
+from calmlm.files.card import CARD_NAME, model_card
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 
@@ -41,8 +42,8 @@ def save_composition(
         storage.alignment_name(name): storage.text_writer(json.dumps(alignment.to_json()))
         for name, alignment in alignments.items()
     }
-    if not (folder / publishing.CARD_NAME).exists():
-        files[publishing.CARD_NAME] = storage.text_writer(publishing.model_card(config))
+    if not (folder / CARD_NAME).exists():
+        files[CARD_NAME] = storage.text_writer(model_card(config))
     storage.write_together(folder, files)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +55,32 @@ def write_together(folder: Path, writers: dict[str, Writer]) -> None:
 def write_atomically(path: Path, write: Writer) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
     write_together(path.parent, {path.name: write})
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `target` when the block ends well and vanishes otherwise.
+
+    Until then `target` stays as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    for left in target.parent.glob(f".{target.name}.*.old"):  # by a process that was killed
+        left.rename(target) if not target.exists() else shutil.rmtree(left, ignore_errors=True)
+    for left in target.parent.glob(f".{target.name}.*.new"):
+        shutil.rmtree(left, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def probe_folder(folder: Path) -> None:

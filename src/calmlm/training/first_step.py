@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from calmlm.errors import ConfigError
-from calmlm.files.publishing import CARD_NAME, model_card
+from calmlm.files.card import CARD_NAME, Learned, model_card
 from calmlm.files.storage import alignment_name, portable_config, write_text
 from calmlm.training.named_reporters import project_named
 
@@ -38,10 +38,12 @@ class ComposedTrainer(Trainer):
 
     Attributes:
         start: makes the run's folder; called once.
+        learned: says what the card tells of the run.
         begun: whether the first step is done.
     """
 
     start: Callable[[], None] | None = None
+    learned: Callable[[], Learned] | None = None
     begun = False
 
     def begin(self) -> None:
@@ -77,7 +79,8 @@ class ComposedTrainer(Trainer):
         if self.args.push_to_hub and self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             config = self.accelerator.unwrap_model(self.model).config
-            write_text(folder / CARD_NAME, model_card(portable_config(config, folder)))
+            learned = None if self.learned is None else self.learned()
+            write_text(folder / CARD_NAME, model_card(portable_config(config, folder), learned))
 
 
 class FirstStep(TrainerCallback):

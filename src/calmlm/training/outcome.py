@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from calmlm.bases.sharding import gathered
 from calmlm.errors import CalmError, first_line
-from calmlm.files.storage import WEIGHTS_NAME, read_tensors
-from calmlm.training.run_folder import replacing_folder
+from calmlm.files.card import CARD_NAME, Learned, model_card
+from calmlm.files.storage import WEIGHTS_NAME, portable_config, read_tensors, replacing_folder, write_text
 
 __all__ = ["Report", "save_result", "take"]
 
@@ -26,7 +26,9 @@ def take(model: Any, saved: Path) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: Report = print) -> None:
+def save_result(
+    trainer: Any, model: Any, tokenizer: Any, target: Path, report: Report = print, learned: Learned | None = None
+) -> None:
     """Write a trained composition and its tokenizer; every process has to call this, and the first one writes.
 
     Args:
@@ -35,14 +37,17 @@ def save_result(trainer: Any, model: Any, tokenizer: Any, target: Path, report: 
         tokenizer: its own.
         target: a folder, replaced as a whole.
         report: takes a line about what could not be saved.
+        learned: what its card says of the training.
     """
     state = gathered(trainer.model_wrapped, model.is_composition)
     if trainer.is_world_process_zero():
-        _save(model, tokenizer, target, report, state)
+        _save(model, tokenizer, target, report, state, learned)
     trainer.accelerator.wait_for_everyone()
 
 
-def _save(model: Any, tokenizer: Any, target: Path, report: Report, state: dict[str, Any] | None) -> None:
+def _save(
+    model: Any, tokenizer: Any, target: Path, report: Report, state: dict[str, Any] | None, learned: Learned | None
+) -> None:
     """Save the result of a run; where that cannot be, in a folder for temporary files.
 
     Raises:
@@ -51,6 +56,7 @@ def _save(model: Any, tokenizer: Any, target: Path, report: Report, state: dict[
 
     def save(place: Path) -> None:
         with replacing_folder(place) as fresh:
+            write_text(fresh / CARD_NAME, model_card(portable_config(model.config, fresh), learned))
             model.save_pretrained(fresh, state_dict=state)
             with tempfile.TemporaryDirectory() as private:
                 aside = Path(private) / "tokenizer"  # half of its files would be taken for all

@@ -35,6 +35,7 @@ from calmlm.training.backends import (
 from calmlm.training.cache_settings import UNITS
 from calmlm.training.curves import draw_curves
 from calmlm.training.going_on import check_agreement
+from calmlm.training.learned import learned
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
@@ -116,6 +117,9 @@ def train(
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    trainer.learned = lambda: learned(
+        _listed(config.data.train), _listed(config.data.eval), len(train_examples), trainer.state
+    )
     trainer.retained = _retained(config, model, tokenizer, max_length, arguments.seed)
     stage = None
     if config.align is not None and checkpoint is None:
@@ -151,7 +155,7 @@ def train(
         report(cache.summary())
     if trainer.is_world_process_zero():
         draw_curves(trainer.state.log_history, folder, report)
-    save_result(trainer, model, tokenizer, folder.composition, report)
+    save_result(trainer, model, tokenizer, folder.composition, report, trainer.learned())
     if arguments.push_to_hub:
         upload(trainer, folder.composition)
     return TrainingResult(folder.composition, steps, loss)

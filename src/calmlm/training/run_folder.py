@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,29 +175,3 @@ def best_of(checkpoint: Path) -> Path:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-
-
-@contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `target` when the block ends well and vanishes otherwise.
-
-    Until then `target` stays as it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    for left in target.parent.glob(f".{target.name}.*.old"):  # by a process that was killed
-        left.rename(target) if not target.exists() else shutil.rmtree(left, ignore_errors=True)
-    for left in target.parent.glob(f".{target.name}.*.new"):
-        shutil.rmtree(left, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -171,9 +171,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             ConfigError: for another one.
         """
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 <= scale <= 1:
-            raise ConfigError(
-                f"scale must be a number from 0, the anchor, to 1, but got {scale!r}: choose one of these."
-            )
+            raise ConfigError(f"scale must be a number from 0, the anchor, to 1, but got {scale!r}: choose one.")
         before = self.model.enabled, self.model.scale
         self.model.scale = float(scale) * self.model.scale
         self.model.enabled = self.model.enabled and self.model.scale > 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from calmlm.answering import TextModel
@@ -14,12 +16,15 @@ from calmlm.communication.probe import Probe
 from calmlm.communication.token_texts import TokenTexts, texts_of_augmenting
 from calmlm.communication.tokenwise import token_nats
 from calmlm.communication.trace import Trace
+from calmlm.communication.trace_page import show_trace
+from calmlm.communication.trace_picture import draw_trace
 from calmlm.controls import beside, listening
 from calmlm.data.labels import encode_prompt
 from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError, DataError
+from calmlm.files.results import to_json, write_result
 
-__all__ = ["look", "look_into"]
+__all__ = ["check_looked_into", "look", "look_into", "look_to_files"]
 
 
 def look(
@@ -57,6 +62,46 @@ def look(
     if not new:
         raise DataError("Expected an answer of at least one token, but it has none; write some text.")
     return look_into(text.model, text.tokenizer, ids, new, others, prompt=prompt)
+
+
+def look_to_files(
+    source: str,
+    prompt: str,
+    json_file: Path | None = None,
+    png_file: Path | None = None,
+    *,
+    answer: str | None = None,
+    other: str | None = None,
+    max_new_tokens: int = 64,
+    apply_chat_template: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> None:
+    """Look into a saved composition; print what is found, and write it to files.
+
+    Args:
+        source: folder or id of the composition.
+        prompt: see ``look``, as for its other arguments.
+        json_file, png_file: what to write; None for nothing.
+        console: where to print; the terminal by default.
+        options: of ``calmlm.answering.TextModel.load``.
+
+    Raises:
+        CalmError: there is no such composition, or one cannot look into it.
+    """
+    found = look(
+        TextModel.load(source, **options),
+        prompt,
+        answer=answer,
+        other=other,
+        max_new_tokens=max_new_tokens,
+        apply_chat_template=apply_chat_template,
+    )
+    show_trace(found, console or Console())
+    if json_file is not None:
+        write_result(json_file, to_json(found.to_json(), indent=1) + "\n")
+    if png_file is not None:
+        draw_trace(found, png_file)
 
 
 def check_looked_into(model: Any) -> None:

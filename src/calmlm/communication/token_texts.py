@@ -13,7 +13,7 @@ from calmlm.tokens.parts import read_backend
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import Spelling
 
-__all__ = ["TokenTexts", "texts_of_augmenting"]
+__all__ = ["TokenTexts", "printable", "shown", "texts_of_augmenting"]
 
 
 class TokenTexts:
@@ -44,6 +44,20 @@ class TokenTexts:
         if self.spelling is None or index in self.tokenizer.added_tokens_decoder:
             return str(token)
         return self.spelling.bytes_of(token).decode("utf-8", "backslashreplace")
+
+
+def shown(token: str) -> str:
+    """A token as one word: a space at its ends is ``␣``, and what no terminal shows is written out."""
+    inner = token.strip(" ")
+    left, right = len(token) - len(token.lstrip(" ")), len(token) - len(token.rstrip(" "))
+    if not inner:
+        return "␣" * len(token)
+    return "␣" * left + printable(inner) + "␣" * right
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A text in which what no terminal shows is written out, but for the characters in ``kept``."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def texts_of_augmenting(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, TokenTexts]:

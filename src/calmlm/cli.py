@@ -428,6 +428,36 @@ def serve(
 
 
 @app.command()
+def ui(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Open a page on which a composition and its models answer side by side, and one looks inside."""
+    from transformers.utils import logging
+
+    from calmlm.ui.hosting import show_page
+
+    logging.disable_progress_bar()
+    show_page(
+        folder,
+        host,
+        port,
+        say,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A YAML file as for `calmlm train`.", callback=expanded)],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as key=value.")] = None,

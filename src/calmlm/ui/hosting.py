@@ -56,8 +56,8 @@ def make_page_app(text: TextModel, name: str) -> Any:
     import gradio as gr
     from fastapi import FastAPI
 
-    from calmlm.ui.page import Page
     from calmlm.ui.panels import CSS
+    from calmlm.ui.side_by_side import Page
 
     # Fonts of the machine: a page that is looked at without a network waits for others.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

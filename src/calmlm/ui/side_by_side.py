@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
@@ -40,9 +41,11 @@ class Page:
         check_looked_into(text.model)
         self.text, self.name = text, name
         self.texts = texts_of_augmenting(text.model, text.tokenizer)
-        self.voices: list[tuple[str, Voice | AugmentingVoice]] = [("m_B, the anchor", Voice(text, anchor_only=True))]
         small = augmenting_voices(text)
-        self.voices += [("m_A" if len(small) == 1 else f"m_A, {voice.name}", voice) for voice in small]
+        self.voices: list[tuple[str, Voice | AugmentingVoice]] = [
+            ("m_A, the augmenting model" if len(small) == 1 else f"m_A, {voice.name}", voice) for voice in small
+        ]
+        self.voices.append(("m_B, the anchor", Voice(text, anchor_only=True)))
         self.composition = Voice(text)
         self.lock = threading.Lock()  # the models answer one by one
         self.heads = _heads(text.model)
@@ -70,21 +73,24 @@ class Page:
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Row():
                 boxes = [
-                    gr.Textbox(label=label, lines=4, min_width=220, interactive=False, elem_id=f"answer-{index}")
+                    gr.Textbox(label=label, lines=3, min_width=220, interactive=False, elem_id=f"answer-{index}")
                     for index, (label, _) in enumerate(self.voices)
                 ]
                 composed = gr.Textbox(
-                    label="Composition", lines=4, min_width=220, interactive=False, elem_id="answer-composition"
+                    label="Composition", lines=3, min_width=220, interactive=False, elem_id="answer-composition"
                 )
             gr.Markdown("### What was attended to")
             with gr.Row(visible=bool(labels)):
                 connection = gr.Dropdown(
-                    labels, value=labels[0] if labels else None, label="Connection", elem_id="connection"
+                    labels, value=labels[0] if labels else None, label="Connection", min_width=220, elem_id="connection"
                 )
                 head = gr.Dropdown(
-                    [MEAN, *map(str, range(self.heads[labels[0]] if labels else 0))], value=MEAN, label="Head",
+                    self._choices(labels[0] if labels else None),
+                    value=MEAN,
+                    label="Head",
+                    min_width=220,
                     elem_id="head",
-                )  # fmt: skip
+                )
             heat = gr.HTML(self._empty(), elem_id="heat")
             gr.Markdown(
                 "### Each token of the answer\nLog-probabilities in nats. *Silenced*: by how much an augmenting model "
@@ -110,15 +116,27 @@ class Page:
     # Events
 
     def ask(
-        self, prompt: str, other: str, most: float, templated: bool, scale: float, connection: str | None, head: str
+        self,
+        prompt: str | None,
+        other: str | None,
+        most: float,
+        templated: bool,
+        scale: float,
+        connection: Any,
+        head: Any,
     ) -> Iterator[list[Any]]:
         """All voices answer one after another; then one looks inside."""
-        asked = (prompt, other, int(most), bool(templated))
+        asked = (prompt or "", (other or "").strip(), int(most), bool(templated))  # boxes not yet seen hold None
         heard = [""] * len(self.voices)
         clear = ["", self._empty(), "", "", None]
+        with self.lock, _told():
+            self.text.read(asked[0], apply_chat_template=asked[3])
         for index, (_, voice) in enumerate(self.voices):
-            for heard[index] in self._relay(voice, asked):
-                yield [*heard, *clear, asked]
+            try:
+                for heard[index] in self._relay(voice, asked):
+                    yield [*heard, *clear, asked]
+            except CalmError as error:  # of this one alone: its context is shorter, say
+                heard[index] = f"({error})"
         yield [*heard, *clear, asked]
         for inside in self.scaled(asked, scale, connection, head):
             yield [*heard, *inside, asked]
@@ -131,8 +149,9 @@ class Page:
             return
         relay = self._relay(self.composition, asked, scale=scale)
         text = ""
-        for text in relay:
-            yield [text, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+        with _told():
+            for text in relay:
+                yield [text, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
         if not scale:
             silent = note("At 0 the anchor answers alone: nothing is attended to.")
             yield [text, silent, "", "", None]
@@ -145,7 +164,7 @@ class Page:
 
     def chosen(self, trace: Trace | None, connection: str, head: str) -> list[Any]:
         """Another connection: its heat map, and the heads that it has."""
-        heads = [MEAN, *map(str, range(self.heads[connection]))]
+        heads = self._choices(connection)
         head = head if head in heads else MEAN
         return [self.drawn(trace, connection, head), gr.update(choices=heads, value=head)]
 
@@ -163,7 +182,7 @@ class Page:
         prompt, _, most, templated = asked
 
         def write(emit: Any) -> list[int]:
-            with self.lock, _told():
+            with self.lock:
                 return voice.write(prompt, emit, max_new_tokens=most, templated=templated, **options)
 
         return Relay(write)
@@ -174,8 +193,12 @@ class Page:
             return None
         with self.lock, _told(), self.text.model.composition_scale(scale):
             ids = self.text.read(prompt, apply_chat_template=templated)
-            others = self.text.read(other, apply_chat_template=templated) if other.strip() else None
+            others = self.text.read(other, apply_chat_template=templated) if other else None
             return look_into(self.text.model, self.text.tokenizer, ids, new, others, prompt=prompt, texts=self.texts)
+
+    def _choices(self, connection: str | None) -> list[str]:
+        """The heads of a connection, as they are called."""
+        return [MEAN, *map(str, range(self.heads.get(connection or "", 0)))]
 
     def _empty(self) -> str:
         if not self.heads:
@@ -183,15 +206,13 @@ class Page:
         return note("Ask something: then it stands here which tokens of the augmenting model were attended to.")
 
 
-class _told:  # noqa: N801
+@contextmanager
+def _told() -> Iterator[None]:
     """Within this context an error of calmlm is one that the page shows."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CalmError):
-            raise gr.Error(str(error), print_exception=False) from None
+    try:
+        yield
+    except CalmError as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _heads(model: Any) -> dict[str, int]:

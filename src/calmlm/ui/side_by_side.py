@@ -55,7 +55,10 @@ class Page:
         labels = list(self.heads)
         with gr.Blocks(title=f"calmlm: {self.name}", analytics_enabled=False) as blocks:
             gr.Markdown(f"## {self.name}\nTwo frozen language models and their composition answer side by side.")
-            prompt = gr.Textbox(label="Prompt", lines=2, max_length=LONGEST, elem_id="prompt", autofocus=True)
+            prompt = gr.Textbox(
+                label="Prompt", info="Enter asks, Shift and Enter begin a line.", lines=1, max_lines=12,
+                max_length=LONGEST, elem_id="prompt", autofocus=True,
+            )  # fmt: skip
             scale = gr.Slider(
                 0, 1, 1, step=0.05, label="Scale of the composition", elem_id="scale",
                 info="0 is the anchor, 1 the composition as it was trained.",
@@ -122,8 +125,8 @@ class Page:
         most: float,
         templated: bool,
         scale: float,
-        connection: Any,
-        head: Any,
+        connection: str | None,
+        head: str,
     ) -> Iterator[list[Any]]:
         """All voices answer one after another; then one looks inside."""
         asked = (prompt or "", (other or "").strip(), int(most), bool(templated))  # boxes not yet seen hold None

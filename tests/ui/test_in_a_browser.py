@@ -49,6 +49,7 @@ def address() -> Iterator[str]:
         assert process.wait(30) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
     finally:
+        process.stderr.close()
         process.kill()
         process.wait()
 
@@ -118,6 +119,13 @@ def test_ask_look_inside_and_turn_down(page: Any, tmp_path: Path) -> None:
     assert f"{max(expected.contributions[one.label]):.3f}" in page.locator("#added").inner_text()
     keep(page, tmp_path, "ui-1280.png")
 
+    # On a telephone nothing stands beside the screen.
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("#prompt textarea").fill(prompt)  # which lets the box grow
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    keep(page, tmp_path, "ui-390.png")
+
     # Another connection, another head.
     other = expected.attention[1]
     choose(page, "connection", other.label)
@@ -126,12 +134,6 @@ def test_ask_look_inside_and_turn_down(page: Any, tmp_path: Path) -> None:
     playwright.expect(cell).to_have_attribute(
         "title", re.compile(re.escape(f": {float(other.weights[2, 1, 1]):.3f}")), timeout=WAIT
     )
-
-    # On a telephone nothing stands beside the screen.
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    keep(page, tmp_path, "ui-390.png")
 
     # The slider: at 0 the anchor answers, at 1 the composition again.
     set_scale(page, "0")
@@ -144,9 +146,11 @@ def test_ask_look_inside_and_turn_down(page: Any, tmp_path: Path) -> None:
     page.locator("#heat td").first.wait_for(timeout=WAIT)
 
 
-def test_another_prompt_and_nothing_to_answer(page: Any) -> None:
+def test_another_prompt_and_one_that_is_too_long(page: Any) -> None:
+    page.locator("#prompt textarea").fill("a b " * 600)
     page.locator("#ask").click()
-    page.get_by_text("it is empty").or_(page.get_by_text("write some")).first.wait_for(timeout=WAIT)
+    page.get_by_text("Expected a prompt shorter than the context of 512 tokens").first.wait_for(timeout=WAIT)
+    assert "must have from 1 to" in answer(page, "0") and "shorten it" in answer(page, "1")
     page.get_by_text("More", exact=True).click()
     page.locator("#other textarea").fill(questions()[3][0])
     page.locator("#prompt textarea").fill("<img src=x onerror=alert(1)> & 1 + 1 =")

@@ -19,7 +19,6 @@ from calmlm.errors import ConfigError, DataError
 from compositions import assert_close, assert_helpful, awaken, logits_of, own, tiny_composition
 from connectors.test_adapters import adapted, adapters_of
 from connectors.test_graft import grafted
-from documents import ROOT, blocks
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
 from words import speaking
@@ -255,12 +254,3 @@ def test_what_cannot_be_looked_into() -> None:
         with pytest.raises(DataError):
             look(text, prompt, answer=answer)
     assert not model.training and model.model.connectors["augmenting"][0].observe is None
-
-
-def test_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = blocks((ROOT / "docs" / "ui.md").read_text(encoding="utf-8"), "python")
-    scope: dict[str, Any] = {}
-    exec(compile(block, "docs/ui.md", "exec"), scope)
-    assert scope["found"].answer == "6 + 6 = 12 + 5 = 17"
-    shown = capsys.readouterr().out
-    assert scope["found"].answer in shown and str(scope["first"].weights.shape) in shown

@@ -384,6 +384,22 @@ def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["parameters"] == f"{trainable:,}"
 
 
+def test_inspect_looks_into_an_answer(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = "--json", tmp_path / "new" / "trace.json", "--png", tmp_path / "trace.png"
+    given = ("inspect", composition, "--prompt", "7 [b] + 8", "--other-prompt", "x", "--max-new-tokens", "4")
+    assert main([*map(str, (*given, *files))]) == 0
+    shown = capsys.readouterr().out
+    assert "connections" in shown and "7 [b] + 8" in shown and "augmenting 3 → 4" in shown
+    found = json.loads(files[1].read_text(encoding="utf-8"))
+    assert len(found["tokens"]) == len(found["swapped"]["augmenting"]) == 4
+    assert files[3].read_bytes().startswith(b"\x89PNG")
+    assert main([*map(str, (*given, "--answer", " = 15"))]) == 0
+    assert "= 15" in capsys.readouterr().out
+    assert "write --prompt TEXT" in fault(capsys, "inspect", composition, "--png", tmp_path / "other.png")
+    assert "cannot" in fault(capsys, *given, "--json", tmp_path)
+    assert not (tmp_path / "other.png").exists()
+
+
 def test_seeds_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     message = fault(capsys, "repro", "kv-arithmetic", "--preset", "tiny", "--seeds", "one")
     assert message == "Expected seeds as whole numbers from 0 with commas, but got 'one'; write 0,1,2."

@@ -308,10 +308,16 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
 
 
+def test_code_of_looking_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/ui.md", {})
+    assert names["found"].answer == "6 + 6 = 12 + 5 = 17"
+    shown = capsys.readouterr().out
+    assert names["found"].answer in shown and str(names["first"].weights.shape) in shown
+
+
 def test_every_page_with_code_has_a_test_that_runs_it() -> None:
     """What needs data sets from a hub is compiled only."""
     with_code = {name_of(page) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")}
-    run_here = {
-        f"docs/{page}.md" for page in ("any-two-models", "generation", "real-models", "serving", "sharing", "tutorial")
-    }
+    named = ("any-two-models", "generation", "real-models", "serving", "sharing", "tutorial", "ui")
+    run_here = {f"docs/{page}.md" for page in named}
     assert with_code == {"README.md", "configs/benchmarks/README.md", *run_here}

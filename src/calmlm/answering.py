@@ -70,7 +70,7 @@ class TextModel:
         drafting: bool = False,
         apply_chat_template: bool = False,
         tell: Callable[[str], None] | None = None,
-    ) -> None:
+    ) -> list[int]:
         """Continue `prompt`; `emit` takes each piece of text as soon as it is settled.
 
         What was written is emitted to its end, whatever ends it.
@@ -86,17 +86,17 @@ class TextModel:
             apply_chat_template: whether `prompt` is what a user says, to be put into the chat template.
             tell: takes a line where a context ended the text; it goes to stderr by default.
 
+        Returns:
+            the tokens that were written.
+
         Raises:
             DataError: the prompt is empty or leaves no room in a context.
             ConfigError: no augmenting model of this composition can draft, the tokenizer has no chat template, or an
                 augmenting model that reads the content of messages alone would see nothing.
         """
-        check_text(prompt, "the prompt")
-        ids = self._conversation(prompt) if apply_chat_template else encode_prompt(prompt, self.tokenizer)
+        ids = self.read(prompt, apply_chat_template=apply_chat_template)
         if not anchor_only:
             self._check_views(ids)
-        if not ids:
-            raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
         if seed is not None:
             set_seed(seed)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
@@ -131,8 +131,22 @@ class TextModel:
         elif room < max_new_tokens and len(new) == room and new[-1] not in self._ends():
             context = f"the context ends, {len(ids) + room} tokens"
         else:
-            return
+            return new
         (tell or _say)(f"The text stops where {context}.")
+        return new
+
+    def read(self, prompt: str, *, apply_chat_template: bool = False) -> list[int]:
+        """The token ids of a prompt, as ``write`` takes it.
+
+        Raises:
+            DataError: the prompt is empty.
+            ConfigError: the tokenizer has no chat template.
+        """
+        check_text(prompt, "the prompt")
+        ids = self._conversation(prompt) if apply_chat_template else encode_prompt(prompt, self.tokenizer)
+        if not ids:
+            raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
+        return ids
 
     def _room(self, ids: list[int], wanted: int) -> int:
         """How many tokens may follow a prompt.

@@ -157,6 +157,29 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         finally:
             self.model.enabled = before
 
+    @contextmanager
+    def composition_scale(self, scale: float) -> Iterator[CalmForCausalLM]:
+        """Within this context all that the composition adds is multiplied by ``scale``: 0 is the anchor, bit for bit.
+
+        That is what connections and words add to the anchor's states, what adapters add to the outputs of its maps, and
+        the share that pointers have of its probabilities. Contexts inside each other multiply.
+
+        Args:
+            scale: from 0 to 1.
+
+        Raises:
+            ConfigError: for another one.
+        """
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 <= scale <= 1:
+            raise ConfigError(f"scale must be a number from 0, the anchor, to 1, but got {scale!r}: choose one.")
+        before = self.model.enabled, self.model.scale
+        self.model.scale = float(scale) * self.model.scale
+        self.model.enabled = self.model.enabled and self.model.scale > 0
+        try:
+            yield self
+        finally:
+            self.model.enabled, self.model.scale = before
+
     # Several augmenting models
 
     def add_augmenting(

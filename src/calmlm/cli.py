@@ -188,7 +188,29 @@ def inspect(
     ] = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of that file to look at.")] = 200,
     output: Annotated[
-        Path | None, typer.Option(help="A JSON file for the figures.", show_default=False, callback=expanded)
+        Path | None, typer.Option(help="A JSON file for the figures of --text.", show_default=False, callback=expanded)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A text to answer: what happens at each token.", show_default=False)
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Its answer, instead of the composition's own.", show_default=False)
+    ] = None,
+    other_prompt: Annotated[
+        str | None,
+        typer.Option(help="Read by the augmenting models in its place, to compare with.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 64,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Prompts are what a user says: put them into the template.")
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="A JSON file for what --prompt shows.", show_default=False, callback=expanded),
+    ] = None,
+    png_file: Annotated[
+        Path | None,
+        typer.Option("--png", help="A picture of what --prompt shows.", show_default=False, callback=expanded),
     ] = None,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
@@ -197,16 +219,49 @@ def inspect(
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what a saved composition is made of and, with --text, what its models understand of some rows."""
+    """Show what a saved composition is made of; with --text, what its models understand of some rows; with --prompt,
+    what happens inside while it answers.
+    """
     from calmlm.files.inspection import describe
+    from calmlm.files.storage import check_writable
 
+    only = {"--answer": answer, "--other-prompt": other_prompt, "--json": json_file, "--png": png_file}
+    lonely = [name for name, value in only.items() if value is not None]
+    if prompt is None and lonely:
+        raise ConfigError(f"{lonely[0]} must come with --prompt, but there is none: write --prompt TEXT.")
+    for path in (json_file, png_file):
+        if path is not None:
+            check_writable(path)
+    if png_file is not None:
+        from calmlm.communication.trace_picture import check_pictures
+
+        check_pictures()
     _show(describe(folder))
+    if prompt is not None:
+        from transformers.utils import logging as progress
+
+        from calmlm.communication.looking import look_to_files
+
+        progress.disable_progress_bar()
+        look_to_files(
+            folder,
+            _standard_input() if prompt == "-" else prompt,
+            json_file,
+            png_file,
+            answer=answer,
+            other=other_prompt,
+            max_new_tokens=max_new_tokens,
+            apply_chat_template=apply_chat_template,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
     if text is None:
         return
     from calmlm.communication import listen_to_file
     from calmlm.experiments.record import origin
     from calmlm.files.results import to_json, write_result
-    from calmlm.files.storage import check_writable
 
     if output is not None:
         check_writable(output)
@@ -386,6 +441,36 @@ def export(
 
     logging.disable_progress_bar()
     print(export(folder, target, overwrite=overwrite, trust_remote_code=trust_remote_code, report=say))
+
+
+@app.command()
+def ui(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Open a page on which a composition and its models answer side by side, and one looks inside."""
+    from transformers.utils import logging
+
+    from calmlm.ui.hosting import show_page
+
+    logging.disable_progress_bar()
+    show_page(
+        folder,
+        host,
+        port,
+        say,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()

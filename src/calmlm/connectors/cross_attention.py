@@ -81,7 +81,13 @@ class CrossAttention(nn.Module):
         anchor_size: D_B.
         num_heads: N_H, a divisor of D_B.
         norm, gate, rotary, query_key_bias, null_key, rank, projection: see ``calmlm.config.ConnectorConfig``.
+
+    Attributes:
+        observe: is told of each batch's weights, (B, N_H, T, S), a null key's behind them, or None from an attention
+            that returns none, and of ``seeing`` as in ``forward``; None for nobody.
     """
+
+    observe: Callable[[Tensor | None, Tensor | None], None] | None = None
 
     # Read by the attention functions of transformers.
     is_causal = True
@@ -208,9 +214,11 @@ class CrossAttention(nn.Module):
             query = rotate(query, rotation)
         if self.null_key is not None:
             keys, values, mask = self._with_null_key(keys, values, mask)
-        read, _ = attention(
+        read, weights = attention(
             self, query, keys.to(query.dtype), values.to(query.dtype), mask, scaling=self.head_dim**-0.5, dropout=0.0
         )
+        if self.observe is not None:
+            self.observe(weights, seeing)
         read = self.o_proj(read.flatten(2))
         if seeing is not None:
             read = read.masked_fill(~seeing[..., None], 0.0)

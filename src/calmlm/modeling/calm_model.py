@@ -85,6 +85,7 @@ class CalmModel(CalmPreTrainedModel):
         self.connectors = nn.ModuleDict()
         self.ingestors = nn.ModuleDict()
         self.enabled = True
+        self.scale = 1.0
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
@@ -427,7 +428,8 @@ class CalmModel(CalmPreTrainedModel):
         for name, past in pasts.items():
             given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
             streams[name] = self._readers[name].read(*given)
-        return Call(streams, None if inputs.composed is None else inputs.composed.bool()[:, None, None])
+        composed = None if inputs.composed is None else inputs.composed.bool()[:, None, None]
+        return Call(streams, composed, scale=self.scale)
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
         """The cross-attention mask of a model that shares the anchor's ids, for positions like ``like`` (B, T)."""

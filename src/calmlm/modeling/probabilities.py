@@ -68,7 +68,8 @@ def pointed_logits(
 
         def mix(own: Tensor, state: Tensor) -> Tensor:
             each = [(p, states[chosen], None if seen is None else seen[chosen]) for p, _, states, seen in parts]
-            return point(own, shares(list(each), state), said).to(logits.dtype)
+            found = shares(list(each), state)
+            return point(own, found if pointed.scale == 1 else pointed.scale * found, said).to(logits.dtype)
 
         if not torch.is_grad_enabled():
             return mix(flat[chosen], anchor[chosen])

@@ -65,7 +65,7 @@ def serve(folders: Sequence[str], options: Options, report: Callable[[str], None
         raise ConfigError("--api-key must be a word, but got none: leave it out, or write one.")
     places = named(folders)
     check_places(places)
-    listener = _listen(options.host, options.port)
+    listener = listen_at(options.host, options.port)
     with listener:
         catalogue = load(
             places,
@@ -116,7 +116,7 @@ def _run(
     report("All that was accepted is answered.")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen_at(host: str, port: int) -> socket.socket:
     """A socket to listen at, so that a port that is taken is known before anything is loaded.
 
     Raises:

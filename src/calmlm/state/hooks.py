@@ -64,10 +64,12 @@ class Pointed:
         anchor: the anchor's last states, (B, T, D_B).
         parts: for each augmenting model that speaks in probabilities its pointer, and its last states beside the
             anchor's.
+        scale: by which their gates are multiplied.
     """
 
     anchor: Tensor
     parts: dict[str, tuple[Pointer, Beside]]
+    scale: float = 1.0
 
 
 @dataclass
@@ -78,11 +80,17 @@ class Call:
         streams: of the augmenting models, by name.
         composed: (B, 1, 1) bool, the rows that the connections change; None for all.
         pointed: what pointers have found; None where there are none, or none has read anything.
+        scale: by which all that the composition adds is multiplied.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
     composed: Tensor | None = None
     pointed: Pointed | None = None
+    scale: float = 1.0
+
+    def scaled(self, old: Tensor, new: Tensor) -> Tensor:
+        """The way from one state to another, as far as the scale goes."""
+        return new if self.scale == 1 else old + self.scale * (new - old)
 
 
 class Slot(threading.local):
@@ -138,7 +146,7 @@ class InjectHook:
             if found is None:
                 return self._unread(state)
             parts = [part for part in (found.seen, found.ends, _on(device, call.composed)) if part is not None]
-            return self.connector(state, found.states, _all(parts))
+            return call.scaled(state, self.connector(state, found.states, _all(parts)))
         if self.layer in stream.hidden:
             hidden = stream.hidden[self.layer].to(device)
             keys, values = self.connector.keys_values(hidden, _on(device, stream.key_rotation))
@@ -153,6 +161,7 @@ class InjectHook:
         # By name: transformers' DebugUnderflowOverflow takes every tensor among positional arguments for numbers.
         rotation, attention = _on(device, stream.rotation), stream.attention
         new = self.connector(state, keys, values, mask=mask, rotation=rotation, attention=attention, seeing=seeing)
+        new = call.scaled(state, new)
         return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
 
     def _unread(self, state: Tensor) -> Tensor | None:
@@ -233,6 +242,7 @@ class WordsHook(InjectHook):
         """The decoder's output with what these models say, from their words and their last states."""
         state = last_state(output)
         new = mix(state, [(words, found.states, found.seen) for words, found in parts.values()])
+        new = call.scaled(state, new)
         if call.composed is not None:
             new = torch.where(_on(state.device, call.composed), new, state)
         return with_last_state(output, new)
@@ -244,7 +254,7 @@ class PointHook(WordsHook):
     kind = Pointer
 
     def say(self, call: Call, output: Any, parts: dict[str, tuple[Any, Beside]]) -> None:
-        call.pointed = Pointed(last_state(output), parts)
+        call.pointed = Pointed(last_state(output), parts, call.scale)
 
 
 class AdaptHook:
@@ -258,7 +268,7 @@ class AdaptHook:
         if call is None or self.name not in call.streams:
             return None
         adapters: Any = next(found for found in self.connectors if is_a(found, Adapters))
-        new = output + adapters.of(self.target)(args[0]).to(output.dtype)
+        new = call.scaled(output, output + adapters.of(self.target)(args[0]).to(output.dtype))
         if call.composed is None:
             return new
         if output.ndim != 3 or len(output) != len(call.composed):

@@ -20,7 +20,7 @@ from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
 from calmlm.readers import given_of, prompt_of, starts_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
-from calmlm.training.failures import sentence_for
+from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
 from calmlm.training.lean_loss import lean
@@ -174,7 +174,7 @@ def train_with(trainer: Any, checkpoint: Path | None) -> Any:
     except CalmError:
         raise
     except Exception as error:
-        outside = sentence_for(error, trainer.run)
+        outside = reason_outside(error, trainer.run)
         if outside is not None:
             raise outside from error
         if trainer.begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 
 import torch
@@ -9,18 +10,32 @@ import torch
 from calmlm.errors import CalmError, is_full
 from calmlm.training.run_folder import RunFolder
 
-__all__ = ["sentence_for"]
+__all__ = ["reason_outside"]
 
 LOST_PEERS = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "Timed out waiting", "NCCL")
 
 
-def sentence_for(error: BaseException, folder: RunFolder) -> CalmError | None:
+SETTLING = 0.5
+"""Seconds within which the system tells of a worker whose connection broke."""
+
+
+def reason_outside(error: BaseException, folder: RunFolder) -> CalmError | None:
     """What to raise in place of an error that has its cause outside of the training; None for any other one.
 
     Args:
         error: what a trainer raised.
         folder: of the run.
     """
+    try:
+        if _is_cut_off(error):
+            time.sleep(SETTLING)
+        return sentence_for(error, folder)
+    except RuntimeError as late:  # PyTorch tells of a lost worker in whatever runs when the system does
+        return sentence_for(late, folder)
+
+
+def sentence_for(error: BaseException, folder: RunFolder) -> CalmError | None:
+    """The sentence alone; None for an error of the training's own."""
     last = folder.last_checkpoint()
     then = f"go on from {last.name} with --resume" if last is not None else "start again"
     reason = " ".join(str(error).split())[:200].rstrip(". ")

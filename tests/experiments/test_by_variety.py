@@ -116,6 +116,10 @@ def test_who_is_above_whom_where_there_is_something_to_communicate() -> None:
     few = compare(dataclasses.replace(SETTINGS), {"ours": CELLS["ours"]})
     assert few["to_communicate"] == {}
     assert few["methods"]["ours"]["above"] == {}
+    without = compare(SETTINGS, {name: found for name, found in CELLS.items() if name != "m_B_examples"})
+    assert set(without["methods"]["ours"]["above"]) == {"m_A", "LoRA"}, (
+        "the better one of two rows, of which one is missing"
+    )
     without = {name: {"0": {**found["0"], "scores": None}} for name, found in CELLS.items()}
     for by_seed in without.values():  # cells that were stored before they held counts
         del by_seed["0"]["scores"]

@@ -98,9 +98,9 @@ def compare(settings: Settings, cells: Cells) -> dict[str, Any]:
     }
     rivals: dict[str, Callable[[str], float]] = {}
     for base, rows in BASES.items():
-        there = [row for row in rows if row in scores]
-        if there:
-            rivals[base] = lambda v, there=there: max(scores[row]["chrf"][v] for row in there)  # type: ignore[misc]
+        own = [row for row in rows if row in settings.methods]
+        if own and scores.keys() >= set(own):  # the better one of all of them, so that none may be missing
+            rivals[base] = lambda v, own=own: max(scores[row]["chrf"][v] for row in own)  # type: ignore[misc]
     if len(rivals) == len(BASES):
         bases = list(rivals.values())
         rivals["both"] = lambda v: max(rival(v) for rival in bases)

@@ -24,7 +24,8 @@ def learned(train: list[str | HubDataset], evaluation: list[str | HubDataset], e
     lines = [f"trained on {_words(source)}" for source in train]
     lines += [f"evaluated on {_words(source)}" for source in evaluation]
     figures = {"examples": f"{examples:,}", "steps": f"{state.global_step:,}"}
-    for name, key in (("training loss", "train_loss"), ("evaluation loss", "eval_loss")):
+    # The last ones that were logged: a run's mean counts the steps since it was last gone on with.
+    for name, key in (("training loss", "loss"), ("evaluation loss", "eval_loss")):
         found = [entry[key] for entry in state.log_history if key in entry]
         if found:
             figures[name] = f"{found[-1]:.4g}"

@@ -31,14 +31,16 @@ SKILLS = {
 }
 
 
+def matches(rows: dict[tuple[str, str], Any], method: str) -> list[str]:
+    """Exact match of a method on each skill."""
+    return [format(rows[method, task]["mean"], ".1f") for task in SKILLS]
+
+
 def systems(result: dict[str, Any]) -> str:
     """Five systems on three skills: a first look at the comparison."""
     rows = {(row["method"], row["task"]): row for row in result["rows"]}
     lines = [f"| | {' | '.join(SKILLS.values())} |", "|---" * (1 + len(SKILLS)) + "|"]
-    lines += [
-        f"| {title} | {' | '.join(format(rows[method, task]['mean'], '.1f') for task in SKILLS)} |"
-        for method, title in SYSTEMS.items()
-    ]
+    lines += [f"| {title} | {' | '.join(matches(rows, method))} |" for method, title in SYSTEMS.items()]
     seeds = rows["composed", "kv_arithmetic/keys_arithmetic"]["seeds"]
     lines += [
         "",
@@ -70,7 +72,7 @@ def choices(result: dict[str, Any]) -> str:
     ]
     for method, title in CHOICES.items():
         row = rows[method, "kv_arithmetic/keys_arithmetic"]
-        shown = [format(rows[method, task]["mean"], ".1f") for task in SKILLS]
+        shown = matches(rows, method)
         shown += [f"{row['retained_delta']:+.1f}", f"{row['trainable_parameters']:,}"]
         lines.append(f"| {title} | {' | '.join(shown)} | {row['decode_time_x_anchor']:.2f} |")
     seeds = min(rows[method, "kv_arithmetic/keys_arithmetic"]["seeds"] for method in CHOICES)

@@ -36,8 +36,7 @@ def reason_outside(error: BaseException, folder: RunFolder) -> CalmError | None:
 
 def sentence_for(error: BaseException, folder: RunFolder) -> CalmError | None:
     """The sentence alone; None for an error of the training's own."""
-    last = folder.last_checkpoint()
-    then = f"go on from {last.name} with --resume" if last is not None else "start again"
+    then = folder.way_on()
     reason = " ".join(str(error).split())[:200].rstrip(". ")
     if is_full(error):
         return CalmError(f"Expected room for the run in {folder.path}, but the disk is full: free some, then {then}.")

@@ -132,6 +132,11 @@ class RunFolder:
         found = [(number, folder) for number, folder in self._numbered() if _is_whole(folder)]
         return max(found)[1] if found else None
 
+    def way_on(self) -> str:
+        """What to do after a run has ended too early, as the end of a sentence."""
+        last = self.last_checkpoint()
+        return f"go on from {last.name} with --resume" if last is not None else "start again"
+
     def _numbered(self) -> list[tuple[int, Path]]:
         """All folders of checkpoints, whole or not, with their steps."""
         named = [(folder.name.removeprefix(PREFIX), folder) for folder in self.checkpoints.glob(f"{PREFIX}*")]

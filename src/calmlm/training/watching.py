@@ -145,11 +145,9 @@ class WatchedTrainer(Trainer):
             where = f"its batch lies in {kept[0]}" if kept else f"that one keeps the batch in {self.run.stopped}"
         except OSError as error:
             where = f"its batch could not be kept ({error.strerror})"
-        last = self.run.last_checkpoint()
-        then = f"go on from {last.name} with --resume" if last is not None else "start again"
         raise CalmError(
             f"{what}; {where}: look at its rows, lower trainer.learning_rate or load the models in float32, then "
-            f"{then}."
+            f"{self.run.way_on()}."
         )
 
     def _keep(self, number: int, part: Part) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_refused_before_anything_is_written(
     values = settings(backend, max_steps=2, **trainer)
     values["model"]["connections"] = 2
     assert message in refused(values)
+
+
+@pytest.mark.parametrize("value", [None, "false"])
+def test_later_trainings_do_not_find_what_one_set_in_the_environment(
+    value: str | None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    before = dict(os.environ)
+    refused(settings("trainer", max_steps=2, fsdp=True, torch_compile=True))
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

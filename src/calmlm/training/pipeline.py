@@ -37,6 +37,7 @@ from calmlm.training.curves import draw_curves
 from calmlm.training.going_on import check_agreement
 from calmlm.training.learned import learned
 from calmlm.training.outcome import Report, save_result, take
+from calmlm.training.process_environment import environment_restored
 from calmlm.training.retaining import Retained
 from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
@@ -57,6 +58,7 @@ class TrainingResult:
     loss: float
 
 
+@environment_restored()
 def train(
     config: TrainingConfig, *, resume: bool = False, overwrite: bool = False, report: Report = print
 ) -> TrainingResult:

@@ -11,10 +11,11 @@ answers to prompts in Devanagari. ``even``: connections at equal distances; ``to
 Regime: one process, all works in turn, medians of the ratios round by round. A step is forward, backward and a fused
 AdamW update; the loss takes logits where there are labels, as ``calmlm train`` does, for all that can. The floor is the
 forward passes of both models, without anything trained, the anchor's head included. ``warm``: the activation
-cache, in memory, holds all texts. ``flops_x_limit``: matrix products and attention, over the least that the placement
-allows (see ``least``). ``saved_mib``: what is in memory behind the forward pass, weights left out. ``checkpointing``:
-which activations of the anchor's layers are kept, all where it is null. ``calm_pytorch`` is run where it is
-installed (``pip install CALM-pytorch``), on the tiny pair alone, since it takes one tokenizer.
+cache, in memory, holds all texts, and the anchor's stream below the lowest connection. ``flops_x_limit``: matrix
+products and attention, over the least that the placement allows (see ``least``). ``saved_mib``: what is in memory
+behind the forward pass, weights left out. ``checkpointing``: which activations of the anchor's layers are kept, all
+where it is null. ``calm_pytorch`` is run where it is installed (``pip install CALM-pytorch``), on the tiny pair alone,
+since it takes one tokenizer.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
                 model.activation_checkpointing_enable({"keep": kept} if kept == "matmuls" else {"use_reentrant": False})
             recorder = None
             if cache == "warm":
-                recorder = ActivationCache(CacheConfig("memory"), model, Path("unused"), lambda _: None)
+                recorder = ActivationCache(CacheConfig("memory", anchor=True), model, Path("unused"), lambda _: None)
             count = batch, own["input_ids"].shape[1]
             if tokenizers:
                 count = batch, tokens_read(model, rows) // batch

@@ -68,6 +68,16 @@ def test_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_quality(tmp_path: Path) -> None:
+    options = f"--experiment keys --preset tiny --steps 2 --items 2 --seeds 0 --threads 1 --folder {tmp_path}/runs"
+    found = run("quality.py", tmp_path, *options.split(), rounds="")
+    assert {row["method"] for row in found["keys"]} == {"plain", "saving", "even", "top"}
+    cells = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("runs/keys/*/seed-0/*.json")}
+    plain, saving = (cells[name]["losses"] for name in ("plain", "saving"))
+    assert plain[0][1] == pytest.approx(saving[0][1], abs=1e-4) and len(plain) == len(saving) == 2
+
+
+@pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
     found = run("train.py", tmp_path, *"--models tiny --batch 2 --threads 1".split())
     ours = [case for case in found["cases"] if case["method"] == "calmlm"]

@@ -298,9 +298,10 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             position_ids: (B or 1, T) int64, counted from 0 in every family; by the models themselves by default.
             past_key_values: the ``CalmCache`` of an earlier call, or an empty cache.
             labels: (B, T) int64, -100 where no loss is wanted; shifted inside, as everywhere in transformers, but for
-                ``shift_labels`` (B, K) beside them, which stand for the K columns that have logits.
+                ``shift_labels`` beside them, which stand for the positions that have logits, as many and no more.
             use_cache: whether to return a cache; by default in evaluation mode.
-            logits_to_keep: how many of the last positions need logits, 0 for all; or their indices.
+            logits_to_keep: how many of the last positions need logits, 0 for all; or which columns, (K,) int64; or
+                which positions, (B, T) bool.
             augmenting_inputs: inputs of augmenting encoders, by name: ``{"eyes": {"pixel_values": ...}}``.
             prompt_mask: (B, T) bool, which tokens were given and not generated. An augmenting model with
                 ``refresh=False`` reads these alone; one with tokens of its own reads them as a whole, to their end. By
@@ -310,11 +311,14 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
 
         Returns:
-            loss (scalar float32 or None), logits (B, T or fewer, vocabulary), past_key_values.
+            loss (scalar float32 or None), logits (B, T or fewer, vocabulary), or (N, vocabulary) of N positions,
+            past_key_values.
         """
         loss_arguments = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if kwargs.get(key) is not None}
         kwargs = {key: value for key, value in kwargs.items() if key not in LOSS_ARGUMENTS}
         kwargs.pop("return_dict", None)
+        if isinstance(logits_to_keep, Tensor) and hasattr(self.model, "hf_device_map"):
+            logits_to_keep = logits_to_keep.cpu()  # from where positions are chosen on any device
         if self._keeps_logits:
             tokens = input_ids if input_ids is not None else inputs_embeds
             kwargs["logits_to_keep"] = self.model.backbone().kept(logits_to_keep, tokens)

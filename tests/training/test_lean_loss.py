@@ -44,25 +44,25 @@ def test_loss_and_gradients_are_the_same(name: str) -> None:
         output = model(**inputs, num_items_in_batch=torch.tensor(7), use_cache=False)
         output.loss.backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
-        found.append((output.loss.detach(), gradients, output.logits.shape[1]))
+        found.append((output.loss.detach(), gradients, output.logits.shape[:-1]))
     assert_close(found[1][0], found[0][0], 1e-6)
     assert len(found[1][1]) == len(found[0][1]) > 0
     for one, other in zip(found[1][1], found[0][1], strict=True):
         assert_close(one, other, 1e-6)
-    assert (found[0][2], found[1][2]) == (9, 4)
+    assert (found[0][2], found[1][2]) == ((3, 9), (7,))
 
 
-def test_columns_are_those_that_predict_a_label() -> None:
-    found = lean(batch())
-    assert found["logits_to_keep"].tolist() == [4, 5, 6, 7]
-    assert found["shift_labels"].tolist()[1] == [IGNORE, *batch()["labels"][1, 6:].tolist()]
+def test_positions_are_those_that_predict_a_label() -> None:
+    found, labels = lean(batch()), batch()["labels"]
+    assert found["logits_to_keep"].nonzero().tolist() == [[0, n] for n in (4, 5, 6, 7)] + [[1, n] for n in (5, 6, 7)]
+    assert found["shift_labels"].tolist() == [*labels[0, 5:].tolist(), *labels[1, 6:].tolist()]
     for kept in ({"labels": None}, batch() | {"logits_to_keep": 3}, {"input_ids": tiny_tokens()}):
         assert lean(kept) is kept
     none, every = batch(), batch()
     none["labels"] = torch.full_like(none["labels"], IGNORE)
     assert lean(none) is none
     every["labels"] = every["input_ids"]
-    assert lean(every)["logits_to_keep"].tolist() == list(range(8))
+    assert lean(every) is every
 
 
 def test_states_of_columns() -> None:
@@ -72,6 +72,8 @@ def test_states_of_columns() -> None:
     assert torch.equal(model.model(ids, logits_to_keep=2).last_hidden_state, every[:, -2:])
     columns = torch.tensor([1, 4])
     assert torch.equal(model.model(ids, logits_to_keep=columns).last_hidden_state, every[:, columns])
+    positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert torch.equal(model.model(ids, logits_to_keep=positions).last_hidden_state, every[positions])
 
 
 @pytest.mark.parametrize("backend", ["trainer", "sft"])

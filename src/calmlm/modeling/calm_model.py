@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
@@ -450,11 +451,12 @@ class CalmModel(CalmPreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The anchor's last hidden state, (B, T, D_B), with the composition in it.
+        """The anchor's last hidden state, (B, T, D_B), or (N, D_B) of N positions, with the composition in it.
 
         Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt;
         ``composition_mask`` (B,) tells the rows that the composition speaks in. ``logits_to_keep``: of so many last
-        columns, or of those in (K,) int64, states come back; 0 for all. Loss heads ask for logits of these alone.
+        columns, of those in (K,) int64, or of the positions in (B, T) bool, states come back; 0 for all. Loss heads ask
+        for logits of these alone.
 
         Raises:
             DataError: in training, where such a model would read what is to be learned.
@@ -470,8 +472,11 @@ class CalmModel(CalmPreTrainedModel):
         inputs = Inputs(input_ids, attention_mask, position_ids, prompt_mask, augmenting_inputs, composition_mask)
         decoder = self._backbones[""].decoder
         output, cache, _ = self.run(decoder, inputs, past_key_values, inputs_embeds, use_cache, kwargs)
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        found = {"last_hidden_state": output.last_hidden_state[:, columns], "past_key_values": cache}
+        states = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            logits_to_keep = logits_to_keep.to(states.device)
+        states = slice_logits_to_keep(states, logits_to_keep)
+        found = {"last_hidden_state": states, "past_key_values": cache}
         found |= {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
         routed = getattr(output, "router_logits", None)
         return (

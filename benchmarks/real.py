@@ -4,6 +4,7 @@
     python benchmarks/real.py                 # writes benchmarks/results/real_cpu.json, and prints it
     python benchmarks/real.py --rounds 3      # a quick look
     python benchmarks/real.py --anchor DIR --augmenting DIR
+    python benchmarks/real.py --composition runs/translation/run/composition      # a trained one beside the others
 
 SmolLM2-135M-Instruct is the anchor, Gemma 3 270M the augmenting model; both in bfloat16. Two compositions of the same
 models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of text: an answer in English after a question
@@ -136,14 +137,22 @@ def alone(decoder: Any, prompt: torch.Tensor, answer: list[int]) -> Callable[[],
 
 
 def cases_of(
-    anchor: PreTrainedModel, small: PreTrainedModel, tokenizers: tuple[Any, Any], rounds: int, batch: int, new: int
+    anchor: PreTrainedModel,
+    small: PreTrainedModel,
+    tokenizers: tuple[Any, Any],
+    rounds: int,
+    batch: int,
+    new: int,
+    trained: Path | None,
 ) -> list[dict[str, Any]]:
-    """All cases."""
+    """All cases; ``trained`` is the folder of a composition of these models."""
     ours, theirs = tokenizers
     made = {}
     for name in ALIGNMENTS:
         pair = copy.deepcopy(anchor), copy.deepcopy(small)
         made[name] = calmlm.compose(*pair, tokenizer=ours, augmenting_tokenizer=theirs, alignment=name)
+    if trained is not None:
+        made["trained"] = calmlm.CalmForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).to(device())
     cases = []
     for language in TEXTS:
         rows = rows_of(ours, language, batch)
@@ -185,14 +194,14 @@ def cases_of(
         }
         for what, turns in works.items():
             seconds = take_turns(turns, rounds)
-            for place, name in enumerate(ALIGNMENTS):
+            for place, name in enumerate(made):
                 against, spread = ratio(seconds[place], seconds[1])
                 case = {
                     "what": what,
                     "completion": language,
                     "alignment": name,
                     "seconds": round(statistics.median(seconds[place]), 3),
-                    "time_x_floor": round(ratio(seconds[place], seconds[2])[0], 3),
+                    "time_x_floor": round(ratio(seconds[place], seconds[-1])[0], 3),
                     "time_x_transcode": round(against, 3),
                     "quartile_distance": round(spread, 3),
                 }
@@ -235,6 +244,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer at most")
     parser.add_argument("--anchor", type=Path, default=ANCHOR)
     parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
+    parser.add_argument("--composition", type=Path, help="folder of a trained composition of the two")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"real_{device()}.json")
     options = parser.parse_args()
     for path in (options.anchor, options.augmenting):
@@ -242,7 +252,7 @@ def main() -> None:
             parser.error(f"{path} does not exist: run scripts/models, or name the models")
     tokenizers = find_tokenizer(options.anchor), find_tokenizer(options.augmenting)
     models = load(options.anchor), load(options.augmenting)
-    cases = cases_of(*models, tokenizers, options.rounds, options.batch, options.new)
+    cases = cases_of(*models, tokenizers, options.rounds, options.batch, options.new, options.composition)
     result = {
         "benchmark": "real",
         "anchor": options.anchor.stem,

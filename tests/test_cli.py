@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import calmlm
-from calmlm.cli import _standard_input, main
+from calmlm.cli import main
+from calmlm.commands.options import standard_input
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -287,7 +288,7 @@ class TestGenerate:
         text = self.run(capsys, composition, "--prompt", "a" * 120, "--max-new-tokens", "1000", "--temperature", "1")
         assert len(text) <= 8
 
-    def test_prompt_from_standard_input(
+    def test_prompt_fromstandard_input(
         self, composition: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from io import StringIO
@@ -348,9 +349,9 @@ def test_standard_input_that_is_not_utf8(
     assert told == "Expected UTF-8 text on standard input, but byte 3 is none; convert it."
 
 
-def test_ends_of_lines_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_of_lines_onstandard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\r\nb\rc\n\xc3\xa9")))
-    assert _standard_input() == "a\nb\nc\n\u00e9"
+    assert standard_input() == "a\nb\nc\n\u00e9"
 
 
 def test_a_chat_template_that_is_missing(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

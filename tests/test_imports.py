@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "calmlm"
 # Lowest first: a room (a folder, or a file at the root) imports from itself and from those below it.
 ROOMS = (
     "errors config connectors tokens bases state files readers modeling decoding causal_lm exporting data composing "
-    "answering controls communication training evaluation serving ui experiments baselines comparison demo cli"
+    "answering controls communication training evaluation serving ui experiments baselines comparison demo commands cli"
 ).split()
 # The files that each experiment has: one name, one meaning in every folder of calmlm.experiments.
 IN_EACH_EXPERIMENT = {"joined", "measures", "presets", "pretraining", "report", "run", "tokenizer", "words", "world"}

@@ -1,0 +1,112 @@
+"""``calmlm evaluate`` and ``calmlm compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from calmlm.commands.options import Device, Dtype, Folder, TokenizerId, Trust, say
+from calmlm.errors import ConfigError
+from calmlm.files.paths import expanded
+
+__all__ = ["compare", "evaluate"]
+
+
+def evaluate(
+    folder: Folder,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness and calmlm's own, with commas.")],
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the results.", show_default=False, callback=expanded)
+    ] = None,
+    anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    swapped: Annotated[
+        bool, typer.Option("--swapped", help="Augmenting models read another document's context: a control.")
+    ] = False,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, for a trial.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    include: Annotated[
+        Path | None, typer.Option(help="A folder of further tasks.", show_default=False, callback=expanded)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Local slices for calmlm's own tasks.", show_default=False, callback=expanded)
+    ] = None,
+    tokenizer: TokenizerId = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a saved composition on benchmarks."""
+    from calmlm.evaluation.harness import evaluate
+    from calmlm.experiments.record import origin
+    from calmlm.files.results import to_json, write_result
+    from calmlm.files.storage import check_writable
+
+    names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
+    if output is not None:
+        check_writable(output)
+    found = evaluate(
+        folder,
+        names,
+        anchor_only=anchor_only,
+        swapped=swapped,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        include=include,
+        data=data,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
+        trust_remote_code=trust_remote_code,
+    )
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            print(f"{task:32}{name:32}{value}")
+    if output is not None:
+        write_result(output, to_json({"results": found, **origin(None)}, indent=1) + "\n")
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file; see configs/compare/.", show_default=False, callback=expanded)
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Sizes of calmlm's own experiments: tiny (minutes) or small."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the report goes, instead of the file's.", callback=expanded)
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where finished cells are kept, instead of the file's.", callback=expanded)
+    ] = None,
+    bases: Annotated[
+        Path | None, typer.Option(help="Where base models are kept, instead of the file's.", callback=expanded)
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes, or ray, instead of the file's.")] = None,
+    stored_only: Annotated[bool, typer.Option("--stored-only", help="Report on what is stored; make nothing.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what the report that is there has more cells of, by experiment.")
+    ] = False,
+) -> None:
+    """Train and evaluate every system on the same data; finished cells are never repeated."""
+    import dataclasses
+
+    from calmlm.comparison.selection import load_config
+    from calmlm.comparison.workers import run
+
+    settings = load_config(config, preset)
+    given = {"output": output, "cache": cache, "bases": bases}
+    changes: dict[str, Any] = {name: str(path) for name, path in given.items() if path is not None}
+    if workers is not None:
+        if workers != "ray" and not (workers.isdecimal() and int(workers)):
+            raise ConfigError(f"--workers must be a number from 1, or ray, but got '{workers}': write one of these.")
+        changes["workers"] = workers if workers == "ray" else int(workers)
+    run(dataclasses.replace(settings, **changes), stored_only=stored_only, keep=keep, report=say)

@@ -8,7 +8,7 @@
 configs/real/train.yaml, bits per byte of the English sentences that no training has seen. ``plain``: transformers'
 Trainer, padded batches, all logits, all activations kept. ``saving``: ``backend: sft`` with rows of a batch as one row
 without padding, logits where there are labels, an activation cache, the anchor's layers recomputed but for their matrix
-products; the real pair trains in bfloat16 both times. ``even`` and ``top`` are other connections, with every saving.
+products; the real pair trains in bfloat16 both times. ``even`` and ``top`` are other connections, trained as ``plain``.
 
 Each training is stored under runs/quality/ when it is done, and never repeated.
 """
@@ -59,8 +59,8 @@ SAVING = {
 KEYS: dict[str, tuple[Any, bool]] = {
     "plain": ([(3, 0), (3, 1)], False),
     "saving": ([(3, 0), (3, 1)], True),
-    "even": ([(1, 1), (3, 3)], True),
-    "top": ([(2, 2), (3, 3)], True),
+    "even": ([(1, 1), (3, 3)], False),
+    "top": ([(2, 2), (3, 3)], False),
 }
 """Connections and whether everything is switched on; the first two are the experiment's own."""
 BUDGET = "1GiB"

@@ -413,6 +413,7 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
     ] = None,
+    drafts: Annotated[int, typer.Option(min=0, help="Tokens that are drafted at a time for a text alone.")] = 8,
 ) -> None:
     """Serve saved compositions, their anchor and their augmenting models behind OpenAI's API."""
     from transformers.utils import logging
@@ -422,7 +423,7 @@ def serve(
     logging.disable_progress_bar()
     serve(
         folders,
-        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype),
+        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype, drafts),
         say,
     )
 

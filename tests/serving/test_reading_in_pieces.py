@@ -86,15 +86,15 @@ def test_pieces_are_read_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch
     lane = lane_of(ALL[kind]())
     shared = kind not in ("own", "own, graft", "transcode", "retokenize")
     ids = LONG if shared else tokenizer("bytes-large")(SAID).input_ids
-    for given in (len(ids), len(ids) - 6):
+    for given, cells in ((len(ids), 3), (18, 9)):
         wanted, sizes = Batch.begin(lane, [Text(list(ids), given)]), read_sizes(lane, monkeypatch)
         batch = Batch(lane, [Text(list(ids), given), Text(list(ids), given)])
-        while (logits := batch.read(CELLS)) is None:
+        while (logits := batch.read(cells)) is None:
             pass
         if kind in WHOLE:
             assert not lane.pieces and sizes == [len(ids)]
         else:
-            assert max(sizes) == CELLS and sum(sizes) == len(ids)
+            assert max(sizes) == cells and sum(sizes) == len(ids)
         assert_close(logits, wanted[1].expand(2, -1), 1e-4)
         for text in (*batch.texts, *wanted[0].texts):
             text.ids.append(5)

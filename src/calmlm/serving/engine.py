@@ -220,8 +220,8 @@ class Engine:
         """The next texts of one lane that there is room for, in the order in which they came."""
         waiting = [(self._place(writing)[0], writing.text.ids) for writing in self._waiting]
         places = together(waiting, self.max_batch - self._running, PREFILL)
-        chosen = [self._waiting[place] for place in places]
-        self._waiting = [writing for place, writing in enumerate(self._waiting) if place not in set(places)]
+        chosen, taken = [self._waiting[place] for place in places], set(places)
+        self._waiting = [writing for place, writing in enumerate(self._waiting) if place not in taken]
         self._running += len(chosen)
         return chosen
 

@@ -10,7 +10,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from calmlm.decoding.drafting import DraftConfig, DraftLength, DraftStatistics
 
-NGRAM = 3  # tokens by which a place is known again, at most
+LEAST, MOST = 2, 3  # tokens by which a place is known again
 
 
 class Lookup:
@@ -26,15 +26,23 @@ class Lookup:
 
     def propose(self, ids: Sequence[int], room: int) -> list[int]:
         """At most ``room`` tokens that may follow."""
-        most = min(room, self._length.next())
+        text = torch.tensor(ids)
+        most = min(room, self._length.next()) if _repeats(text) else 0
         if most < 1:
             return []
         # Its max_length is a place in the text that it copies from.
         generator = PromptLookupCandidateGenerator(
-            num_output_tokens=most, max_matching_ngram_size=NGRAM, max_length=sys.maxsize
+            num_output_tokens=most, max_matching_ngram_size=MOST, max_length=sys.maxsize
         )
-        return generator.get_candidates(torch.tensor([list(ids)]))[0][0, len(ids) :].tolist()
+        return generator.get_candidates(text[None])[0][0, len(ids) :].tolist()
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Take note of how many tokens of a draft were written."""
         self._length.learn(drafted, accepted)
+
+
+def _repeats(text: torch.Tensor) -> bool:
+    """Whether the last tokens of a text (T,) stand in it before."""
+    if len(text) <= LEAST:
+        return False
+    return bool((text.unfold(0, LEAST, 1)[:-1] == text[-LEAST:]).all(1).any())

@@ -32,6 +32,7 @@ def serve(
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    drafts: Annotated[int, typer.Option(min=0, help="Tokens that are drafted at a time for a text alone.")] = 8,
 ) -> None:
     """Serve saved compositions, their anchor and their augmenting models behind OpenAI's API."""
     from transformers.utils import logging
@@ -41,7 +42,7 @@ def serve(
     logging.disable_progress_bar()
     serve(
         folders,
-        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype),
+        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype, drafts),
         say,
     )
 

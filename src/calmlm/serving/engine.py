@@ -17,14 +17,15 @@ import torch
 
 from calmlm.data.context import EndOfContext
 from calmlm.errors import CalmError
+from calmlm.serving.admission import together
 from calmlm.serving.batching import Batch, Text
 from calmlm.serving.lanes import CompositionLane, Lane
 from calmlm.serving.metrics import Metrics
 from calmlm.serving.next_token import Chooser, Drawn, choose
+from calmlm.serving.repetition import Lookup
 from calmlm.serving.transcript import Transcript
 
-PREFILL = 2048  # columns times rows that are read at once, so that running texts do not wait for long
-WASTE = 64  # of these may be padding, and a quarter of what is no padding
+PREFILL = 2048  # columns times rows that are read between two steps, so that running texts do not wait for long
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +71,7 @@ class Writing:
         deliver: takes each piece.
         name: of the model, for metrics.
         context: ends it where a context of an augmenting model's own tokens does, or None.
+        lookup: drafts what may follow, or None.
     """
 
     text: Text
@@ -82,6 +84,7 @@ class Writing:
     name: str
     beside: Sequence[CompositionLane] = ()
     context: EndOfContext | None = None
+    lookup: Lookup | None = None
     arrived: float = field(default_factory=time.monotonic)
     latest: float | None = None
     cancelled: bool = False
@@ -94,10 +97,11 @@ class Engine:
         max_batch: texts that are written at a time.
         max_queue: texts that may wait besides.
         max_length: tokens of the longest text; tells what a full cache is.
+        drafts: tokens that are drafted at a time for a text that is written alone; 0 for none.
     """
 
-    def __init__(self, max_batch: int, max_queue: int, max_length: int) -> None:
-        self.max_batch, self.max_queue, self.max_length = max_batch, max_queue, max_length
+    def __init__(self, max_batch: int, max_queue: int, max_length: int, drafts: int = 8) -> None:
+        self.max_batch, self.max_queue, self.max_length, self.drafts = max_batch, max_queue, max_length, drafts
         self.metrics = Metrics()
         self.idle = threading.Event()
         self.idle.set()
@@ -105,6 +109,7 @@ class Engine:
         self._waiting: list[Writing] = []
         self._running = 0  # written by the engine's thread alone
         self._draining = self._closing = False
+        self._readings: list[tuple[Batch, list[Writing]]] = []
         self._batches: list[tuple[Batch, list[Writing]]] = []
         self._thread = threading.Thread(target=self._run, name="calmlm-engine", daemon=True)
 
@@ -180,14 +185,16 @@ class Engine:
             arrived: list[Writing] = []
             try:
                 with self._change:
-                    while not (self._waiting or self._batches or self._closing):
+                    while not (self._waiting or self._readings or self._batches or self._closing):
                         self.idle.set()
                         self._change.wait()
                     if self._closing:
                         break
-                    arrived = self._admitted()
+                    arrived = [] if self._readings else self._admitted()
                 if arrived:
                     self._begin(arrived)
+                if self._readings:
+                    self._read_on(*self._readings[0])
                 for entry in list(self._batches):
                     self._step(*entry)
             except Exception as error:  # a fault of ours must not end the thread that all requests wait for
@@ -201,34 +208,20 @@ class Engine:
     def _give_up(self, arrived: list[Writing], error: Exception) -> None:
         """End all texts with an error, those that wait included."""
         with self._change:
-            left = [*arrived, *self._waiting, *(writing for _, writings in self._batches for writing in writings)]
-            self._waiting, self._batches = [], []
-        self._fail(left, error)
+            left = [*arrived, *self._waiting, *self._taken()]
+            self._waiting, self._readings, self._batches = [], [], []
+        self._fail(list(dict.fromkeys(left)), error)
+
+    def _taken(self) -> list[Writing]:
+        """The texts that are read or written."""
+        return [writing for _, writings in (*self._readings, *self._batches) for writing in writings]
 
     def _admitted(self) -> list[Writing]:
         """The next texts of one lane that there is room for, in the order in which they came."""
-        room = self.max_batch - self._running
-        chosen: list[Writing] = []
-        longest = real = rows = 0  # of what has to be read: equal prompts behind each other are read once
-        for writing in self._waiting if room > 0 else ():
-            if len(chosen) >= room:
-                break
-            if chosen:
-                lane = self._place(chosen[0])[0]
-                if self._place(writing)[0] is not lane or not lane.joins:
-                    continue
-                if writing.text.ids == chosen[-1].text.ids:
-                    chosen.append(writing)
-                    continue
-                cells = max(longest, len(writing.text.ids)) * (rows + 1)
-                found = real + len(writing.text.ids)
-                if not lane.pads or cells > PREFILL or cells - found > WASTE + found // 4:
-                    continue
-            chosen.append(writing)
-            longest, rows = max(longest, len(writing.text.ids)), rows + 1
-            real += len(writing.text.ids)
-        taken = set(map(id, chosen))
-        self._waiting = [writing for writing in self._waiting if id(writing) not in taken]
+        waiting = [(self._place(writing)[0], writing.text.ids) for writing in self._waiting]
+        places = together(waiting, self.max_batch - self._running, PREFILL)
+        chosen, taken = [self._waiting[place] for place in places], set(places)
+        self._waiting = [writing for place, writing in enumerate(self._waiting) if place not in taken]
         self._running += len(chosen)
         return chosen
 
@@ -245,30 +238,40 @@ class Engine:
         return writing.lane, writing.text.composed
 
     def _begin(self, writings: list[Writing]) -> None:
-        """Read the prompts of texts of one lane, take their first tokens, and let them join."""
+        """Take on texts of one lane, whose prompts are read from now on."""
         now = time.monotonic()
         lane = self._place(writings[0])[0]
         for writing in writings:
             writing.text.composed = self._place(writing)[1]
+            writing.lookup = Lookup(self.drafts) if self.drafts and lane.drafts else None
             self.metrics.queued.labels(writing.name).observe(now - writing.arrived)
             self.metrics.prompt_tokens.labels(writing.name).inc(writing.text.given)
-        self._read(lane, writings)
+        self._readings.append((Batch(lane, [writing.text for writing in writings]), writings))
 
-    def _read(self, lane: Lane, writings: list[Writing], *, joins: bool = True) -> None:
-        """Read texts from their beginning, each alone where they fail together; they may join their lane's batch."""
+    def _read_on(self, batch: Batch, writings: list[Writing]) -> None:
+        """Read a piece of texts, each alone where they fail together; behind the last one, take their first tokens and
+        let them join their lane's batch."""
+        lane = batch.lane
+        if all(writing.cancelled for writing in writings):
+            self._readings.pop(0)
+            return
         try:
-            batch, logits = Batch.begin(lane, [writing.text for writing in writings])
+            logits = batch.read(PREFILL)
         except Exception as error:
+            self._readings.pop(0)
             if len(writings) == 1:
                 self._fail(writings, error)
-                return
-            self._read_apart(lane, writings)
+            else:
+                self._read_apart(lane, writings)
             return
+        if logits is None:
+            return
+        self._readings.pop(0)
         self._batches.append((batch, writings))
         self._take(batch, writings, logits)
         if not batch.texts:
             return
-        entries = self._batches if joins and lane.joins else []
+        entries = self._batches if batch.joins and lane.joins else []
         other, others = next((e for e in entries if e[0].lane is lane and e[0] is not batch), (None, []))
         if other is None:
             return
@@ -282,23 +285,54 @@ class Engine:
             self._read_apart(lane, [*others, *writings])
 
     def _read_apart(self, lane: Lane, writings: list[Writing]) -> None:
-        """Read texts from their beginning and let each go on alone, where something was too much for all of them."""
+        """Have texts read from their beginning, each alone and without drafts, where something was too much."""
         for writing in writings:
-            self._read(lane, [writing], joins=False)
+            writing.lookup = None
+        self._readings[:0] = [(Batch(lane, [writing.text], joins=False), [writing]) for writing in writings]
 
     def _step(self, batch: Batch, writings: list[Writing]) -> None:
-        """One token more for each text of a batch."""
+        """One token more for each text of a batch; several for a text that is written alone and says what it said."""
         self._leave(batch, writings, [place for place, writing in enumerate(writings) if writing.cancelled])
         if not writings:
             return
+        draft: list[int] = []
         try:
-            logits = batch.step()
+            draft = self._draft(batch, writings)
+            logits = batch.check(draft) if draft else batch.step()
         except Exception as error:
             log.warning("A step failed (%s); its texts are read again, each alone.", type(error).__name__)
             self._batches = [entry for entry in self._batches if entry[0] is not batch]
             self._read_apart(batch.lane, writings)
             return
-        self._take(batch, writings, logits)
+        if draft:
+            self._take_draft(batch, writings, draft, logits)
+        else:
+            self._take(batch, writings, logits)
+
+    def _draft(self, batch: Batch, writings: list[Writing]) -> list[int]:
+        """What may follow in a text that is written alone while nothing waits."""
+        first = writings[0]
+        if len(writings) > 1 or first.lookup is None or self._waiting or self._readings:
+            return []
+        room = first.room - (len(first.text.ids) - first.text.given) - 1  # one token is taken behind a draft
+        return batch.readable(first.lookup.propose(first.text.ids, room))
+
+    def _take_draft(self, batch: Batch, writings: list[Writing], draft: list[int], logits: torch.Tensor) -> None:
+        """Take the next tokens of a text as without a draft, as long as it goes on as the draft does."""
+        writing = writings[0]
+        ids, before, accepted = writing.text.ids, len(writing.text.ids), 0
+        for place in range(len(draft) + 1):
+            self._take(batch, writings, logits[place : place + 1])
+            same = ids[before:] == draft[: place + 1]
+            accepted += same
+            if not same or not writings:
+                break
+        assert writing.lookup is not None
+        writing.lookup.learn(len(draft), accepted)
+        self.metrics.drafted.labels(writing.name).inc(len(draft))
+        self.metrics.accepted.labels(writing.name).inc(accepted)
+        if writings:
+            batch.take_back(len(draft) - accepted)
 
     def _take(self, batch: Batch, writings: list[Writing], logits: torch.Tensor) -> None:
         """Take the next token of each text, hand out what it adds, and let those leave that end."""
@@ -368,8 +402,9 @@ class Engine:
 
     def _count(self) -> None:
         with self._change:
-            self._running = sum(len(writings) for _, writings in self._batches)
+            self._running = len(self._taken())
             self.metrics.running.set(self._running)
             self.metrics.waiting.set(len(self._waiting))
         cached = sum(len(writing.text.ids) for _, writings in self._batches for writing in writings)
+        cached += sum(batch.columns * len(writings) for batch, writings in self._readings)
         self.metrics.cache.set(cached / (self.max_batch * self.max_length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from calmlm.bases.placement import execution_device
 from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.data.context import OwnContext, context_length, own_contexts, prompt_length, stated_length
+from calmlm.decoding.limits import DraftLimits
 from calmlm.errors import ConfigError
 from calmlm.readers import base_arguments
+from calmlm.state.cache import CalmCache
+from calmlm.state.past import Announced
 
 UNEVEN = ("chunked_attention",)  # layers whose view of a text depends on the column in which it begins
 
@@ -28,11 +32,15 @@ class Lane:
         model: the composition or the base model.
         joins: whether texts of different lengths may be decoded together, as ``calmlm.serving.batching.try_out`` finds.
         pads: whether texts of different lengths may be read together.
+        pieces: whether a text may be read in pieces.
+        drafts: whether tokens may be read behind a text and taken back.
     """
 
     model: Any
     joins = False
     pads = False
+    pieces = False
+    drafts = False
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +94,14 @@ class Lane:
         return None
 
     def read(
-        self, ids: Tensor, mask: Tensor, cache: Cache | None, composed: Tensor | None, given: Tensor | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        composed: Tensor | None,
+        given: Tensor | None,
+        kept: int = 1,
+        whole: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
         """Read new tokens.
 
@@ -95,12 +110,18 @@ class Lane:
             mask: (B, past + T) int64, 1 at real tokens, padding on the left.
             cache: of the call before, or None at the beginning.
             composed: (B,) bool, the rows that the composition speaks in, or None for all.
-            given: (B, T) bool, which tokens were given, at the beginning; None later.
+            given: (B, length) bool, which tokens of a text were given, while it is read from its beginning; None later.
+            kept: behind how many of the last tokens logits are wanted.
+            whole: (B, n) int64, all tokens that were given, where they are read in pieces; there is no padding then.
 
         Returns:
-            logits (B, vocabulary) behind the last token, and the cache.
+            logits (B, ``kept``, vocabulary), and the cache.
         """
         raise NotImplementedError
+
+    def readable(self, ids: Sequence[int], draft: Sequence[int], cache: Cache | None) -> int:
+        """How many tokens of a draft behind a text the models know and have places for."""
+        return len(draft)
 
     def _bases(self) -> list[PreTrainedModel]:
         raise NotImplementedError
@@ -162,19 +183,37 @@ class CompositionLane(Lane):
         return next((name for name in inner.active if not inner.shows(name, ids)), None)
 
     def read(
-        self, ids: Tensor, mask: Tensor, cache: Cache | None, composed: Tensor | None, given: Tensor | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        composed: Tensor | None,
+        given: Tensor | None,
+        kept: int = 1,
+        whole: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
+        if whole is not None:
+            cache = cache or self.model.model.new_cache()
+            assert isinstance(cache, CalmCache)
+            cache.announced = Announced(whole, torch.ones_like(whole, dtype=torch.bool), 0)
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=counted(ids, mask),
             past_key_values=cache,
             use_cache=self.caches,
-            logits_to_keep=1,
+            logits_to_keep=kept,
             prompt_mask=given if self.model.model.wants_prompts else None,
             composition_mask=composed,
         )
-        return output.logits[:, -1], output.past_key_values
+        if whole is not None:
+            output.past_key_values.announced = None
+        return output.logits, output.past_key_values
+
+    def readable(self, ids: Sequence[int], draft: Sequence[int], cache: Cache | None) -> int:
+        assert isinstance(cache, CalmCache)
+        limits = DraftLimits(self.model.model, cache, 0, sys.maxsize, [])
+        return limits.readable(torch.tensor([[*ids, *draft]], device=self.device), len(ids))
 
     def _bases(self) -> list[PreTrainedModel]:
         return [*self.model.model.bases()]
@@ -210,7 +249,14 @@ class BaseLane(Lane):
         return self.backbone.vocab_size
 
     def read(
-        self, ids: Tensor, mask: Tensor, cache: Cache | None, composed: Tensor | None, given: Tensor | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        composed: Tensor | None,
+        given: Tensor | None,
+        kept: int = 1,
+        whole: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
         if cache is None and self.caches:
             cache = DynamicCache(config=text_config(self.model))
@@ -218,8 +264,8 @@ class BaseLane(Lane):
             self.backbone, input_ids=ids, attention_mask=mask, position_ids=counted(ids, mask), cache=cache
         )
         if self._keeps:
-            arguments["logits_to_keep"] = self.backbone.kept(1, ids)
-        return self.model(**arguments).logits[:, -1], cache
+            arguments["logits_to_keep"] = self.backbone.kept(kept, ids)
+        return self.model(**arguments).logits[:, -kept:], cache
 
     def _bases(self) -> list[PreTrainedModel]:
         return [self.model]

@@ -31,6 +31,7 @@ class Options:
         tokenizer: id or folder, where the compositions have none.
         device: of the models.
         dtype: of the base models; None keeps their own.
+        drafts: tokens that are drafted at a time for a text that is written alone; 0 for none.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class Options:
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str | None = None
+    drafts: int = 8
 
 
 def serve(folders: Sequence[str], options: Options, report: Callable[[str], None]) -> None:
@@ -85,7 +87,7 @@ def _run(
     from calmlm.serving.app import make_app
     from calmlm.serving.engine import Engine
 
-    engine = Engine(options.max_batch, options.max_queue, catalogue.max_length)
+    engine = Engine(options.max_batch, options.max_queue, catalogue.max_length, options.drafts)
     app = make_app(catalogue, engine, api_key=key, max_body=options.max_body)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", server_header=False,

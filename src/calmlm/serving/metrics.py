@@ -18,6 +18,8 @@ class Metrics:
         self.cache = self._gauge("kv_cache_usage_perc", "Cached tokens, as a part of 1 of what fits.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were read.")
         self.new_tokens = self._counter("generation_tokens", "Tokens that were written.")
+        self.drafted = self._counter("spec_decode_num_draft_tokens", "Tokens that were drafted.")
+        self.accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were written.")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
         self.between = self._histogram("inter_token_latency_seconds", "From one token to the next.", STEPS)
         self.whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end.", SECONDS)

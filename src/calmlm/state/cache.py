@@ -258,11 +258,7 @@ class CalmCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        # A layer that quantises says that it can, but keeps what it has quantised; and one of linear attention only
-        # knows after its first call.
-        layers = [layer for part in self.parts() for layer in part.layers]
-        fixed = (BaseQuantizedLayer, LinearAttentionCacheLayerMixin)
-        return not any(isinstance(layer, fixed) for layer in layers) and all(part.is_croppable for part in self.parts())
+        return all(map(croppable, self.parts()))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = length_in(self.anchor, layer_idx)
@@ -353,6 +349,14 @@ class CalmCache(Cache):
     def recording(self) -> list[Any]:
         """The layers that keep what leaves their window until they are cropped."""
         return [layer for part in self.parts() for layer in part.layers if getattr(layer, "record_past", False)]
+
+
+def croppable(cache: Cache) -> bool:
+    """Whether tokens can be taken back from the cache of one model."""
+    # A layer that quantises says that it can, but keeps what it has quantised; and one of linear attention only knows
+    # after its first call.
+    fixed = (BaseQuantizedLayer, LinearAttentionCacheLayerMixin)
+    return cache.is_croppable and not any(isinstance(layer, fixed) for layer in cache.layers)
 
 
 def without_attention(cache: Cache) -> bool:

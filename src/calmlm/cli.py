@@ -413,6 +413,14 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that each load all of it, on a Ray cluster.", show_default=False),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="The cluster, such as auto or HOST:6379; one on this machine.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve saved compositions, their anchor and their augmenting models behind OpenAI's API."""
     from transformers.utils import logging
@@ -422,7 +430,20 @@ def serve(
     logging.disable_progress_bar()
     serve(
         folders,
-        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype),
+        Options(
+            host,
+            port,
+            api_key,
+            max_batch,
+            max_queue,
+            max_tokens,
+            max_body,
+            tokenizer,
+            device,
+            dtype,
+            replicas,
+            ray_address,
+        ),
         say,
     )
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -373,6 +374,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a cluster that asks for a token."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    place = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # or else others would find it; paths of sockets must be short
+    monkeypatch.setenv("RAY_TMPDIR", place)
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         port, other = one.getsockname()[1], two.getsockname()[1]
     given = ["--num-cpus", "2", "--object-store-memory", str(10**8), "--include-dashboard", "false", "--block"]
@@ -390,6 +393,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         for left in [*psutil.Process(head.pid).children(recursive=True), head]:
             left.kill()
         head.wait(timeout=30)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 STATE = """
@@ -401,6 +405,7 @@ print(ray._private.state.state.job_table(), ray._private.state.actors(), serve.s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_cluster(cluster: str, composition: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are not in its state, and nothing is left in it, however a server ends."""
     given = (f"one={composition}", "--replicas", "2", "--ray-address", cluster, "--api-key", "key-of-the-test")

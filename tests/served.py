@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import uvicorn
 import calmlm
 from calmlm.serving.app import make_app
 from calmlm.serving.catalogue import Catalogue
+from calmlm.serving.desk import EngineDesk
 from calmlm.serving.engine import Engine
 from compositions import awaken, tiny_composition
 from tiny import MAX_POSITIONS, tiny_model, tiny_tokenizer
@@ -65,7 +69,7 @@ def serving(
 ) -> Iterator[tuple[str, Engine]]:
     """A server's address, and its engine."""
     with engine_of(served, max_batch=max_batch, max_queue=max_queue) as engine:
-        app = make_app(served, engine, **options)
+        app = make_app(EngineDesk(served, engine), **options)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -76,6 +80,31 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(timeout=20)
+
+
+def command(*arguments: str) -> list[str]:
+    """``calmlm serve`` at a free port."""
+    return [sys.executable, "-m", "calmlm.cli", "serve", *arguments, "--port", "0", "--device", "cpu"]
+
+
+@contextmanager
+def program(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its address."""
+    given = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, env=given)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("Serving"))
+        yield process, line.split(" at ")[1].strip().removesuffix("/v1")
+    finally:
+        process.terminate()  # an end of its own lets it end what it has started
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
 
 
 def wait(done: Any, seconds: float = 20) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from calmlm.serving.batching import Text
 from calmlm.serving.catalogue import Catalogue
-from calmlm.serving.engine import Engine, Piece, Writing
+from calmlm.serving.engine import Engine
 from calmlm.serving.next_token import Chooser, Sampling
 from calmlm.serving.transcript import Transcript
+from calmlm.serving.writing import Piece, Writing
 
 GREEDY = Sampling(temperature=0, logprobs=2)
 SAMPLED = Sampling(temperature=1.3, top_p=0.98, seed=5, logprobs=2)

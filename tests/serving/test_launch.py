@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,7 @@ from calmlm.cli import main
 from calmlm.errors import CalmError
 from calmlm.serving.catalogue import check_places, load, named
 from compositions import awaken
-from served import expected, wait
+from served import expected, program, wait
 from tiny import tiny_model
 
 Capture = pytest.CaptureFixture[str]
@@ -123,23 +118,6 @@ def test_bases_are_loaded_once(folders: dict[str, str], anchor_folder: Path) -> 
         first.anchor.get_input_embeddings().weight,
         calmlm.CalmForCausalLM.from_pretrained(folders["one"]).anchor.get_input_embeddings().weight,
     )
-
-
-@contextmanager
-def program(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its address."""
-    given = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "calmlm.cli", "serve", *arguments, "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=given)
-    try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if line.startswith("Serving"))
-        yield process, line.split(" at ")[1].strip().removesuffix("/v1")
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @pytest.mark.slow

@@ -33,6 +33,14 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = None,
     drafts: Annotated[int, typer.Option(min=0, help="Tokens that are drafted at a time for a text alone.")] = 8,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that each load all of it, on a Ray cluster.", show_default=False),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="The cluster, such as auto or HOST:6379; one on this machine.", show_default=False),
+    ] = None,
 ) -> None:
     """Serve saved compositions, their anchor and their augmenting models behind OpenAI's API."""
     from transformers.utils import logging
@@ -40,11 +48,11 @@ def serve(
     from calmlm.serving.launch import Options, serve
 
     logging.disable_progress_bar()
-    serve(
-        folders,
-        Options(host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype, drafts),
-        say,
-    )
+    options = Options(
+        host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype, drafts, replicas,
+        ray_address,
+    )  # fmt: skip
+    serve(folders, options, say)
 
 
 def ui(

@@ -36,7 +36,7 @@ def cluster(address: str | None = None) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     local = {} if address is not None else {"num_cpus": os.cpu_count(), "include_dashboard": False}
     try:
-        ray.init(address=address, **quiet, **local)
+        ray.init(address=address or "local", **quiet, **local)
     except Exception as error:  # Ray raises different errors, depending on what is not there
         raise ConfigError(
             f"ray_address must name a Ray cluster that can be reached, but {address!r} cannot ({first_line(error)}): "

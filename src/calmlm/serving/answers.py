@@ -8,9 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from calmlm.serving.engine import Piece
-from calmlm.serving.next_token import Drawn
-from calmlm.serving.requests import Job
+from calmlm.serving.desk import Part, Start, Word
 
 DONE = "data: [DONE]\n\n"
 
@@ -20,7 +18,7 @@ class Choice:
     """One choice as far as it has come."""
 
     text: str = ""
-    pieces: list[Piece] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     finish: str | None = None
 
 
@@ -28,17 +26,17 @@ class Answer:
     """The answer to one request.
 
     Args:
-        job: its texts.
+        start: what is known of it.
         chat: whether it is a conversation.
         tells: whether it tells probabilities.
     """
 
-    def __init__(self, job: Job, *, chat: bool, tells: bool) -> None:
-        self.job, self.chat, self.tells = job, chat, tells
-        self.choices = [Choice() for _ in job.writings]
+    def __init__(self, start: Start, *, chat: bool, tells: bool) -> None:
+        self.start, self.chat, self.tells = start, chat, tells
+        self.choices = [Choice() for _ in range(start.choices)]
         self._kinds = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion",) * 2
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": name, "created": int(time.time()), "model": job.served.name}
+        self._head = {"id": name, "created": int(time.time()), "model": start.model}
 
     @property
     def ended(self) -> bool:
@@ -48,16 +46,16 @@ class Answer:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens that were read and written."""
-        read = sum(len(prompt) for prompt in self.job.prompts)
-        written = sum(len(choice.pieces) for choice in self.choices)
+        read = sum(self.start.prompts)
+        written = sum(len(choice.parts) for choice in self.choices)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def add(self, place: int, piece: Piece) -> None:
-        """One more piece of a choice."""
-        choice = self.choices[place]
-        choice.text += piece.text
-        choice.pieces.append(piece)
-        choice.finish = piece.finish
+    def add(self, part: Part) -> None:
+        """One more part of a choice."""
+        choice = self.choices[part.choice]
+        choice.text += part.text
+        choice.parts.append(part)
+        choice.finish = part.finish
 
     def whole(self) -> dict[str, Any]:
         """The answer."""
@@ -68,7 +66,7 @@ class Answer:
                 if self.chat
                 else {"text": choice.text}
             )
-            told = self._told(choice.pieces)
+            told = self._told(choice.parts)
             choices.append({"index": index, **said, "logprobs": told, "finish_reason": choice.finish})
         return {**self._head, "object": self._kinds[0], "choices": choices, "usage": self.usage}
 
@@ -79,11 +77,11 @@ class Answer:
         said = {"delta": {"role": "assistant", "content": ""}}
         return [self._event(index, said, None, None, usage) for index in range(len(self.choices))]
 
-    def event(self, place: int, pieces: list[Piece], usage: bool) -> str:
-        """The event of the latest pieces of a choice; the last of them settles text or ends it."""
-        text = "".join(piece.text for piece in pieces)
+    def event(self, parts: list[Part], usage: bool) -> str:
+        """The event of the latest parts of a choice; the last of them settles text or ends it."""
+        text = "".join(part.text for part in parts)
         said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
-        return self._event(place, said, self._told(pieces), pieces[-1].finish, usage)
+        return self._event(parts[-1].choice, said, self._told(parts), parts[-1].finish, usage)
 
     def closing(self, usage: bool) -> list[str]:
         """The events behind all text."""
@@ -100,39 +98,24 @@ class Answer:
         last: dict[str, Any] = {"usage": None} if usage else {}
         return _line({**self._head, "object": self._kinds[1], "choices": [choice], **last})
 
-    def _told(self, pieces: list[Piece]) -> dict[str, Any] | None:
+    def _told(self, parts: list[Part]) -> dict[str, Any] | None:
         """What is told of probabilities, but for a token that only ends the text."""
         if not self.tells:
             return None
-        ends = self.job.served.ends
-        shown = [(piece, piece.drawn) for piece in pieces if piece.drawn is not None and piece.drawn.token not in ends]
+        shown = [(part, part.word) for part in parts if part.word is not None]
         if self.chat:
-            return {"content": [self._entry(drawn) for _, drawn in shown], "refusal": None}
+            entries = [{**_named(word), "top_logprobs": [_named(top) for top in part.top]} for part, word in shown]
+            return {"content": entries, "refusal": None}
         return {
-            "tokens": [self._word(drawn.token)[0] for _, drawn in shown],
-            "token_logprobs": [drawn.logprob for _, drawn in shown],
-            "top_logprobs": [{self._word(token)[0]: value for token, value in drawn.top} for _, drawn in shown],
-            "text_offset": [piece.place for piece, _ in shown],
+            "tokens": [word.text for _, word in shown],
+            "token_logprobs": [word.logprob for _, word in shown],
+            "top_logprobs": [{top.text: top.logprob for top in part.top} for part, _ in shown],
+            "text_offset": [part.place for part, _ in shown],
         }
 
-    def _entry(self, drawn: Drawn) -> dict[str, Any]:
-        return {
-            **self._named(drawn.token, drawn.logprob or 0.0),
-            "top_logprobs": [self._named(token, value) for token, value in drawn.top],
-        }
 
-    def _named(self, token: int, value: float) -> dict[str, Any]:
-        text, raw = self._word(token)
-        return {"token": text, "logprob": value, "bytes": list(raw)}
-
-    def _word(self, token: int) -> tuple[str, bytes]:
-        """A token as text and as bytes."""
-        served = self.job.served
-        raw = served.bytes_of[token] if token < len(served.bytes_of) else None
-        if raw is not None:
-            return raw.decode(errors="replace"), raw
-        text = served.tokenizer.decode([token], skip_special_tokens=False)
-        return text, text.encode()
+def _named(word: Word) -> dict[str, Any]:
+    return {"token": word.text, "logprob": word.logprob, "bytes": list(word.raw)}
 
 
 def _line(event: dict[str, Any]) -> str:

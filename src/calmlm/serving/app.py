@@ -1,16 +1,13 @@
-"""The routes of OpenAI's API over an engine."""
+"""The routes of OpenAI's API."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
-import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
-from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -21,16 +18,12 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import calmlm
-from calmlm.errors import CalmError
 from calmlm.serving.answers import Answer
-from calmlm.serving.catalogue import Catalogue
-from calmlm.serving.engine import DrainingError, Engine, Piece, QueueFullError
+from calmlm.serving.desk import Desk, GoneError, Part, Start, Told
 from calmlm.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
-from calmlm.serving.refusals import Json, RefusalError, wrong_request
-from calmlm.serving.requests import Job, find, make_job, tokens_of
+from calmlm.serving.refusals import Json, RefusalError, no_model, wrong_request
 
 OPEN = ("/health", "/metrics", "/openapi.json")  # what needs no key
-log = logging.getLogger(__name__)
 
 
 class ErrorDetail(BaseModel):
@@ -48,16 +41,11 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class GoneError(Exception):
-    """The client does not wait for its answer any more."""
-
-
-def make_app(catalogue: Catalogue, engine: Engine, *, api_key: str | None = None, max_body: int = 2**20) -> Any:
+def make_app(desk: Desk, *, api_key: str | None = None, max_body: int = 2**20) -> Any:
     """The server as an ASGI application.
 
     Args:
-        catalogue: what is served.
-        engine: a started engine.
+        desk: what answers.
         api_key: what requests have to bring as a bearer token, or None.
         max_body: bytes of a request.
     """
@@ -72,29 +60,30 @@ def make_app(catalogue: Catalogue, engine: Engine, *, api_key: str | None = None
         dependencies=keyed,
         responses={"4XX": {"model": ErrorBody}, 503: {"model": ErrorBody}},
     )
-    desk = Desk(catalogue, engine)
     begun = int(time.time())
 
     @app.get("/health")
     async def health() -> Response:
         """Whether requests are taken."""
-        if engine.draining or not engine.alive:
-            return Json({"status": "draining" if engine.draining else "failed"}, 503)
+        if desk.draining or not await desk.alive():
+            return Json({"status": "draining" if desk.draining else "failed"}, 503)
         return Json({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(engine.metrics.page(), media_type="text/plain; version=0.0.4")
+        return Response(await desk.page(), media_type="text/plain; version=0.0.4")
 
     def described(name: str) -> dict[str, Any]:
-        limit = find(catalogue, name).limit
+        if name not in desk.limits:
+            raise no_model(name)
+        limit = desk.limits[name]
         return {"id": name, "object": "model", "created": begun, "owned_by": "calmlm", "max_model_len": limit}
 
     @app.get("/v1/models")
     async def models() -> Response:
         """The models that there are."""
-        return Json({"object": "list", "data": [described(name) for name in catalogue.models]})
+        return Json({"object": "list", "data": [described(name) for name in desk.limits]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
@@ -104,18 +93,18 @@ def make_app(catalogue: Catalogue, engine: Engine, *, api_key: str | None = None
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Go on from a text."""
-        return await desk.answer(asked, request)
+        return await _answer(desk, asked, request)
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Go on from a conversation."""
-        return await desk.answer(asked, request)
+        return await _answer(desk, asked, request)
 
     @app.post("/tokenize")
     async def tokenize(asked: TokenizeRequest) -> Response:
         """The tokens of a text."""
-        served, ids = await desk.apart(partial(tokens_of, catalogue, asked))
-        return Json({"count": len(ids), "max_model_len": served.limit, "tokens": ids})
+        ids = await desk.tokens(asked)
+        return Json({"count": len(ids), "max_model_len": desk.limits[asked.model], "tokens": ids})
 
     @app.exception_handler(RefusalError)
     async def refuse(_request: Request, error: RefusalError) -> Response:
@@ -140,113 +129,69 @@ def make_app(catalogue: Catalogue, engine: Engine, *, api_key: str | None = None
     return Door(app, api_key, max_body)
 
 
-class Desk:
-    """Takes requests in the event loop, and hands their texts to the engine.
+async def _answer(desk: Desk, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
+    """Answer a request, whole or as a stream.
 
-    Args:
-        catalogue: what is served.
-        engine: that writes.
+    Raises:
+        RefusalError: it cannot be answered.
     """
-
-    def __init__(self, catalogue: Catalogue, engine: Engine) -> None:
-        self.catalogue, self.engine = catalogue, engine
-        self._pool = ThreadPoolExecutor(1, "calmlm-tokens")  # one, since tokenizers are shared
-
-    async def apart(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns, without the event loop's waiting for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    async def answer(self, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
-        """Answer a request, whole or as a stream.
-
-        Raises:
-            RefusalError: it cannot be answered.
-        """
-        self._check_open()
-        queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(place: int, piece: Piece) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, (place, piece))
-
-        most = self.engine.max_batch + self.engine.max_queue
-        job: Job = await self.apart(partial(make_job, self.catalogue, asked, deliver, most))
-        try:
-            self.engine.submit(job.writings)
-        except (QueueFullError, DrainingError) as error:
-            raise _refusal(error) from error
-        chat = isinstance(asked, ChatRequest)
-        answer = Answer(job, chat=chat, tells=asked.logprobs is not None and asked.logprobs is not False)
-        pieces = self._pieces(request, job, queue)
-        try:
-            first = await anext(pieces)
-            if asked.stream:
-                events = _events(answer, first, pieces, asked.wants_usage)
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            answer.add(*first)
-            async for place, piece in pieces:
-                answer.add(place, piece)
-        except GoneError:
-            return Response(status_code=499)  # nobody reads it
-        return Json(answer.whole())
-
-    def _check_open(self) -> None:
-        if self.engine.draining or not self.engine.alive:
-            raise _refusal(DrainingError())
-        if self.engine.full:
-            raise _refusal(QueueFullError())
-
-    async def _pieces(
-        self, request: Request, job: Job, queue: asyncio.Queue[tuple[int, Piece | None]]
-    ) -> AsyncGenerator[tuple[int, Piece]]:
-        """What is written, until all choices have ended or the client is gone; nothing is written for nobody.
-
-        Raises:
-            GoneError: the client is gone.
-            RefusalError: a text failed.
-        """
-        watcher = asyncio.create_task(self._watch(request, job, queue))
-        left = len(job.writings)
-        try:
-            while left:
-                place, piece = await queue.get()
-                if piece is None:
-                    raise GoneError
-                if piece.error is not None:
-                    raise _refusal(piece.error)
-                left -= piece.finish is not None
-                yield place, piece
-        finally:
-            watcher.cancel()
-            if left:
-                self.engine.cancel(job.writings)
-
-    async def _watch(self, request: Request, job: Job, queue: asyncio.Queue[tuple[int, Piece | None]]) -> None:
-        """Give the texts up when their client is gone."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self.engine.cancel(job.writings)
-        queue.put_nowait((-1, None))
+    desk.check_open()
+    parts = _parts(desk, asked, request)
+    try:
+        start = await anext(parts)
+        assert isinstance(start, Start)
+        tells = asked.logprobs is not None and asked.logprobs is not False
+        answer = Answer(start, chat=isinstance(asked, ChatRequest), tells=tells)
+        if asked.stream:
+            first = await anext(parts)  # what fails before it still has a status of its own
+            events = _events(answer, first, parts, asked.wants_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        async for group in parts:
+            for part in _group(group):
+                answer.add(part)
+    except GoneError:
+        return Response(status_code=499)  # nobody reads it
+    return Json(answer.whole())
 
 
-async def _events(
-    answer: Answer, first: tuple[int, Piece], pieces: AsyncGenerator[tuple[int, Piece]], usage: bool
-) -> AsyncIterator[str]:
+async def _parts(desk: Desk, asked: CompletionRequest | ChatRequest, request: Request) -> AsyncGenerator[Told]:
+    """What is written, until all choices have ended or the client is gone; nothing is written for nobody."""
+    gone = asyncio.create_task(_gone(request))
+    try:
+        async with aclosing(desk.write(asked, gone)) as told:
+            async for entry in told:
+                yield entry
+    finally:
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _group(told: Told) -> Sequence[Part]:
+    assert not isinstance(told, Start)
+    return told
+
+
+async def _events(answer: Answer, first: Told, parts: AsyncGenerator[Told], usage: bool) -> AsyncIterator[str]:
     """The events of a stream; a text that fails ends it with an error."""
-    held: list[list[Piece]] = [[] for _ in answer.choices]
-    async with aclosing(pieces):
+    held: list[list[Part]] = [[] for _ in answer.choices]
+    async with aclosing(parts):
         for event in answer.opening(usage):
             yield event
-        found: tuple[int, Piece] | None = first
+        found: Told | None = first
         try:
             while found is not None:
-                place, piece = found
-                answer.add(place, piece)
-                held[place].append(piece)
-                if piece.text or piece.finish is not None:
-                    yield answer.event(place, held[place], usage)
-                    held[place] = []
-                found = await anext(pieces, None)
+                for part in _group(found):
+                    answer.add(part)
+                    held[part.choice].append(part)
+                    if part.text or part.finish is not None:
+                        yield answer.event(held[part.choice], usage)
+                        held[part.choice] = []
+                found = await anext(parts, None)
         except GoneError:
             return
         except RefusalError as error:
@@ -254,17 +199,6 @@ async def _events(
             return
         for event in answer.closing(usage):
             yield event
-
-
-def _refusal(error: Exception) -> RefusalError:
-    """What the engine's errors are to a client."""
-    if isinstance(error, DrainingError):
-        return RefusalError(503, "The server is shutting down: ask another one.", code="shutting_down")
-    if isinstance(error, QueueFullError):
-        return RefusalError(429, "Too many requests are waiting: try again later.", code="queue_full")
-    if isinstance(error, CalmError):
-        return RefusalError(400, str(error))
-    return RefusalError(500, "The text could not be written; the server's log says why.")
 
 
 class Door:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from calmlm.data.context import EndOfContext
 from calmlm.errors import CalmError
 from calmlm.serving.admission import together
-from calmlm.serving.batching import Batch, Text
-from calmlm.serving.lanes import CompositionLane, Lane
+from calmlm.serving.batching import Batch
+from calmlm.serving.lanes import Lane
 from calmlm.serving.metrics import Metrics
-from calmlm.serving.next_token import Chooser, Drawn, choose
+from calmlm.serving.next_token import Drawn, choose
 from calmlm.serving.repetition import Lookup
-from calmlm.serving.transcript import Transcript
+from calmlm.serving.writing import Piece, Writing
 
 PREFILL = 2048  # columns times rows that are read between two steps, so that running texts do not wait for long
 log = logging.getLogger(__name__)
@@ -35,59 +33,6 @@ class QueueFullError(Exception):
 
 class DrainingError(Exception):
     """The engine finishes what it has accepted and takes nothing new."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one token adds to a text.
-
-    Attributes:
-        text: what it settles; often nothing.
-        drawn: the token; None where none was taken.
-        place: how many characters stood before it.
-        finish: ``"stop"`` or ``"length"`` where the text ends with it.
-        error: what ended the text instead.
-    """
-
-    text: str = ""
-    drawn: Drawn | None = None
-    place: int = 0
-    finish: str | None = None
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
-class Writing:
-    """One text on its way through the engine.
-
-    Attributes:
-        text: its tokens.
-        lane: that writes it.
-        beside: lanes in whose batch it may stand, as a row without the composition.
-        chooser: takes its tokens.
-        transcript: makes them text.
-        ends: tokens that end it.
-        room: how many tokens may be written.
-        deliver: takes each piece.
-        name: of the model, for metrics.
-        context: ends it where a context of an augmenting model's own tokens does, or None.
-        lookup: drafts what may follow, or None.
-    """
-
-    text: Text
-    lane: Lane
-    chooser: Chooser
-    transcript: Transcript
-    ends: frozenset[int]
-    room: int
-    deliver: Callable[[Piece], None]
-    name: str
-    beside: Sequence[CompositionLane] = ()
-    context: EndOfContext | None = None
-    lookup: Lookup | None = None
-    arrived: float = field(default_factory=time.monotonic)
-    latest: float | None = None
-    cancelled: bool = False
 
 
 class Engine:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calmlm.data.extras import require
 from calmlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from calmlm.serving.desk import Desk
 
 KEY = "CALMLM_API_KEY"
 STUCK = 30  # seconds that clients have to read what is written for them, once the server ends
@@ -32,6 +36,8 @@ class Options:
         device: of the models.
         dtype: of the base models; None keeps their own.
         drafts: tokens that are drafted at a time for a text that is written alone; 0 for none.
+        replicas: processes that each load all models, on a Ray cluster; None serves from this process alone.
+        ray_address: of the cluster; None starts one on this machine where there are replicas.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +51,8 @@ class Options:
     device: str = "auto"
     dtype: str | None = None
     drafts: int = 8
+    replicas: int | None = None
+    ray_address: str | None = None
 
 
 def serve(folders: Sequence[str], options: Options, report: Callable[[str], None]) -> None:
@@ -60,7 +68,12 @@ def serve(folders: Sequence[str], options: Options, report: Callable[[str], None
     """
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve", "calmlm serve")
-    from calmlm.serving.catalogue import check_places, load, named
+    on_ray = options.replicas is not None or options.ray_address is not None
+    if on_ray:
+        require("ray", "ray", "calmlm serve with replicas")
+    if options.replicas is not None and options.replicas < 1:
+        raise ConfigError(f"--replicas must be at least 1, but got {options.replicas}: write another number.")
+    from calmlm.serving.catalogue import check_places, named
 
     key = options.api_key if options.api_key is not None else os.environ.get(KEY) or None
     if key is not None and not key.strip():
@@ -68,27 +81,56 @@ def serve(folders: Sequence[str], options: Options, report: Callable[[str], None
     places = named(folders)
     check_places(places)
     listener = listen_at(options.host, options.port)
-    with listener:
-        catalogue = load(
-            places,
-            tokenizer=options.tokenizer,
-            device=options.device,
-            dtype=options.dtype,
-            max_tokens=options.max_tokens,
-        )
-        _run(catalogue, options, key, listener, report)
+    with listener, _desk(places, options, on_ray, report) as desk:
+        _listen(desk, options, key, listener, report)
+    report("All that was accepted is answered.")
 
 
-def _run(
-    catalogue: Any, options: Options, key: str | None, listener: socket.socket, report: Callable[[str], None]
+@contextmanager
+def _desk(places: dict[str, str], options: Options, on_ray: bool, report: Callable[[str], None]) -> Iterator[Desk]:
+    """What answers: an engine in this process, or replicas."""
+    if on_ray:
+        from calmlm.serving.deploying import deployed
+        from calmlm.serving.replicas import Models
+
+        there = {name: os.path.abspath(place) if os.path.exists(place) else place for name, place in places.items()}
+        words = options.tokenizer
+        words = os.path.abspath(words) if words is not None and os.path.exists(words) else words
+        models = Models(
+            there, words, options.device, options.dtype, options.max_tokens, options.max_batch, options.max_queue,
+            options.drafts,
+        )  # fmt: skip
+        with deployed(models, options.replicas or 1, options.ray_address, KEY, report) as fleet:
+            yield fleet
+        return
+    from calmlm.serving.catalogue import load
+    from calmlm.serving.desk import EngineDesk
+    from calmlm.serving.engine import Engine
+
+    catalogue = load(
+        places,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+        max_tokens=options.max_tokens,
+    )
+    engine = Engine(options.max_batch, options.max_queue, catalogue.max_length, options.drafts)
+    engine.start()
+    try:
+        yield EngineDesk(catalogue, engine)
+    finally:
+        engine.close()
+
+
+def _listen(
+    desk: Desk, options: Options, key: str | None, listener: socket.socket, report: Callable[[str], None]
 ) -> None:
+    """Answer requests until a signal has come and what was accepted is finished."""
     import uvicorn
 
     from calmlm.serving.app import make_app
-    from calmlm.serving.engine import Engine
 
-    engine = Engine(options.max_batch, options.max_queue, catalogue.max_length, options.drafts)
-    app = make_app(catalogue, engine, api_key=key, max_body=options.max_body)
+    app = make_app(desk, api_key=key, max_body=options.max_body)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=STUCK,
@@ -98,24 +140,19 @@ def _run(
         """A signal lets it finish what was accepted; a second one ends it at once."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if engine.draining:
+            if desk.draining:
                 self.should_exit = self.force_exit = True
                 return
-            engine.drain()
+            desk.drain()
             threading.Thread(target=self._end, daemon=True).start()
 
         def _end(self) -> None:
-            engine.idle.wait()
+            desk.idle.wait()
             self.should_exit = True
 
-    engine.start()
     host, port = listener.getsockname()[:2]
-    report(f"Serving {', '.join(catalogue.models)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        engine.close()
-    report("All that was accepted is answered.")
+    report(f"Serving {', '.join(desk.limits)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    Server(config).run(sockets=[listener])
 
 
 def listen_at(host: str, port: int) -> socket.socket:

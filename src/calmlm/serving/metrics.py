@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
@@ -37,3 +39,33 @@ class Metrics:
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"calmlm:{name}", about, ["model_name"], buckets=buckets, registry=self.registry)
+
+
+class FleetMetrics:
+    """The figures of several replicas, and of the desk before them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.retries = Counter(
+            "calmlm:request_retries",
+            "Requests that were sent again since their replica was lost.",
+            registry=self.registry,
+        )
+
+    def page(self, replicas: Mapping[str, Sequence[Metric]]) -> bytes:
+        """All figures in Prometheus' text format, those of each replica with its name as the label ``replica``."""
+        merged: dict[str, Metric] = {}
+        for replica, families in replicas.items():
+            for family in families:
+                one = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                one.samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+                ]
+
+        class Found:
+            def collect(self) -> Iterator[Metric]:
+                yield from merged.values()
+
+        whole = CollectorRegistry()
+        whole.register(Found())  # type: ignore[arg-type]
+        return generate_latest(whole) + generate_latest(self.registry)

@@ -31,6 +31,10 @@ class RefusalError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
+    def __reduce__(self) -> tuple[type[RefusalError], tuple[int, str, str | None, str | None]]:
+        """Pickled by what it was made of, so that it comes from a replica as itself."""
+        return type(self), (self.status, str(self), self.param, self.code)
+
     @property
     def body(self) -> dict[str, Any]:
         """The error as JSON."""
@@ -43,6 +47,11 @@ class RefusalError(Exception):
         waits = {"Retry-After": "1"} if self.status in (429, 503) else {}
         names = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return Json(self.body, self.status, headers=waits | names)
+
+
+def no_model(name: str) -> RefusalError:
+    """A request for a model that is not served."""
+    return RefusalError(404, f"The model {name!r} does not exist: see /v1/models.", "model", "model_not_found")
 
 
 def wrong_request(errors: list[Any]) -> RefusalError:

@@ -11,12 +11,12 @@ from calmlm.data.labels import encode_prompt
 from calmlm.errors import CalmError, first_line
 from calmlm.serving.batching import Text
 from calmlm.serving.catalogue import Catalogue, Served
-from calmlm.serving.engine import Piece, Writing
 from calmlm.serving.grammar import ANY_OBJECT, JsonGrammar
 from calmlm.serving.next_token import Chooser, Sampling
 from calmlm.serving.protocol import Asked, ChatRequest, CompletionRequest, Message, TokenizeRequest
-from calmlm.serving.refusals import RefusalError
+from calmlm.serving.refusals import RefusalError, no_model
 from calmlm.serving.transcript import Transcript
+from calmlm.serving.writing import Piece, Writing
 from calmlm.tokens.chat import in_parts, takes_parts
 
 DEFAULT_TOKENS = 16  # of a completion that says nothing of its length, as OpenAI's
@@ -45,7 +45,7 @@ def find(catalogue: Catalogue, name: str) -> Served:
     """
     served = catalogue.models.get(name)
     if served is None:
-        raise RefusalError(404, f"The model {name!r} does not exist: see /v1/models.", "model", "model_not_found")
+        raise no_model(name)
     return served
 
 
@@ -97,7 +97,7 @@ def make_job(
     return Job(served, prompts, writings)
 
 
-def tokens_of(catalogue: Catalogue, asked: TokenizeRequest) -> tuple[Served, list[int]]:
+def tokens_of(catalogue: Catalogue, asked: TokenizeRequest) -> list[int]:
     """The tokens of a text or a conversation.
 
     Raises:
@@ -107,11 +107,11 @@ def tokens_of(catalogue: Catalogue, asked: TokenizeRequest) -> tuple[Served, lis
     if (asked.prompt is None) == (asked.messages is None):
         raise RefusalError(400, "The request must hold one of prompt and messages: send one of them.", "prompt")
     if asked.messages is not None:
-        return served, _conversation(asked.messages, served)
+        return _conversation(asked.messages, served)
     text = _text(asked.prompt or "", "prompt")
     if asked.add_special_tokens:
-        return served, encode_prompt(text, served.tokenizer)
-    return served, list(served.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode_prompt(text, served.tokenizer)
+    return list(served.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _check(served: Served, ids: list[int], param: str) -> None:

@@ -6,9 +6,10 @@ A vocabulary of 262,000 tokens takes ten seconds each time.
 from __future__ import annotations
 
 import importlib
+import logging as standard
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +50,36 @@ def about_to_read() -> None:
         except ImportError:  # whoever needs it says so
             return
         package.GGUFReader, _package = _Remembering(package.GGUFReader), package
+
+
+def truthful(load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What ``load`` gives: a model from a GGUF file, and a report.
+
+    transformers warns of packed weights before it knows whether it packs any; of a file that it unpacks, as those of
+    most architectures, the warning goes no further.
+    """
+    logger, held = standard.getLogger("transformers.quantizers.quantizer_gguf"), _Holding()
+    logger.addFilter(held)
+    try:
+        model, report = load()
+    finally:
+        logger.removeFilter(held)
+    if getattr(getattr(model, "hf_quantizer", None), "packed_modules", None):
+        for record in held.records:
+            logger.handle(record)
+    return model, report
+
+
+class _Holding(standard.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[standard.LogRecord] = []
+
+    def filter(self, record: standard.LogRecord) -> bool:
+        about_packing = "weights packed" in record.getMessage()
+        if about_packing:
+            self.records.append(record)
+        return not about_packing
 
 
 def _heed_progress_bars() -> None:

@@ -136,9 +136,21 @@ def test_a_file_is_read_once_and_let_go(folder: Path, monkeypatch: pytest.Monkey
             opened.append(Path(path).name)
             super().__init__(path, *options)
 
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    load, parsed = loader.load_gguf_checkpoint, []
+
+    def counting(path: Any, return_tensors: bool = False, **options: Any) -> Any:
+        parsed.append((Path(path).name, return_tensors))
+        return load(path, return_tensors, **options)
+
     monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    monkeypatch.setattr(loader, "load_gguf_checkpoint", counting)
     compose(folder)
     assert sorted(opened) == ["anchor.gguf", "small.gguf"]
+    files = ("anchor.gguf", "small.gguf")
+    assert sorted(parsed) == [(file, whole) for file in files for whole in (False, True)]
+    assert loader.load_gguf_checkpoint is counting
     assert gguf.GGUFReader is Counting
     with pytest.raises(ModelError):
         calmlm.compose(folder, folder, gguf_file="nothing.gguf")

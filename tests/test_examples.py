@@ -49,6 +49,28 @@ def test_example(path: Path, tmp_path: Path, sentences: Path) -> None:
         assert not set(asked) & set(learned)
 
 
+def test_sentences_that_cannot_be_had_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the hub\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    main = runpy.run_path(str(ROOT / "examples" / "translation.py"))["main"]
+    for given, advice in (
+        ([], "name a file of its rows with --data."),
+        (["--data", "none.jsonl"], "name another file."),
+    ):
+        assert main([*given, "--output", str(tmp_path / "written")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: Expected ")
+        assert said.endswith(f"{advice}\n")
+        assert said.count("\n") == 1
+    assert not (tmp_path / "written").exists()
+
+
 def test_the_configuration_of_the_real_pair_is_complete() -> None:
     config = load_config(ROOT / "configs" / "real" / "train.yaml")
     settings = load_settings(ROOT / "configs" / "real" / "varieties.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -162,6 +163,18 @@ def test_install_commands() -> None:
     extras = set(re.findall(r"`([a-z]+)`", README.partition("## Extras")[2].partition("\n## ")[0]))
     assert extras <= set(PROJECT["optional-dependencies"])
     assert {"train", "compare", "eval"} <= extras
+
+
+def test_models_are_fetched_by_the_active_environment_that_reads_them(tmp_path: Path) -> None:
+    """Rather than by one that is made for it."""
+    active = tmp_path / "python"
+    active.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "$@"\n')
+    active.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name != "CALMLM_VENV"}
+    environment = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "PYTHON": "none"}
+    script = ROOT / "scripts" / "models"
+    done = subprocess.run([script, "--help"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == ([f"{script}.py", "--help"], "")
 
 
 def test_the_demo_models_are_in_the_package() -> None:

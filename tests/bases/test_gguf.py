@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from logging import StreamHandler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 import calmlm
+from calmlm.bases.opening import load_base
 from calmlm.config import gguf_name, split_gguf
 from calmlm.errors import CheckpointError, ConfigError, ModelError
 from calmlm.tokens.lookup import find_tokenizer
@@ -134,13 +136,48 @@ def test_a_file_is_read_once_and_let_go(folder: Path, monkeypatch: pytest.Monkey
             opened.append(Path(path).name)
             super().__init__(path, *options)
 
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    load, parsed = loader.load_gguf_checkpoint, []
+
+    def counting(path: Any, return_tensors: bool = False, **options: Any) -> Any:
+        parsed.append((Path(path).name, return_tensors))
+        return load(path, return_tensors, **options)
+
     monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    monkeypatch.setattr(loader, "load_gguf_checkpoint", counting)
     compose(folder)
     assert sorted(opened) == ["anchor.gguf", "small.gguf"]
+    files = ("anchor.gguf", "small.gguf")
+    assert sorted(parsed) == [(file, whole) for file in files for whole in (False, True)]
+    assert loader.load_gguf_checkpoint is counting
     assert gguf.GGUFReader is Counting
     with pytest.raises(ModelError):
         calmlm.compose(folder, folder, gguf_file="nothing.gguf")
     assert gguf.GGUFReader is Counting
+
+
+def test_a_warning_of_packed_weights_comes_where_they_are_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers warns of it, in bfloat16, whatever it does with the file."""
+    from transformers.quantizers import quantizer_gguf
+
+    said: list[str] = []
+    handler = StreamHandler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    quantizer_gguf.logger.addHandler(handler)
+    try:
+        load_base(str(folder / "small.gguf"), "anchor", dtype="bfloat16")
+        assert said == []
+
+        def after(self: Any, model: Any) -> Any:
+            self.packed_modules = {"layer": model}
+            return model
+
+        monkeypatch.setattr(quantizer_gguf.GgufHfQuantizer, "_process_model_after_weight_loading", after)
+        load_base(str(folder / "small.gguf"), "anchor", dtype="bfloat16")
+        assert len(said) == 1 and "weights packed" in said[0]
+    finally:
+        quantizer_gguf.logger.removeHandler(handler)
 
 
 class TestFaults:

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calmlm.bases.origins import check_folder, check_whole
 from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, ModelError, first_line
-from calmlm.tokens.gguf_files import about_to_read
+from calmlm.tokens.gguf_files import about_to_read, truthful
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -140,8 +140,12 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
     else:
         about_to_read()
         options["gguf_file"] = file
+
+    def load() -> tuple[Any, Any]:
+        return auto.from_pretrained(place, output_loading_info=True, **options)  # type: ignore[no-any-return]
+
     try:
-        model, report = auto.from_pretrained(place, output_loading_info=True, **options)
+        model, report = load() if file is None else truthful(load)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "

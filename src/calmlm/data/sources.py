@@ -74,7 +74,8 @@ def read_hub(source: HubDataset) -> list[Record]:
         reason = str(error).strip().splitlines()
         raise DataError(
             f"Expected a data set '{source.dataset}' with the split '{source.split}', but it could not be loaded "
-            f"({reason[0] if reason else type(error).__name__}); check its id, name, split and revision."
+            f"({reason[0] if reason else type(error).__name__}); check its id, name, split and revision, and the "
+            f"connection to the hub."
         ) from error
     records = [
         Record(without_nulls(row), f"{source.dataset}, row {number}") for number, row in enumerate(rows, start=1)

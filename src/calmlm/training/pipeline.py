@@ -248,8 +248,8 @@ def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:
     for name, heard in found.augmenting.items():
         if heard.alone is not None and heard.inside is not None:
             report(
-                f"{name}: {heard.inside:.3f} bits per byte of {found.rows} completions by what it reads here, "
-                f"{heard.alone:.3f} alone; the anchor {found.anchor:.3f}."
+                f"Before training, in bits per byte of {found.rows} completions, fewer being better: {name} "
+                f"{heard.inside:.3f} inside the composition and {heard.alone:.3f} alone, the anchor {found.anchor:.3f}."
             )
     for warning in found.warnings():
         report(f"warning: {warning}")

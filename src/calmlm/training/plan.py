@@ -21,6 +21,7 @@ from calmlm.composing.aligning import aligned_count, middle
 from calmlm.config import ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
+from calmlm.tokens.gguf_files import reading_once
 from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
@@ -212,6 +213,7 @@ class Plan:
         return self.step(cached=cached) / self.texts.rows * examples / (speed * USED)
 
 
+@reading_once()
 def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     """The plan of a training.
 

@@ -80,10 +80,16 @@ def read_sentences(settings: Settings, source: str | Path | None = None) -> list
         if source is not None:
             rows = _read_file(Path(str(source).replace("{split}", split)))
         else:
-            hub = HubDataset(settings.data, split=split, name=settings.subset)
-            rows = _together((record.fields for record in read_hub(hub)), settings)
+            rows = _together(_of_hub(HubDataset(settings.data, split=split, name=settings.subset)), settings)
         found += [{**row, PART: part} if part else row for row in rows]
     return found
+
+
+def _of_hub(source: HubDataset) -> list[dict[str, Any]]:
+    try:
+        return [record.fields for record in read_hub(source)]
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip('.')}; or name a file of its rows with --data.") from error
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:

@@ -316,6 +316,8 @@ def test_the_table_stands_in_the_alignment_alone(saved: Path) -> None:
     assert not any("table" in name for name in tensors)
     lines = dict(describe(str(saved)))
     assert lines["words"] == "into the anchor's probabilities, as a pointer"
+    whole = sum((saved / name).stat().st_size for name in ("model.safetensors", "alignment.augmenting.json"))
+    assert lines["size"] == f"{whole / 1e6:,.1f} MB"
     assert "words (pointer)" in (saved / "README.md").read_text(encoding="utf-8")
     path = saved / "alignment.augmenting.json"
     data = json.loads(path.read_text(encoding="utf-8"))

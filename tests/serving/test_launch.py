@@ -45,7 +45,7 @@ def fault(capsys: Capture, *arguments: str) -> str:
     assert main(["serve", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    lines = captured.err.strip().splitlines()
+    lines = [line for line in captured.err.strip().splitlines() if not line.startswith("Loading ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
     return lines[0]
 

@@ -27,6 +27,7 @@ def generate(
     draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts; the text is the same.")] = False,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
+    dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write text with a saved composition, as it comes."""
@@ -35,7 +36,7 @@ def generate(
     from calmlm.answering import TextModel
 
     logging.disable_progress_bar()
-    model = TextModel.load(folder, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code)
+    model = TextModel.load(folder, tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model.write(
         standard_input() if prompt == "-" else prompt,
         lambda piece: print(piece, end="", flush=True),

@@ -42,7 +42,9 @@ def describe(source: str) -> list[tuple[str, str]]:
         if entry.get("adapters"):
             adapters = entry["adapters"]
             lines.append(("adapters", f"rank {adapters['rank']}, beside {len(adapters['targets'])} maps of the anchor"))
-    return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{weights.stat().st_size / 1e6:,.1f} MB")]
+    alignments = [weights.parent / storage.alignment_name(name) for name in config.augmenting or {}]
+    size = sum(path.stat().st_size for path in (weights, *alignments) if path.is_file())
+    return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{size / 1e6:,.1f} MB")]
 
 
 def _connector(options: dict[str, Any]) -> str:

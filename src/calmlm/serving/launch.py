@@ -107,6 +107,7 @@ def _desk(places: dict[str, str], options: Options, on_ray: bool, report: Callab
     from calmlm.serving.desk import EngineDesk
     from calmlm.serving.engine import Engine
 
+    report(f"Loading {', '.join(places)} and the models beneath ...")
     catalogue = load(
         places,
         tokenizer=options.tokenizer,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import shutil
 import signal
 import socket
@@ -20,6 +22,7 @@ import calmlm
 from calmlm.cli import main
 from calmlm.errors import CalmError
 from calmlm.serving.catalogue import check_places, load, named
+from calmlm.serving.ending import end_quietly
 from compositions import awaken
 from served import expected, program, wait
 from tiny import tiny_model
@@ -118,6 +121,16 @@ def test_bases_are_loaded_once(folders: dict[str, str], anchor_folder: Path) -> 
         first.anchor.get_input_embeddings().weight,
         calmlm.CalmForCausalLM.from_pretrained(folders["one"]).anchor.get_input_embeddings().weight,
     )
+
+
+def test_answers_that_are_given_up_at_the_end_leave_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    end_quietly()
+    logger = logging.getLogger("uvicorn.error")
+    for error in (asyncio.CancelledError("given up"), ValueError("a fault")):
+        logger.error("Exception in ASGI application", exc_info=error)
+    logger.error("Cancel %s running task(s), timeout graceful shutdown exceeded", 2)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [("a fault",)]
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.slow

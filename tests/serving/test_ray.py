@@ -82,6 +82,13 @@ def figure(url: str, name: str) -> dict[str, float]:
     return {line.partition('replica="')[2].partition('"')[0]: float(line.split()[-1]) for line in lines}
 
 
+def arrived(url: str) -> float:
+    """Requests that the engines write, or have written."""
+    return sum(
+        sum(figure(url, name).values()) for name in ("num_requests_running", "e2e_request_latency_seconds_count")
+    )
+
+
 @pytest.fixture(scope="module")
 def server(composition: Path) -> Iterator[tuple[str, int]]:
     given = (f"one={composition}", "--replicas", "2", "--max-batch", "8", "--max-queue", "8")
@@ -230,7 +237,7 @@ def test_a_signal_lets_replicas_finish(composition: Path, wanted: dict[str, str]
         with client_of(url) as client, ThreadPoolExecutor(8) as pool:
             asked = [(PROMPTS[place % len(PROMPTS)], place % 2 == 0) for place in range(8)]
             found = [pool.submit(ask, client, prompt, stream=stream, temperature=0) for prompt, stream in asked]
-            wait(lambda: sum(figure(url, "num_requests_running").values()) == 8)
+            wait(lambda: arrived(url) == 8)
             process.send_signal(signal.SIGTERM)
             wait(lambda: httpx.get(f"{url}/health").status_code == 503)
             with pytest.raises(openai.InternalServerError, match="shutting down"):

@@ -130,6 +130,7 @@ def _listen(
     import uvicorn
 
     from calmlm.serving.app import make_app
+    from calmlm.serving.ending import end_quietly
 
     app = make_app(desk, api_key=key, max_body=options.max_body)
     config = uvicorn.Config(
@@ -151,6 +152,8 @@ def _listen(
             desk.idle.wait()
             self.should_exit = True
 
+    end_quietly()
+    listener.listen()  # whoever reads the address may come at once
     host, port = listener.getsockname()[:2]
     report(f"Serving {', '.join(desk.limits)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     Server(config).run(sockets=[listener])

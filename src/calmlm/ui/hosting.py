@@ -9,6 +9,7 @@ from typing import Any
 
 from calmlm.answering import TextModel
 from calmlm.data.extras import require
+from calmlm.serving.ending import end_quietly
 from calmlm.serving.launch import listen_at
 
 __all__ = ["make_page_app", "show_page"]
@@ -37,6 +38,8 @@ def show_page(folder: str, host: str, port: int, report: Callable[[str], None], 
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=PATIENCE
         )
+        end_quietly()
+        listener.listen()  # whoever reads the address may come at once
         place, found = listener.getsockname()[:2]
         report(f"Open http://{f'[{place}]' if ':' in place else place}:{found}")
         uvicorn.Server(config).run(sockets=[listener])

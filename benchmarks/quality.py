@@ -124,7 +124,7 @@ def train_real(name: str, folder: Path, steps: int | None) -> dict[str, Any]:
         changed += [f"trainer.max_steps={steps}"]
     result = train(load_config(RECIPE, changed, str(folder)), overwrite=True)
     model = calmlm.CalmForCausalLM.from_pretrained(result.composition, dtype=torch.bfloat16).eval()
-    tokenizer = load_tokenizer(str(result.composition))
+    tokenizer = load_tokenizer([str(result.composition)])
     rows = encode_examples(load_examples([TESTS]), tokenizer, max_length=None).rows
     pieces = token_bytes(tokenizer)
     texts = [text for row in rows if (text := Excerpt.of(row, pieces, tokenizer)) is not None]

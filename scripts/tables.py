@@ -239,6 +239,38 @@ def training(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TRAINED = {
+    "plain": "the experiment's connections, nothing saved",
+    "saving": "the same, everything switched on",
+    "even": "evenly spaced connections, nothing saved",
+    "top": "top connections, nothing saved",
+}
+
+
+def quality(result: dict[str, Any]) -> str:
+    """What savings cost in quality, as the benchmark measured it."""
+    cells = cells_of(result["keys"])
+    seeds = max(row["seeds"] for row in result["keys"])
+    lines = [
+        *table_of(cells, TRAINED, kv.COLUMNS),
+        "",
+        f"Exact match in per cent, mean over {seeds} seed{'s' if seeds > 1 else ''} and its 95 % interval; "
+        "[what is asked](key-value.md).",
+    ]
+    found = result["real"]
+    if found:
+        plain, saving, more = (
+            "{mean:.3f} ({low:.3f} to {high:.3f})".format(**found[name])
+            for name in ("plain", "saving", "saving_minus_plain")
+        )
+        lines += [
+            "",
+            f"The recipe of `configs/real/train.yaml`, bits per byte of {found['sentences']!s} sentences "
+            f"that it has not seen: {plain}, with everything switched on {saving}; difference {more}.",
+        ]
+    return "\n".join([*lines, "", f"Measured {measured(result)}."])
+
+
 SETTINGS = {
     "random": "random weights",
     "known": "trained, what m_A knows",
@@ -310,6 +342,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),
     ("docs/any-two-models.md", "listening", "benchmarks/results/listening.json", listening),
     ("docs/training.md", "steps", "benchmarks/results/train_cpu.json", training),
+    ("docs/training.md", "quality", "benchmarks/results/quality.json", quality),
     ("docs/generation.md", "decoding", "benchmarks/results/decode_cpu.json", decoding),
     ("docs/results.md", "report", "experiments/compare/results/small.json", comparison),
 ]

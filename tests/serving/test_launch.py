@@ -22,7 +22,7 @@ import calmlm
 from calmlm.cli import main
 from calmlm.errors import CalmError
 from calmlm.serving.catalogue import check_places, load, named
-from calmlm.serving.ending import end_quietly
+from calmlm.serving.last_words import end_quietly
 from compositions import awaken
 from served import expected, program, wait
 from tiny import tiny_model

@@ -130,7 +130,7 @@ def _listen(
     import uvicorn
 
     from calmlm.serving.app import make_app
-    from calmlm.serving.ending import end_quietly
+    from calmlm.serving.last_words import end_quietly
 
     app = make_app(desk, api_key=key, max_body=options.max_body)
     config = uvicorn.Config(

@@ -9,7 +9,7 @@ from typing import Any
 
 from calmlm.answering import TextModel
 from calmlm.data.extras import require
-from calmlm.serving.ending import end_quietly
+from calmlm.serving.last_words import end_quietly
 from calmlm.serving.launch import listen_at
 
 __all__ = ["make_page_app", "show_page"]

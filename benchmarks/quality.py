@@ -117,8 +117,7 @@ def train_real(name: str, folder: Path, steps: int | None) -> dict[str, Any]:
     """Train the recipe of the real pair, and read sentences that it has not seen."""
     changed = ["data.eval=null", "trainer.save_strategy=no", "trainer.disable_tqdm=true"]
     if name == "saving":
-        changed += ["backend=sft", "trainer.activation_checkpointing_kwargs={keep: matmuls}"]
-        changed += ["trainer.padding_free=true", "trainer.activation_checkpointing=true"]
+        changed += ["backend=sft", *(f"trainer.{key}={json.dumps(value)}" for key, value in SAVING.items())]
         changed += [f"activation_cache={{mode: memory, budget: {BUDGET}}}"]
     if steps:
         changed += [f"trainer.max_steps={steps}"]

@@ -15,6 +15,7 @@ from calmlm.serving.engine import Engine
 from calmlm.serving.next_token import Chooser, Sampling
 from calmlm.serving.transcript import Transcript
 from calmlm.serving.writing import Piece, Writing
+from compositions import own, tiny_composition
 
 GREEDY = Sampling(temperature=0, logprobs=2)
 SAMPLED = Sampling(temperature=1.3, top_p=0.98, seed=5, logprobs=2)
@@ -86,6 +87,12 @@ class Heard:
         """Of the tokens that were written and of the likeliest ones, (tokens, 3)."""
         drawn = [piece.drawn for piece in self.pieces if piece.drawn]
         return torch.tensor([[one.logprob or 0.0, *(value for _, value in one.top)] for one in drawn])
+
+
+def other(alignment: str, kind: str, **options: Any) -> Any:
+    """A composition whose augmenting model has a tokenizer of this kind."""
+    options = {"rotary": True, **own(kind, "bytes-large"), **options}
+    return tiny_composition("llama", "mistral", alignment=alignment, **options)
 
 
 @contextmanager

@@ -336,7 +336,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             needed = None
             if labels is not None and self.training:
                 shifted = loss_arguments.get("shift_labels")
-                whole = shifted is not None and shifted.shape == labels.shape  # or it says so of some columns alone
+                whole = shifted is not None and shifted.shape == labels.shape  # or it says so of some positions alone
                 needed = needed_for(labels, shifted if whole else None, loss_arguments.get("ignore_index", -100))
             composed = None if composition_mask is None else composition_mask.bool()[:, None, None]
             logits = pointed_logits(logits, pointed, self.model.heads, logits_to_keep, composed=composed, needed=needed)

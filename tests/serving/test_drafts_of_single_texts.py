@@ -22,14 +22,9 @@ from state.test_recurrent import composition as recurrent_composition
 from state.test_recurrent import recurrent
 from tiny import MAX_POSITIONS, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import AWKWARD, tokenizer
-from writings import GREEDY, SAMPLED, Heard, write, writing
+from writings import GREEDY, SAMPLED, Heard, other, write, writing
 
 NEW = 24
-
-
-def other(alignment: str, kind: str, **options: Any) -> Any:
-    options = {"rotary": True, **own(kind, "bytes-large"), **options}
-    return tiny_composition("llama", "mistral", alignment=alignment, **options)
 
 
 LANES: dict[str, Callable[[], Any]] = {

@@ -22,17 +22,12 @@ from served import catalogue, expected, running, wait
 from state.test_recurrent import composition as recurrent_composition
 from tiny import tiny_model, tiny_tokens
 from tokenizers_tiny import tokenizer
-from writings import Heard, writing
+from writings import Heard, other, writing
 
 LONG = tiny_tokens(1, 43, seed=8)[0].tolist()
 SHORT = LONG[:3]
 SAID = "Zoë 🦊 said: one, two… the naïve fox 🦊 jumps over it"
 CELLS = 8
-
-
-def other(alignment: str, kind: str, **options: Any) -> calmlm.CalmForCausalLM:
-    options = {"rotary": True, **own(kind, "bytes-large"), **options}
-    return tiny_composition("llama", "mistral", alignment=alignment, **options)
 
 
 KINDS: dict[str, Callable[[], Any]] = {

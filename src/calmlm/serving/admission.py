@@ -19,7 +19,7 @@ def together(waiting: Sequence[tuple[Lane, Sequence[int]]], room: int, cells: in
     """
     chosen: list[int] = []
     longest = real = rows = 0
-    for place, (lane, ids) in enumerate(waiting if room > 0 else ()):
+    for place, (lane, ids) in enumerate(waiting):
         if len(chosen) >= room:
             break
         if chosen:

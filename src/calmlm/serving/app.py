@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 import calmlm
 from calmlm.serving.answers import Answer
-from calmlm.serving.desk import Desk, GoneError, Part, Start, Told
+from calmlm.serving.desk import Desk, GoneError, Part, Start, Told, tells
 from calmlm.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from calmlm.serving.refusals import Json, RefusalError, no_model, wrong_request
 
@@ -140,8 +140,7 @@ async def _answer(desk: Desk, asked: CompletionRequest | ChatRequest, request: R
     try:
         start = await anext(parts)
         assert isinstance(start, Start)
-        tells = asked.logprobs is not None and asked.logprobs is not False
-        answer = Answer(start, chat=isinstance(asked, ChatRequest), tells=tells)
+        answer = Answer(start, chat=isinstance(asked, ChatRequest), tells=tells(asked))
         if asked.stream:
             first = await anext(parts)  # what fails before it still has a status of its own
             events = _events(answer, first, parts, asked.wants_usage)

@@ -201,8 +201,7 @@ class EngineDesk:
             queue.put_nowait(None)
 
         gone.add_done_callback(leave)
-        tells = asked.logprobs is not None and asked.logprobs is not False
-        left = len(job.writings)
+        left, told = len(job.writings), tells(asked)
         try:
             yield Start(job.served.name, tuple(len(prompt) for prompt in job.prompts), left)
             while left:
@@ -218,7 +217,7 @@ class EngineDesk:
                         failed = piece.error
                         break
                     left -= piece.finish is not None
-                    parts.append(_part(place, piece, job.served, tells))
+                    parts.append(_part(place, piece, job.served, told))
                 if parts:
                     yield parts
                 if failed is not None:
@@ -235,6 +234,11 @@ class EngineDesk:
     async def _apart(self, work: Callable[[], Any]) -> Any:
         """What ``work`` returns, without the event loop's waiting for it."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def tells(asked: CompletionRequest | ChatRequest) -> bool:
+    """Whether a request wants to be told probabilities."""
+    return asked.logprobs is not None and asked.logprobs is not False
 
 
 def _part(place: int, piece: Piece, served: Served, tells: bool) -> Part:

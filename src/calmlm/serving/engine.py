@@ -163,8 +163,11 @@ class Engine:
 
     def _admitted(self) -> list[Writing]:
         """The next texts of one lane that there is room for, in the order in which they came."""
+        room = self.max_batch - self._running
+        if room <= 0:  # which is so in most steps of a busy engine, and many may wait
+            return []
         waiting = [(self._place(writing)[0], writing.text.ids) for writing in self._waiting]
-        places = together(waiting, self.max_batch - self._running, PREFILL)
+        places = together(waiting, room, PREFILL)
         chosen, taken = [self._waiting[place] for place in places], set(places)
         self._waiting = [writing for place, writing in enumerate(self._waiting) if place not in taken]
         self._running += len(chosen)

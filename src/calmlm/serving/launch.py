@@ -153,10 +153,15 @@ def _listen(
             self.should_exit = True
 
     end_quietly()
-    listener.listen()  # whoever reads the address may come at once
-    host, port = listener.getsockname()[:2]
-    report(f"Serving {', '.join(desk.limits)} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    report(f"Serving {', '.join(desk.limits)} at {opened(listener)}/v1")
     Server(config).run(sockets=[listener])
+
+
+def opened(listener: socket.socket) -> str:
+    """The address of a socket, at which clients may come from now on."""
+    listener.listen()
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen_at(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ from typing import Any
 from calmlm.answering import TextModel
 from calmlm.data.extras import require
 from calmlm.serving.last_words import end_quietly
-from calmlm.serving.launch import listen_at
+from calmlm.serving.launch import listen_at, opened
 
 __all__ = ["make_page_app", "show_page"]
 
@@ -39,9 +39,7 @@ def show_page(folder: str, host: str, port: int, report: Callable[[str], None], 
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=PATIENCE
         )
         end_quietly()
-        listener.listen()  # whoever reads the address may come at once
-        place, found = listener.getsockname()[:2]
-        report(f"Open http://{f'[{place}]' if ':' in place else place}:{found}")
+        report(f"Open {opened(listener)}")
         uvicorn.Server(config).run(sockets=[listener])
 
 

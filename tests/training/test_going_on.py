@@ -166,6 +166,8 @@ def test_a_cache_that_fills_the_disk_leaves_the_checkpoint_before(settings: Sett
     assert go(values, resume=True).is_dir()
 
 
+# torch's signal handler may raise while torch itself opens a file, which nobody closes then.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.slow
 def test_a_worker_that_is_lost(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     values = settings("trainer", max_steps=8, save_steps=2, dataloader_num_workers=1)

@@ -307,7 +307,8 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
                 ``refresh=False`` reads these alone; one with tokens of its own reads them as a whole, to their end. By
                 default they are those without a label; without labels, all for the first and none for the second.
             composition_mask: (B,) bool, the rows that the composition speaks in, all by default; the others are the
-                anchor's own.
+                anchor's own. Or (B, models) bool, which augmenting models speak in which row, in the order in which
+                ``model.augmenting`` names them: a row is what it would be with the others switched off.
             kwargs: ``num_items_in_batch`` and ``shift_labels`` reach the loss, the rest the anchor.
 
         Returns:
@@ -338,8 +339,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
                 shifted = loss_arguments.get("shift_labels")
                 whole = shifted is not None and shifted.shape == labels.shape  # or it says so of some positions alone
                 needed = needed_for(labels, shifted if whole else None, loss_arguments.get("ignore_index", -100))
-            composed = None if composition_mask is None else composition_mask.bool()[:, None, None]
-            logits = pointed_logits(logits, pointed, self.model.heads, logits_to_keep, composed=composed, needed=needed)
+            logits = pointed_logits(logits, pointed, self.model.heads, logits_to_keep, needed)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)

@@ -429,8 +429,15 @@ class CalmModel(CalmPreTrainedModel):
         for name, past in pasts.items():
             given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
             streams[name] = self._readers[name].read(*given)
-        composed = None if inputs.composed is None else inputs.composed.bool()[:, None, None]
-        return Call(streams, composed, scale=self.scale)
+        return Call(streams, self._speaking(inputs.composed), scale=self.scale)
+
+    def _speaking(self, rows: Tensor | None) -> dict[str, Tensor]:
+        """The rows in which each augmenting model speaks, (B, 1, 1) bool by name, from a ``composition_mask``."""
+        if rows is None:
+            return {}
+        rows = rows.bool()
+        of_each = rows.unbind(1) if rows.ndim == 2 else [rows] * len(self.config.augmenting)
+        return {name: one[:, None, None] for name, one in zip(self.config.augmenting, of_each, strict=True)}
 
     def cross_mask(self, name: str, like: Tensor, attention_mask: Any, positions: Tensor | None, cross: Cache) -> Any:
         """The cross-attention mask of a model that shares the anchor's ids, for positions like ``like`` (B, T)."""
@@ -454,9 +461,9 @@ class CalmModel(CalmPreTrainedModel):
         """The anchor's last hidden state, (B, T, D_B), or (N, D_B) of N positions, with the composition in it.
 
         Without ``prompt_mask`` (B, T), an augmenting model with ``refresh=False`` takes all tokens for the prompt;
-        ``composition_mask`` (B,) tells the rows that the composition speaks in. ``logits_to_keep``: of so many last
-        columns, of those in (K,) int64, or of the positions in (B, T) bool, states come back; 0 for all. Loss heads ask
-        for logits of these alone.
+        ``composition_mask``, (B,) or (B, models) bool, tells the rows that the composition, or each augmenting model,
+        speaks in. ``logits_to_keep``: of so many last columns, of those in (K,) int64, or of the positions in (B, T)
+        bool, states come back; 0 for all. Loss heads ask for logits of these alone.
 
         Raises:
             DataError: in training, where such a model would read what is to be learned.

@@ -37,8 +37,6 @@ def pointed_logits(
     pointed: Pointed,
     heads: dict[str, Head],
     logits_to_keep: int | Tensor,
-    *,
-    composed: Tensor | None,
     needed: Tensor | None,
 ) -> Tensor:
     """The logits of the mixture, in the dtype of the anchor's.
@@ -48,7 +46,6 @@ def pointed_logits(
         pointed: what the pointers have found at all positions (B, T).
         heads: of the augmenting models, by name.
         logits_to_keep: which K of the T positions have logits, as the anchor takes it.
-        composed: (B, 1, 1) bool, the rows that are changed; None for all.
         needed: (B, T) bool, the positions that are changed; None for all.
     """
     size = logits.shape[-1]
@@ -79,7 +76,7 @@ def pointed_logits(
 
     most = max(1, AT_ONCE // max(len(pointer.table) if pointer.table is not None else size for pointer, *_ in parts))
     length = pointed.anchor.shape[1]
-    where = [part.expand(-1, length, -1) for part in (composed, None if needed is None else needed[..., None])
+    where = [part.expand(-1, length, -1) for part in (pointed.spoken, None if needed is None else needed[..., None])
              if part is not None]  # fmt: skip
     if not where:
         return torch.cat([mixed(slice(i, i + most)) for i in range(0, len(flat), most)]).view(logits.shape)

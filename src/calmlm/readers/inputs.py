@@ -32,7 +32,8 @@ class Inputs:
         positions: (B or 1, T) int64, or None.
         prompt: (B, T or fewer) bool, which tokens are the prompt, or None for all; read by ``PromptReader`` alone.
         augmenting: inputs of augmenting encoders, and texts that models read in the anchor's place, by name, or None.
-        composed: (B,) bool, which rows the composition speaks in, or None for all.
+        composed: (B,) bool, which rows the composition speaks in, or (B, models) bool, which augmenting models speak in
+            which row, in their order in the configuration; None for all.
         told: (B, past + T or fewer) bool, which tokens of the text were given and not generated; None where only
             ``prompt`` tells. Read by ``OwnReader`` alone.
         texts: the texts of packed rows, in a call without a cache; None where each row holds one, or where nobody needs
@@ -65,11 +66,13 @@ def check_inputs(inputs: Inputs, reads: dict[str, str]) -> None:
             f"input_ids must be whole numbers of shape (batch, length), but got {got}: tokenize the text with "
             f"return_tensors='pt'."
         )
-    rows = inputs.composed
-    if rows is not None and (not isinstance(rows, Tensor) or rows.shape != inputs.ids.shape[:1]):
+    rows, batch = inputs.composed, inputs.ids.shape[0]
+    if rows is not None and (not isinstance(rows, Tensor) or rows.shape not in ((batch,), (batch, len(reads)))):
         raise DataError(
-            f"composition_mask must hold one truth value for each of the {inputs.ids.shape[0]} rows, but got "
-            f"{tuple(rows.shape) if isinstance(rows, Tensor) else rows!r}: pass a tensor of shape (batch,)."
+            f"composition_mask must hold one truth value for each of the {batch} rows, or for each row and each of the "
+            f"augmenting models ({', '.join(reads)}), but got "
+            f"{tuple(rows.shape) if isinstance(rows, Tensor) else rows!r}: pass a tensor of shape (batch,) or "
+            f"(batch, {len(reads)})."
         )
     given = {} if inputs.augmenting is None else inputs.augmenting
     if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):

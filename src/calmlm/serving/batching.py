@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from calmlm.errors import CalmError
-from calmlm.serving.lanes import Lane
+from calmlm.serving.lanes import Lane, Speaking
 from calmlm.state.concatenation import concatenate, cut
 from calmlm.state.taking_back import keep_what_leaves, take_back, takes_back
 
@@ -29,12 +29,12 @@ class Text:
     Attributes:
         ids: its tokens so far.
         given: how many of them were given.
-        composed: whether the composition speaks in it.
+        composed: whether the composition speaks in it, or which of its augmenting models do.
     """
 
     ids: list[int]
     given: int
-    composed: bool = True
+    composed: Speaking = True
 
 
 @dataclass
@@ -219,7 +219,7 @@ class Batch:
 
     def _note_composed(self, texts: Sequence[Text]) -> None:
         rows = [text.composed for text in texts]
-        self._composed = None if all(rows) else torch.tensor(rows, device=self.lane.device)
+        self._composed = None if all(row is True for row in rows) else torch.tensor(rows, device=self.lane.device)
         self._tell_composed()
 
     def _tell_composed(self) -> None:

@@ -20,7 +20,8 @@ from calmlm.files.loading import read_config
 from calmlm.files.paths import expanded
 from calmlm.serving.batching import try_out
 from calmlm.serving.grammar import SchemaWriter
-from calmlm.serving.lanes import BaseLane, CompositionLane, Lane
+from calmlm.serving.lanes import BaseLane, CompositionLane, Lane, Speaking
+from calmlm.serving.union import united
 from calmlm.tokens.lookup import find_tokenizer, load_tokenizer
 from calmlm.tokens.spelling import token_bytes
 
@@ -35,7 +36,7 @@ class Served:
         name: by which requests choose it.
         lane: that writes its texts.
         tokenizer: of its texts.
-        beside: lanes of compositions in whose batches its texts may stand.
+        beside: other lanes in whose batches its texts may stand, and who speaks in their rows there.
         limit: tokens of a prompt and its answer at most.
     """
 
@@ -43,7 +44,7 @@ class Served:
     lane: Lane
     tokenizer: Any
     limit: int
-    beside: list[CompositionLane] = field(default_factory=list)
+    beside: list[tuple[CompositionLane, Speaking]] = field(default_factory=list)
     _writer: SchemaWriter | None = None
 
     @property
@@ -76,6 +77,11 @@ class Served:
         """What ends a text where a context of an augmenting model's own tokens does."""
         contexts = self.lane.contexts
         return EndOfContext(contexts, given) if contexts else None
+
+    def beside_for(self, ids: Sequence[int], room: int) -> list[tuple[CompositionLane, Speaking]]:
+        """``beside`` for a prompt and so many tokens behind it: where there is room for them."""
+        known = self.lane.known_ids
+        return [(lane, speaking) for lane, speaking in self.beside if lane.takes(ids, room, known)]
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise unless the models can read a prompt and write behind it.
@@ -137,10 +143,18 @@ class Catalogue:
         for name, lane in lanes.items():
             self._add(name, lane, tokenizer, max_tokens)
         anchor = next(iter(compositions.values())).anchor
+        together: list[tuple[CompositionLane, dict[str, tuple[bool, ...]]]] = []
+        if len(lanes) > 1:
+            whole, rows = united(compositions)
+            together.append((CompositionLane(whole, ", ".join(lanes), several=True), rows))
+            try_out(together[0][0])
+        for name in lanes:
+            self.models[name].beside = [(lane, rows[name]) for lane, rows in together]
         for name, model, own, layers_path in bases:
             self._add(name, BaseLane(model, layers_path), own, max_tokens)
             if model is anchor:
-                self.models[name].beside = list(lanes.values())
+                silent = [(lane, (False,) * len(lane.model.augmenting)) for lane, _ in together]
+                self.models[name].beside = [*silent, *((lane, False) for lane in lanes.values())]
 
     def _add(self, name: str, lane: Lane, tokenizer: Any, max_tokens: int | None) -> None:
         try_out(lane)

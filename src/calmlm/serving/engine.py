@@ -17,7 +17,7 @@ import torch
 from calmlm.errors import CalmError
 from calmlm.serving.admission import together
 from calmlm.serving.batching import Batch
-from calmlm.serving.lanes import Lane
+from calmlm.serving.lanes import Lane, Speaking
 from calmlm.serving.metrics import Metrics
 from calmlm.serving.next_token import Drawn, choose
 from calmlm.serving.repetition import Lookup
@@ -166,31 +166,36 @@ class Engine:
         room = self.max_batch - self._running
         if room <= 0:  # which is so in most steps of a busy engine, and many may wait
             return []
-        waiting = [(self._place(writing)[0], writing.text.ids) for writing in self._waiting]
-        places = together(waiting, room, PREFILL)
+        asked = {writing.lane for writing in (*self._waiting, *self._taken()) if writing.of_several}
+        running = {batch.lane for batch, _ in self._batches}
+        found = [self._place(writing, running, len(asked) > 1) for writing in self._waiting]
+        places = together(
+            [(lane, w.text.ids) for (lane, _), w in zip(found, self._waiting, strict=True)], room, PREFILL
+        )
         chosen, taken = [self._waiting[place] for place in places], set(places)
+        for place, writing in zip(places, chosen, strict=True):
+            writing.place, writing.text.composed = found[place]
         self._waiting = [writing for place, writing in enumerate(self._waiting) if place not in taken]
         self._running += len(chosen)
         return chosen
 
-    def _place(self, writing: Writing) -> tuple[Lane, bool]:
-        """The lane that writes a text, and whether the composition speaks in it.
+    @staticmethod
+    def _place(writing: Writing, running: set[Lane], several: bool) -> tuple[Lane, Speaking]:
+        """The lane that writes a text, and who speaks in it.
 
-        A text of the anchor's joins a composition's batch where there is one: they share a step.
+        A text of the anchor's joins a composition's batch where there is one: they share a step. So do texts of several
+        compositions while more than one of them is asked.
         """
-        length = len(writing.text.ids) + writing.room
-        for lane in writing.beside:
-            fits = lane.length is None or length <= lane.length
-            if fits and lane.chooses_rows and any(batch.lane is lane for batch, _ in self._batches):
-                return lane, False
-        return writing.lane, writing.text.composed
+        for lane, speaking in writing.beside:
+            if several and writing.of_several if lane.several else lane in running:
+                return lane, speaking
+        return writing.lane, True
 
     def _begin(self, writings: list[Writing]) -> None:
         """Take on texts of one lane, whose prompts are read from now on."""
         now = time.monotonic()
-        lane = self._place(writings[0])[0]
+        lane = writings[0].place
         for writing in writings:
-            writing.text.composed = self._place(writing)[1]
             writing.lookup = Lookup(self.drafts) if self.drafts and lane.drafts else None
             self.metrics.queued.labels(writing.name).observe(now - writing.arrived)
             self.metrics.prompt_tokens.labels(writing.name).inc(writing.text.given)
@@ -207,10 +212,10 @@ class Engine:
             logits = batch.read(PREFILL)
         except Exception as error:
             self._readings.pop(0)
-            if len(writings) == 1:
+            if len(writings) == 1 and lane is writings[0].lane:
                 self._fail(writings, error)
             else:
-                self._read_apart(lane, writings)
+                self._read_apart(writings)
             return
         if logits is None:
             return
@@ -230,13 +235,14 @@ class Engine:
         except Exception as error:
             log.warning("A batch could not be joined (%s); its texts are written apart.", type(error).__name__)
             self._batches = [entry for entry in self._batches if entry[0] is not other]
-            self._read_apart(lane, [*others, *writings])
+            self._read_apart([*others, *writings])
 
-    def _read_apart(self, lane: Lane, writings: list[Writing]) -> None:
-        """Have texts read from their beginning, each alone and without drafts, where something was too much."""
+    def _read_apart(self, writings: list[Writing]) -> None:
+        """Have texts read from their beginning, each alone in its own lane and without drafts, where something was too
+        much."""
         for writing in writings:
-            writing.lookup = None
-        self._readings[:0] = [(Batch(lane, [writing.text], joins=False), [writing]) for writing in writings]
+            writing.lookup, writing.place, writing.text.composed = None, writing.lane, True
+        self._readings[:0] = [(Batch(w.lane, [w.text], joins=False), [w]) for w in writings]
 
     def _step(self, batch: Batch, writings: list[Writing]) -> None:
         """One token more for each text of a batch; several for a text that is written alone and says what it said."""
@@ -250,7 +256,7 @@ class Engine:
         except Exception as error:
             log.warning("A step failed (%s); its texts are read again, each alone.", type(error).__name__)
             self._batches = [entry for entry in self._batches if entry[0] is not batch]
-            self._read_apart(batch.lane, writings)
+            self._read_apart(writings)
             return
         if draft:
             self._take_draft(batch, writings, draft, logits)

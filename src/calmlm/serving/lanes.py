@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from calmlm.errors import ConfigError
 from calmlm.readers import base_arguments
 from calmlm.state.cache import CalmCache
 from calmlm.state.past import Announced
+from calmlm.tokens.retokenization import Rewriting
+
+Speaking = bool | tuple[bool, ...]
+"""Whether the composition speaks in a text, or for each of its augmenting models whether that one does."""
 
 UNEVEN = ("chunked_attention",)  # layers whose view of a text depends on the column in which it begins
 
@@ -77,9 +82,14 @@ class Lane:
         """All models know the token ids below."""
         raise NotImplementedError
 
-    @property
-    def chooses_rows(self) -> bool:
-        """Whether rows without the composition may stand in a batch, at no other cost than time."""
+    def takes(self, ids: Sequence[int], room: int, known: int) -> bool:
+        """Whether a text of another lane may stand in a batch, as a row in which no model speaks that is not its own.
+
+        Args:
+            ids: the prompt.
+            room: how many tokens may be written behind it.
+            known: the text's ids are below.
+        """
         return False
 
     def even(self) -> bool:
@@ -109,7 +119,7 @@ class Lane:
             ids: (B, T) int64.
             mask: (B, past + T) int64, 1 at real tokens, padding on the left.
             cache: of the call before, or None at the beginning.
-            composed: (B,) bool, the rows that the composition speaks in, or None for all.
+            composed: (B,) or (B, models) bool, who speaks in which row, or None for all in all.
             given: (B, length) bool, which tokens of a text were given, while it is read from its beginning; None later.
             kept: behind how many of the last tokens logits are wanted.
             whole: (B, n) int64, all tokens that were given, where they are read in pieces; there is no padding then.
@@ -130,12 +140,17 @@ class Lane:
 class CompositionLane(Lane):
     """A composition.
 
+    Args:
+        model: the composition.
+        name: what it is called.
+        several: whether it stands for several that are served.
+
     Raises:
         ConfigError: where an augmenting model reads something other than text.
     """
 
-    def __init__(self, model: CalmForCausalLM, name: str) -> None:
-        self.model = model
+    def __init__(self, model: CalmForCausalLM, name: str, *, several: bool = False) -> None:
+        self.model, self.several = model, several
         entries = model.config.augmenting
         reading = {key: entry["reads"] for key, entry in entries.items()}
         encoders = [key for key, reads in reading.items() if reads == "inputs"]
@@ -144,7 +159,6 @@ class CompositionLane(Lane):
                 f"A composition that is served must read text alone, but {encoders[0]!r} in {name!r} is an encoder "
                 f"with inputs of its own: call it from Python."
             )
-        self._shared = all(reads == "tokens" for reads in reading.values())
 
     @property
     def device(self) -> torch.device:
@@ -174,9 +188,22 @@ class CompositionLane(Lane):
     def known_ids(self) -> int:
         return self.model.model.abilities.shared_ids
 
-    @property
-    def chooses_rows(self) -> bool:
-        return self._shared and self.joins
+    def takes(self, ids: Sequence[int], room: int, known: int) -> bool:
+        lengths = [(self.length, len(ids) + room), (self.prompt_length, len(ids))]
+        if not self.joins or self.known_ids < known or any(most is not None and most < own for most, own in lengths):
+            return False
+        # A model that is silent may read beyond what it knows, but not beyond the last of its positions.
+        ending = [context for context in self.contexts if context.learned]
+        return all(context.count(ids) + room * self._longest <= context.length for context in ending)
+
+    @cached_property
+    def _longest(self) -> int:
+        """How many of its own tokens an augmenting model may read for one of the anchor's: as many as it has bytes."""
+        sizes = [1]
+        for found in self.model.model.alignments.values():
+            rewritten = isinstance(found, Rewriting)
+            sizes += [len(piece or ()) for piece in (found.pieces if rewritten else found.body)]  # type: ignore[union-attr]
+        return max(sizes)
 
     def shows(self, ids: Sequence[int]) -> str | None:
         inner = self.model.model

@@ -90,7 +90,7 @@ def make_job(
                     room,
                     lambda piece, place=place: deliver(place, piece),  # type: ignore[misc]
                     served.name,
-                    served.beside,
+                    served.beside_for(ids, room),
                     served.context(len(ids)),
                 )
             )

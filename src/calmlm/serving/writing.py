@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from calmlm.data.context import EndOfContext
 from calmlm.serving.batching import Text
-from calmlm.serving.lanes import CompositionLane, Lane
+from calmlm.serving.lanes import CompositionLane, Lane, Speaking
 from calmlm.serving.next_token import Chooser, Drawn
 from calmlm.serving.repetition import Lookup
 from calmlm.serving.transcript import Transcript
@@ -42,7 +42,7 @@ class Writing:
     Attributes:
         text: its tokens.
         lane: that writes it.
-        beside: lanes in whose batch it may stand, as a row without the composition.
+        beside: other lanes in whose batch it may stand, and who speaks in its row there.
         chooser: takes its tokens.
         transcript: makes them text.
         ends: tokens that end it.
@@ -51,6 +51,7 @@ class Writing:
         name: of the model, for metrics.
         context: ends it where a context of an augmenting model's own tokens does, or None.
         lookup: drafts what may follow, or None.
+        place: the lane in whose batch it stands.
     """
 
     text: Text
@@ -61,9 +62,18 @@ class Writing:
     room: int
     deliver: Callable[[Piece], None]
     name: str
-    beside: Sequence[CompositionLane] = ()
+    beside: Sequence[tuple[CompositionLane, Speaking]] = ()
     context: EndOfContext | None = None
     lookup: Lookup | None = None
+    place: Lane = field(init=False)
     arrived: float = field(default_factory=time.monotonic)
     latest: float | None = None
     cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.place = self.lane
+
+    @property
+    def of_several(self) -> bool:
+        """Whether it may stand beside texts of other compositions, and its own composition speaks in it."""
+        return any(isinstance(speaking, tuple) and any(speaking) for _, speaking in self.beside)

@@ -212,7 +212,7 @@ class CalmCache(Cache):
             )
 
     def check_rows(self, composed: torch.Tensor | None) -> None:
-        """Raise unless the composition speaks in the same rows, (B,) bool or None for all, as in the calls before.
+        """Raise unless the same models speak in the same rows as in earlier calls: (B,) or (B, models) bool, or None.
 
         Raises:
             ModelError: otherwise, because states of the anchor with it and without it would mix in a row.
@@ -222,7 +222,9 @@ class CalmCache(Cache):
         length = self.get_seq_length()
         if self.begun and not (type(length) is int and length == 0):
             given = [rows.bool().cpu() for rows in (self.composed, composed) if rows is not None]
-            if not torch.equal(given[0], given[1] if len(given) > 1 else torch.ones_like(given[0])):
+            given = [rows if rows.ndim == 2 else rows[:, None] for rows in given]
+            one, other = given if len(given) > 1 else (given[0], torch.ones_like(given[0]))
+            if len(one) != len(other) or not torch.equal(*torch.broadcast_tensors(one, other)):
                 raise ModelError(
                     "composition_mask must name the same rows as in the calls that filled past_key_values, but got "
                     "others: begin a new cache for a row in which the composition is switched on or off."

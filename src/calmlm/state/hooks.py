@@ -64,11 +64,13 @@ class Pointed:
         anchor: the anchor's last states, (B, T, D_B).
         parts: for each augmenting model that speaks in probabilities its pointer, and its last states beside the
             anchor's.
+        spoken: (B, 1, 1) bool, the rows in which any of them speaks; None for all.
         scale: by which their gates are multiplied.
     """
 
     anchor: Tensor
     parts: dict[str, tuple[Pointer, Beside]]
+    spoken: Tensor | None = None
     scale: float = 1.0
 
 
@@ -78,19 +80,36 @@ class Call:
 
     Attributes:
         streams: of the augmenting models, by name.
-        composed: (B, 1, 1) bool, the rows that the connections change; None for all.
+        rows: (B, 1, 1) bool by name, the rows in which each of them speaks; empty where all do.
         pointed: what pointers have found; None where there are none, or none has read anything.
         scale: by which all that the composition adds is multiplied.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
-    composed: Tensor | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)
     pointed: Pointed | None = None
     scale: float = 1.0
 
     def scaled(self, old: Tensor, new: Tensor) -> Tensor:
         """The way from one state to another, as far as the scale goes."""
         return new if self.scale == 1 else old + self.scale * (new - old)
+
+    def spoken(self, names: Iterable[str], device: torch.device) -> Tensor | None:
+        """The rows in which any of these models speaks, (B, 1, 1) bool; None for all."""
+        found = [self.rows[name].to(device) for name in names if name in self.rows]
+        return torch.stack(found).any(0) if found else None
+
+    def beside(self, name: str, found: Beside) -> Beside:
+        """What stands beside the positions where this model speaks: it has no share of a row in which others do."""
+        if name not in self.rows:
+            return found
+        rows = self.rows[name][..., 0].to(found.states.device).expand(found.states.shape[:2])
+        return found._replace(seen=rows if found.seen is None else rows & found.seen)
+
+    def kept(self, names: Iterable[str], old: Tensor, new: Tensor) -> Tensor:
+        """The new state in the rows in which any of these models speaks, the old one in the others."""
+        spoken = self.spoken(names, new.device)
+        return new if spoken is None else torch.where(spoken, new, old)
 
 
 class Slot(threading.local):
@@ -145,7 +164,8 @@ class InjectHook:
             found = states_beside(stream, self.layer, self.connection, device)
             if found is None:
                 return self._unread(state)
-            parts = [part for part in (found.seen, found.ends, _on(device, call.composed)) if part is not None]
+            rows = _on(device, call.rows.get(self.name))
+            parts = [part for part in (found.seen, found.ends, rows) if part is not None]
             return call.scaled(state, self.connector(state, found.states, _all(parts)))
         if self.layer in stream.hidden:
             hidden = stream.hidden[self.layer].to(device)
@@ -161,8 +181,7 @@ class InjectHook:
         # By name: transformers' DebugUnderflowOverflow takes every tensor among positional arguments for numbers.
         rotation, attention = _on(device, stream.rotation), stream.attention
         new = self.connector(state, keys, values, mask=mask, rotation=rotation, attention=attention, seeing=seeing)
-        new = call.scaled(state, new)
-        return new if call.composed is None else torch.where(_on(device, call.composed), new, state)
+        return call.kept([self.name], state, call.scaled(state, new))
 
     def _unread(self, state: Tensor) -> Tensor | None:
         """The state if the augmenting model has read nothing yet: it does not change.
@@ -231,7 +250,7 @@ class WordsHook(InjectHook):
             if found is None:
                 silent.append(words)
             else:
-                parts[name] = (words, found)
+                parts[name] = (words, call.beside(name, found))
         silent = [words for words in silent if torch.is_grad_enabled() and words.training]
         if silent:  # or a batch of which no augmenting model reads anything would have no gradient
             output = with_last_state(output, state + nothing_of(silent).to(state))
@@ -242,10 +261,7 @@ class WordsHook(InjectHook):
         """The decoder's output with what these models say, from their words and their last states."""
         state = last_state(output)
         new = mix(state, [(words, found.states, found.seen) for words, found in parts.values()])
-        new = call.scaled(state, new)
-        if call.composed is not None:
-            new = torch.where(_on(state.device, call.composed), new, state)
-        return with_last_state(output, new)
+        return with_last_state(output, call.kept(parts, state, call.scaled(state, new)))
 
 
 class PointHook(WordsHook):
@@ -254,7 +270,8 @@ class PointHook(WordsHook):
     kind = Pointer
 
     def say(self, call: Call, output: Any, parts: dict[str, tuple[Any, Beside]]) -> None:
-        call.pointed = Pointed(last_state(output), parts, call.scale)
+        state = last_state(output)
+        call.pointed = Pointed(state, parts, call.spoken(parts, state.device), call.scale)
 
 
 class AdaptHook:
@@ -269,14 +286,15 @@ class AdaptHook:
             return None
         adapters: Any = next(found for found in self.connectors if is_a(found, Adapters))
         new = call.scaled(output, output + adapters.of(self.target)(args[0]).to(output.dtype))
-        if call.composed is None:
+        rows = call.rows.get(self.name)
+        if rows is None:
             return new
-        if output.ndim != 3 or len(output) != len(call.composed):
+        if output.ndim != 3 or len(output) != len(rows):
             raise ModelError(
                 f"composition_mask needs adapters on maps that take whole rows, but {self.target!r} of the anchor "
                 f"takes tokens alone: leave it out, or choose other target_modules."
             )
-        return torch.where(_on(output.device, call.composed), new, output)
+        return call.kept([self.name], output, new)
 
 
 class InjectBeforeHook(InjectHook):

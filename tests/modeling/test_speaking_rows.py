@@ -116,3 +116,20 @@ def test_no_gradient_reaches_a_model_that_is_silent() -> None:
         for name, parts in model.model.connectors.items()
     }
     assert grads["augmenting"] > 0 and grads["other"] == 0
+
+
+@pytest.mark.parametrize("kind", ["map", "pointer"])
+def test_a_model_that_has_learned_nothing_takes_nothing_from_the_others(kind: str) -> None:
+    """Joined, its gate is shut, however much it would say."""
+    model, ids = tiny_composition(words=kind), tiny_tokens(2, 6)
+    with torch.no_grad():
+        model.model.connectors["augmenting"][-1].opening.fill_(0.7 / OPENING)
+    before = logits_of(model, ids)
+    assert not torch.allclose(before, logits_of(model.anchor, ids), atol=1e-3)
+    silent = tiny_composition(words=kind, augmenting="mistral", connections="none", awake=False)
+    for loud in (0.0, 40.0):
+        with torch.no_grad():
+            silent.model.connectors["augmenting"][-1].gate_bias.fill_(loud)
+        model.add_augmenting("other", silent)
+        assert_close(logits_of(model, ids), before, 1e-6)
+        model.remove_augmenting("other")

@@ -81,6 +81,43 @@ def visual_arithmetic(
     run(preset, seeds_of(seeds), output, cache, max_steps=max_steps, items=items, report=say)
 
 
+@repro.command("several")
+def several(
+    composition: Annotated[
+        Path | None,
+        typer.Option(help="One that translates; the demonstration's.", show_default=False, callback=expanded),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The sentences as JSON lines, instead of their id.", show_default=False, callback=expanded),
+    ] = None,
+    models: Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)] = Path(
+        "models"
+    ),
+    output: Annotated[Path, typer.Option(help="Where the report goes.", callback=expanded)] = Path(
+        "experiments/several/results"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of facts, weights and D_C.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
+) -> None:
+    """Several augmenting models at once: one that translates, one that knows facts, joined without training."""
+    from transformers.utils import logging
+
+    from calmlm.demo import TRANSLATION
+    from calmlm.experiments.several.run import run
+
+    logging.disable_progress_bar()
+    run(
+        composition or TRANSLATION / "composition",
+        output,
+        models,
+        data=data,
+        seed=seed,
+        threads=threads,
+        report=say,
+    )
+
+
 def _with_real_models(name: str, config_file: str, folder: str, about: str) -> None:
     """Add an experiment with two real models, whose file and folder are these by default."""
 

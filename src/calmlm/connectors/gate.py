@@ -90,7 +90,10 @@ class ConvexGate(nn.Module):
 
 
 def shares(parts: list[tuple[ConvexGate, Tensor, Tensor | None]], anchor: Tensor) -> Tensor:
-    """How much each augmenting model has of each position, (B, T, parts) float32: one softmax with the anchor.
+    """How much each augmenting model has of each position, (B, T, parts) float32.
+
+    With gate logits l and openings o, model i has o_i e^l_i / (1 + e^l_i + sum_{j != i} o_j e^l_j): its own gate where
+    it is alone, a softmax with the anchor where all are open. A model whose opening is 0 takes nothing from the others.
 
     Args:
         parts: for each model its gate, its states (B, T, D_A), and where it has read anything, (B, T) bool or None for
@@ -98,8 +101,12 @@ def shares(parts: list[tuple[ConvexGate, Tensor, Tensor | None]], anchor: Tensor
         anchor: the anchor's states, (B, T, D_B).
     """
     logits = [_hidden(gate.gate(anchor, states), seen) for gate, states, seen in parts]
-    found = torch.cat((torch.zeros_like(logits[0]), *logits), dim=-1).softmax(-1)[..., 1:]
-    found = found * torch.cat([gate.opened() for gate, _, _ in parts])
+    whole, opened = torch.cat(logits, dim=-1), torch.cat([gate.opened() for gate, _, _ in parts])
+    # Everything is divided by the largest term of the denominator, or it could overflow.
+    largest = torch.where(opened > 0, whole, 0).detach().amax(-1, keepdim=True).clamp(min=0)
+    weights = opened * (whole - largest).clamp(max=80).exp()
+    others = (-largest).exp() + weights.sum(-1, keepdim=True) - weights
+    found = opened * torch.sigmoid(whole - largest - others.clamp(min=1e-37).log())
     for (gate, _, seen), own in zip(parts, found.split(1, dim=-1), strict=True):
         if gate.observe is not None:
             gate.observe(own, seen)

@@ -4,7 +4,7 @@
 
 T leads from each of the augmenting model's tokens to the anchor's first token of the same bytes; what the anchor has
 nothing for is left to the anchor. The gate g is that of ``calmlm.connectors.gate``, from both models' last states.
-Several augmenting models share one softmax of gates. In the anchor's logits z_B, of which p_B is the softmax:
+Several augmenting models share each position. In the anchor's logits z_B, of which p_B is the softmax:
 
     z = z_B + log(1 + g (T p_A / p_B - sum T p_A))
 

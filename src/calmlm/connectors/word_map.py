@@ -10,7 +10,7 @@ Where the anchor is about to predict, its last state h_B becomes a mixture with 
 
     h = (1 - g) s_B h_B + g s_A (W h_A + w)      s_B = 1 + g (t - 1)
 
-behind the gate g of ``calmlm.connectors.gate``. Several augmenting models share one softmax of gates.
+behind the gate g of ``calmlm.connectors.gate``. Several augmenting models share each position.
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import StoppingCriteriaList, TextStreamer
 
-import calmlm
-from calmlm.bases.families import Backbone
 from calmlm.bases.speed import faster_dtype
 from calmlm.data.jsonl import read_jsonl
 from calmlm.data.labels import encode_prompt
 from calmlm.demo import TRANSLATION
 from calmlm.errors import ModelError
-from calmlm.experiments.real.joined import Pair, open_pair
+from calmlm.experiments.real.joined import open_pair, open_trained
 from calmlm.experiments.real.layout import AUGMENTING
 from calmlm.experiments.real.measures import first_line_of
 from calmlm.experiments.real.presets import BaseModel
@@ -34,9 +29,6 @@ from calmlm.experiments.real.systems import FirstLine
 from calmlm.experiments.real.world import asked
 from calmlm.experiments.record import device
 from calmlm.files.loading import read_config
-from calmlm.files.storage import alignment_name
-from calmlm.readers.matching import align
-from calmlm.tokens.vocabularies import with_firsts
 
 __all__ = ["FILES", "Sentence", "Speaker", "sentences", "show", "speakers"]
 
@@ -129,26 +121,13 @@ def speakers(models: str | Path) -> dict[str, Speaker]:
     entry = config.augmenting[AUGMENTING]
     ours, theirs = BaseModel(config.anchor["id"], FILES["anchor"]), BaseModel(entry["id"], FILES["augmenting"])
     pair = open_pair(ours, theirs, models, faster_dtype(device()))
-    with tempfile.TemporaryDirectory() as whole:
-        shutil.copytree(folder, whole, dirs_exist_ok=True)
-        (Path(whole) / alignment_name(AUGMENTING)).write_text(json.dumps(aligned(pair).to_json()), encoding="utf-8")
-        model = calmlm.CalmForCausalLM.from_pretrained(whole, anchor=pair.anchor, augmenting=pair.augmenting)
+    model = open_trained(folder, pair)
     before = pair.augmenting_tokenizer.decode(entry["prefix"])
     return {
         "m_B": Speaker(model, pair.tokenizer, before, model.disable_composition),
         "m_A": Speaker(pair.augmenting, pair.augmenting_tokenizer, before),
         "composition": Speaker(model, pair.tokenizer),
     }
-
-
-def aligned(pair: Pair) -> Any:
-    """How m_A writes m_B's text: made from both tokenizers, which come with the models, since it is twice as large as
-    all that was trained.
-    """
-    ours, theirs = Backbone.of(pair.anchor, "anchor", None), Backbone.of(pair.augmenting, "augmenting model", None)
-    found = align(ours, theirs, pair.tokenizer, pair.augmenting_tokenizer, "own", None)
-    assert found is not None
-    return with_firsts(found, pair.tokenizer, pair.augmenting_tokenizer)
 
 
 def show(models: str | Path = "models", console: Console | None = None) -> list[dict[str, str]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, set_seed
 
 import calmlm
+from calmlm.bases.families import Backbone
 from calmlm.bases.forms import Form
 from calmlm.bases.opening import load_base
 from calmlm.data.extras import require
@@ -24,9 +28,13 @@ from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method, Settings
 from calmlm.experiments.real.world import Item, World
 from calmlm.experiments.record import device, origin
+from calmlm.files.loading import read_config
 from calmlm.files.results import to_json, write_result
+from calmlm.files.storage import alignment_name
+from calmlm.readers.matching import align
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import load_tokenizer
+from calmlm.tokens.vocabularies import with_firsts
 
 __all__ = [
     "Pair",
@@ -35,6 +43,7 @@ __all__ = [
     "fine_tuned",
     "fresh",
     "open_pair",
+    "open_trained",
     "rows_of",
     "save_trained",
     "train_composition",
@@ -171,6 +180,38 @@ def save_trained(model: calmlm.CalmForCausalLM, folder: Path, settings: Settings
     model.config.augmenting[AUGMENTING]["id"] = settings.augmenting.id
     model.save_pretrained(folder, state_dict=tensors)
     write_result(folder / "origin.json", to_json(origin(command), indent=2) + "\n")
+
+
+def open_trained(folder: str | Path, pair: Pair) -> calmlm.CalmForCausalLM:
+    """Load a composition around the models of a pair.
+
+    How m_A writes m_B's text is made from both tokenizers where it is not in the folder: it is twice as large as all
+    that was trained, and the tokenizers come with the models.
+
+    Args:
+        folder: a saved composition.
+        pair: the models.
+
+    Raises:
+        CheckpointError: there is no such composition, or it belongs to other models.
+    """
+    given: dict[str, Any] = {"anchor": pair.anchor, "augmenting": pair.augmenting}
+    entry = read_config(folder).augmenting.get(AUGMENTING, {})
+    name = alignment_name(AUGMENTING)
+    if entry.get("reads") != "text" or not Path(folder).is_dir() or (Path(folder) / name).exists():
+        return calmlm.CalmForCausalLM.from_pretrained(folder, **given)
+    with tempfile.TemporaryDirectory() as whole:
+        shutil.copytree(folder, whole, dirs_exist_ok=True)
+        (Path(whole) / name).write_text(json.dumps(aligned(pair).to_json()), encoding="utf-8")
+        return calmlm.CalmForCausalLM.from_pretrained(whole, **given)
+
+
+def aligned(pair: Pair) -> Any:
+    """How m_A writes m_B's text in tokens of its own."""
+    ours, theirs = Backbone.of(pair.anchor, "anchor", None), Backbone.of(pair.augmenting, "augmenting model", None)
+    found = align(ours, theirs, pair.tokenizer, pair.augmenting_tokenizer, "own", None)
+    assert found is not None
+    return with_firsts(found, pair.tokenizer, pair.augmenting_tokenizer)
 
 
 def with_lora(pair: Pair, method: Method, world: World) -> Trained:

@@ -101,8 +101,8 @@ def listen(
     size = sum(text.size for text in texts)
     few = texts[: others or len(texts)]
     limits = context_length(model), own_contexts(model)
-    pairs = zip(few, [*few[1:], few[0]], strict=True) if len(few) > 1 else ()
-    swapped = [text.behind(other, *limits) for text, other in pairs]
+    following = [*few[1:], few[0]] if len(few) > 1 else []
+    swapped = [text.behind(other, *limits) for text, other in zip(few, following, strict=False)]
     was_training = model.training
     model.eval()
     inner = model.model

@@ -27,6 +27,7 @@ from transformers import (
 import calmlm
 from calmlm.cli import main
 from calmlm.commands.options import standard_input
+from calmlm.data.sources import read_lines
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -352,6 +353,15 @@ def test_standard_input_that_is_not_utf8(
 def test_ends_of_lines_onstandard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\r\nb\rc\n\xc3\xa9")))
     assert standard_input() == "a\nb\nc\n\u00e9"
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors on Windows put one before a file; data files are read without it as well."""
+    raw = b"\xef\xbb\xbfcaf\xc3\xa9\r\n\xef\xbb\xbfx"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    assert standard_input() == "caf\u00e9\n\ufeffx"
+    (tmp_path / "plain.txt").write_bytes(raw)
+    assert read_lines(str(tmp_path / "plain.txt")) == ["caf\u00e9", "\ufeffx"]
 
 
 def test_a_chat_template_that_is_missing(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,31 @@ def test_the_pairing_gain_is_what_another_prompt_costs(alignment: str) -> None:
     assert any(title == "composition, another prompt read" for title, _ in found.lines())
 
 
+@pytest.mark.parametrize("short", ["anchor", "augmenting"])
+def test_another_prompt_is_cut_where_a_context_ends(short: str) -> None:
+    """Each row fits by itself, the long completion behind the long prompt does not."""
+    ours, theirs = tokenizer("bytes"), tokenizer("characters")
+    sizes = {"anchor": 512, "augmenting": 512} | {short: 60}
+    anchor, own = (
+        tiny_model("gpt2", seed=seed, vocab_size=len(tok), n_positions=size, max_position_embeddings=size)
+        for seed, tok, size in ((1, ours, sizes["anchor"]), (2, theirs, sizes["augmenting"]))
+    )
+    model = awaken(calmlm.compose(anchor, own, 2, tokenizer=ours, augmenting_tokenizer=theirs))
+    many, few = "12 + 34 = 46 lazy dogs. " * 2, "a fox"
+    parts = [[ours(text, add_special_tokens=False).input_ids for text in row] for row in ((few, many), (many, few))]
+    rows = [{"input_ids": [*p, *c], "labels": [-100] * len(p) + c} for p, c in parts]
+    found = listen(model, ours, rows, augmenting_tokenizers={"augmenting": theirs})
+    assert found.pairing_gain is not None and found.augmenting["augmenting"].gain is not None
+    size = len(many) + len(few)
+    if short == "anchor":
+        (short_prompt, long_part), (long_prompt, short_part) = parts
+        room = 60 - len(long_part)
+        assert 0 < room < len(long_prompt)
+        cut = [(long_prompt[-room:], long_part), (short_prompt, short_part)]
+        right = bits(model.anchor, [(p, c) for p, c in parts], size)
+        assert found.anchor_gain == pytest.approx(bits(model.anchor, cut, size) - right, abs=1e-4)
+
+
 def test_a_composition_that_hears_nothing_is_warned_of() -> None:
     ours = tokenizer("bytes")
     size = {"vocab_size": len(ours)}

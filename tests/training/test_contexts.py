@@ -85,6 +85,26 @@ def test_prompts_that_fill_it_are_named_before_anything_is_written(where: str, a
     assert not Path(values["output"]).exists()
 
 
+def test_general_text_is_cut_where_the_augmenting_model_ends(apart: Any, tmp_path: Path) -> None:
+    values = apart([{"prompt": "a", "completion": "b"}] * 2)
+    (tmp_path / "general.txt").write_text("world " * 40, encoding="utf-8")
+    values["retain"] = {"text": str(tmp_path / "general.txt")}
+    assert train(parse_config(values), report=lambda line: None).steps == 2
+
+
+def test_general_text_beyond_the_vocabulary_is_named_before_anything_is_written(apart: Any, tmp_path: Path) -> None:
+    values, ours = apart([{"prompt": "a", "completion": "b"}] * 2), tokenizer("bytes-large")
+    last = len(ours) - 1
+    tiny_model("llama", vocab_size=last, max_position_embeddings=512).save_pretrained(tmp_path / "big")
+    text = ours.decode([last])
+    assert last in ours(text)["input_ids"]
+    (tmp_path / "general.txt").write_text(f"a{text} b", encoding="utf-8")
+    values["retain"] = {"text": str(tmp_path / "general.txt")}
+    with pytest.raises(ConfigError, match=f"retain.text: expected ids below {last}, .* but the text has {last};"):
+        train(parse_config(values), report=lambda line: None)
+    assert not Path(values["output"]).exists()
+
+
 def test_a_context_that_is_only_stated_counts_in_the_models_own_tokens(
     apart: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

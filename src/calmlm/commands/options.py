@@ -32,7 +32,7 @@ def say(message: str) -> None:
 
 
 def standard_input() -> str:
-    """What arrives there, with the ends of lines that Python's own reading gives.
+    """What arrives there, with the ends of lines that Python's own reading gives, and no mark of byte order before it.
 
     Raises:
         DataError: it is not UTF-8.
@@ -40,7 +40,8 @@ def standard_input() -> str:
     try:
         if not hasattr(sys.stdin, "buffer"):
             return sys.stdin.read()
-        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        text = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"Expected UTF-8 text on standard input, but byte {error.start} is none; convert it.") from None
 

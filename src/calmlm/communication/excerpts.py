@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from calmlm.data.context import OwnContext
 from calmlm.data.labels import IGNORE
 
 __all__ = ["Excerpt", "Row", "batches"]
@@ -47,10 +48,25 @@ class Excerpt:
         """The anchor's tokens, and where the completion begins."""
         return self.ids, self.start
 
-    def behind(self, other: Excerpt) -> Excerpt:
-        """This completion behind another row's prompt."""
-        ids = [*other.ids[: other.start], *self.ids[self.start :]]
-        return Excerpt(ids, other.start, self.size, self.whole)
+    def behind(self, other: Excerpt, longest: int | None = None, contexts: Sequence[OwnContext] = ()) -> Excerpt:
+        """This completion behind another row's prompt.
+
+        What does not fit is cut from the prompt's beginning, all but its last token.
+
+        Args:
+            other: the row of the prompt.
+            longest: how many of the anchor's tokens models can read; None for any number.
+            contexts: of the models that have tokens of their own.
+        """
+        prompt, completion = other.ids[: other.start], self.ids[self.start :]
+        if longest is not None:
+            prompt = prompt[-max(1, longest - len(completion)) :]
+        for context in contexts:
+            while len(prompt) > 1 and (
+                over := len(prompt) + len(completion) - context.readable([*prompt, *completion])
+            ):
+                prompt = prompt[min(over, len(prompt) - 1) :]
+        return Excerpt([*prompt, *completion], len(prompt), self.size, self.whole)
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from calmlm.communication.findings import Communication, Listening
 from calmlm.communication.losses import nats_beside, nats_of
 from calmlm.config import opening_of
 from calmlm.controls import paired
-from calmlm.data.context import context_length
+from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.labels import encode_examples
 from calmlm.data.sources import load_examples
 from calmlm.errors import CalmError, DataError
@@ -50,7 +50,13 @@ def listen_to_file(source: str, path: Path, rows: int, **options: Any) -> Commun
     """
     examples = load_examples([str(path)])[:rows]
     text = TextModel.load(source, **options)
-    encoded = encode_examples(examples, text.tokenizer, max_length=context_length(text.model))
+    encoded = encode_examples(
+        examples,
+        text.tokenizer,
+        max_length=context_length(text.model),
+        prompt_length=prompt_length(text.model),
+        own=own_contexts(text.model),
+    )
     return listen(text.model, text.tokenizer, encoded.rows, augmenting_tokenizers=tokenizers_of(text.model))
 
 
@@ -94,7 +100,9 @@ def listen(
         )
     size = sum(text.size for text in texts)
     few = texts[: others or len(texts)]
-    swapped = [text.behind(other) for text, other in zip(few, [*few[1:], few[0]], strict=True)] if len(few) > 1 else []
+    limits = context_length(model), own_contexts(model)
+    following = [*few[1:], few[0]] if len(few) > 1 else []
+    swapped = [text.behind(other, *limits) for text, other in zip(few, following, strict=False)]
     was_training = model.training
     model.eval()
     inner = model.model

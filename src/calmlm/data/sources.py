@@ -45,13 +45,13 @@ def load_examples(sources: Sequence[str | HubDataset]) -> list[Example]:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a file of plain text that hold anything.
+    """The lines of a file of plain text that hold anything; a mark of byte order before them is none of it.
 
     Raises:
         DataError: there is no such file, it is not UTF-8, or it is empty.
     """
     try:
-        found = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        found = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"Expected a file of plain text in UTF-8 at {path}, but it cannot be read ({first_line(error)}); check the "

@@ -175,10 +175,11 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
 
 
 def _retained(config: TrainingConfig, model: Any, tokenizer: Any, max_length: int | None, seed: int) -> Retained | None:
-    """The general text of a run, if it has any.
+    """The general text of a run, if it has any, cut where the context of a model ends.
 
     Raises:
-        ConfigError: for a composition whose augmenting models read no text as it grows.
+        ConfigError: for a composition whose augmenting models read no text as it grows, or text that has tokens for
+            which models have no embedding.
         DataError: the file holds no text.
     """
     settings = config.retain
@@ -190,7 +191,10 @@ def _retained(config: TrainingConfig, model: Any, tokenizer: Any, max_length: in
             f"retain: expected augmenting models that read the text as it grows, but {other[0]!r} does not; leave it "
             f"out."
         )
-    rows = [list(tokenizer(line)["input_ids"])[:max_length] for line in read_lines(settings.text)]
+    rows = [list(tokenizer(line, verbose=False)["input_ids"])[:max_length] for line in read_lines(settings.text)]
+    check_ids(model, [{"input_ids": row} for row in rows], "retain.text", "the text has")
+    for context in own_contexts(model):
+        rows = [row[: context.readable(row)] for row in rows]
     if not any(len(row) > 1 for row in rows):
         raise DataError(f"Expected lines of two tokens or more in {settings.text}, but got none; name other text.")
     pad = tokenizer.pad_token_id

@@ -82,8 +82,14 @@ def check_continues(model: Any, checkpoint: Path, *, other_files: bool = False) 
             )
 
 
-def check_ids(model: Any, rows: Rows) -> None:
+def check_ids(model: Any, rows: Rows, key: str = "tokenizer", have: str = "the data have") -> None:
     """Raise where a model that reads the anchor's tokens has no embedding for one.
+
+    Args:
+        model: the composition.
+        rows: of ``input_ids``.
+        key: what is named in the file.
+        have: what the rows are, with its verb.
 
     Raises:
         ConfigError: naming the token.
@@ -91,8 +97,8 @@ def check_ids(model: Any, rows: Rows) -> None:
     most, size = max((max(row["input_ids"], default=0) for row in rows), default=0), model.model.abilities.shared_ids
     if most >= size:
         raise ConfigError(
-            f"tokenizer: expected ids below {size}, the vocabulary of the models that read them, but the data have "
-            f"{most}; name the anchor's own tokenizer."
+            f"{key}: expected ids below {size}, the vocabulary of the models that read them, but {have} {most}; name "
+            f"the anchor's own tokenizer."
         )
 
 

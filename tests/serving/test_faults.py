@@ -23,6 +23,9 @@ from schemathesis import GenerationMode
 from calmlm.serving import batching
 from calmlm.serving.catalogue import Catalogue
 from calmlm.serving.engine import Engine
+from calmlm.serving.protocol import CompletionRequest
+from calmlm.serving.requests import make_job
+from calmlm.serving.writing import Writing
 from compositions import tiny_composition
 from served import PROMPTS, catalogue, expected, running, serving, wait
 from tiny import tiny_tokenizer
@@ -221,6 +224,20 @@ def test_a_batch_that_cannot_be_joined_is_written_apart(served: Catalogue, monke
     for prompt, response in zip(PROMPTS, found, strict=True):
         alone = words.decode(expected(model, words(prompt).input_ids, 20), skip_special_tokens=True)
         assert response.json()["choices"][0]["text"] == alone
+
+
+@torch.no_grad()
+def test_a_text_that_is_written_apart_stays_apart(served: Catalogue) -> None:
+    """Others would be too much for it again."""
+    engine, made = Engine(8, 8, 128), list[Writing]()
+    for prompt in ("abc", "def"):
+        asked = CompletionRequest(model="one", prompt=prompt)
+        made += make_job(served, asked, lambda _place, _piece: None, 8).writings
+    engine._read_apart(made[:1])
+    engine._read_on(*engine._readings[0])
+    engine._begin(made[1:])
+    engine._read_on(*engine._readings[0])
+    assert [writings for _, writings in engine._batches] == [[made[0]], [made[1]]]
 
 
 def test_response_format_names_the_extra(server: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,10 @@ def test_faults_are_told_before_anything_is_loaded(
         (linked / file.name).write_bytes(file.read_bytes())
     (linked / "tokenizer.json").symlink_to("/etc/hostname")
     assert "a link that leads out of it" in fault(capsys, str(linked))
+    (linked / "tokenizer.json").unlink()
+    (linked / "anchor").mkdir()
+    (linked / "anchor" / "chat_template.jinja").symlink_to("/etc/hostname")
+    assert "anchor/chat_template.jinja is a link that leads out of it" in fault(capsys, str(linked))
 
 
 def test_only_safetensors_are_read(folders: dict[str, str], anchor_folder: Path, tmp_path: Path) -> None:

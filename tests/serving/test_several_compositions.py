@@ -11,9 +11,13 @@ import httpx
 import pytest
 
 import calmlm
+from calmlm.serving import engine as engine_module
 from calmlm.serving.batching import try_out
 from calmlm.serving.catalogue import Catalogue
+from calmlm.serving.engine import Engine
 from calmlm.serving.lanes import CompositionLane
+from calmlm.serving.protocol import CompletionRequest
+from calmlm.serving.requests import make_job
 from calmlm.serving.union import united
 from compositions import awaken, own, tiny_composition
 from served import expected, serving, wait
@@ -198,3 +202,61 @@ def test_what_has_no_room_there_is_written_in_its_own_batch() -> None:
     ).models["a.first"]  # fmt: skip
     assert first.beside_for(ids, 2) != []
     assert first.beside_for(ids, 40) == []
+
+
+def waiting(engine: Engine, served: Catalogue, names: list[str], prompt: list[int], count: int) -> list[list[int]]:
+    """Texts that wait for an engine which has not begun; their tokens as they come."""
+    found: list[list[int]] = []
+    for name in names:
+        own: list[int] = []
+        asked = CompletionRequest(model=name, prompt=prompt, max_tokens=count, temperature=0)
+        take = lambda _place, piece, own=own: own.append(piece.drawn.token)  # noqa: E731
+        engine.submit(make_job(served, asked, take, 64).writings)
+        found.append(own)
+    return found
+
+
+def test_rows_of_the_anchor_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compositions = CASES["shared ids"][0]()
+    served = catalogue_of(compositions)
+    watched = Watched(served, monkeypatch)
+    engine = Engine(8, 8, served.max_length)
+    names, prompt = ["a.first", "b", "anchor"], tiny_tokenizer()(PROMPT).input_ids
+    texts = waiting(engine, served, names, prompt, LONG)
+    engine.start()
+    assert engine.idle.wait(60)
+    engine.close()
+    models = {**compositions, "anchor": compositions["b"].anchor}
+    assert texts == [expected(models[name], prompt, LONG) for name in names]
+    assert any({tuple(row) for row in rows} == {(True, False), (False, True), (False, False)} for rows in watched.rows)
+
+
+def test_equal_prompts_of_several_compositions_are_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more of them are read at a time than of other prompts."""
+    compositions = CASES["shared ids"][0]()
+    served = catalogue_of(compositions)
+    lane = next(iter(served.models.values())).beside[0][0]
+    lane.pieces = False
+    monkeypatch.setattr(engine_module, "PREFILL", 64)
+    read, sizes = lane.read, []
+    monkeypatch.setattr(lane, "read", lambda *given: sizes.append(given[0].numel()) or read(*given))
+    engine = Engine(8, 8, served.max_length)
+    names, prompt = ["a.first", "b"] * 4, list(range(3, 33))
+    texts = waiting(engine, served, names, prompt, 4)
+    engine.start()
+    assert engine.idle.wait(60)
+    engine.close()
+    assert texts == [expected(compositions[name], prompt, 4) for name in names]
+    assert max(sizes) == 2 * len(prompt)
+
+
+def test_adapters_that_see_no_rows_take_no_others() -> None:
+    """Experts are given tokens, not rows: there a text is the composition's or stands elsewhere."""
+    first = tiny_composition(
+        "qwen2_moe", "gpt2", adapters={"r": 2, "target_modules": "all-linear"}, awake=False
+    )  # fmt: skip
+    served = catalogue_of(around(awaken(first), "mistral", connections=2))
+    assert served.models["a.first"].lane.joins
+    ids = [5, 6, 7]
+    assert [lane is served.models["b"].lane for lane, _ in served.models["anchor"].beside_for(ids, 4)] == [True]
+    assert served.models["a.first"].beside_for(ids, 4) == []

@@ -40,9 +40,8 @@ def own_contexts(model: Any) -> list[OwnContext]:
         length = _shortest(model, [name])
         if length is not None:
             learned = model.model.backbone(name).max_positions is not None
-            room = length - len(model.model.opening(name))
             backbone = model.model.backbone(name)
-            found.append(OwnContext(name, room, learned, model.model.transcoders[name], backbone.branches))
+            found.append(OwnContext(name, length, learned, model.model.transcoders[name], backbone.branches))
     return found
 
 
@@ -157,10 +156,13 @@ def _reading(model: Any, what: str) -> list[str]:
 
 
 def _shortest(model: Any, names: Sequence[str]) -> int | None:
-    """The shortest context of models of a composition, the anchor under an empty name."""
-    lengths: list[int | None] = []
+    """The shortest context of models of a composition, the anchor under an empty name, less what each of them reads
+    before a text."""
+    lengths: list[int] = []
     for name in names:
         base = model.augmenting[name] if name else model.anchor
         # Some positions that a configuration states are no text's: RoBERTa's begin behind the padding id.
-        lengths += [stated_length(base.config), model.model.backbone(name).max_positions]
-    return min((length for length in lengths if length is not None), default=None)
+        before = len(model.model.opening(name)) if name else 0
+        found = (stated_length(base.config), model.model.backbone(name).max_positions)
+        lengths += [length - before for length in found if length is not None]
+    return min(lengths, default=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -66,9 +67,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    for left in target.parent.glob(f".{target.name}.*.old"):  # by a process that was killed
+    for left in _left_behind(target, "old"):  # by a process that was killed
         left.rename(target) if not target.exists() else shutil.rmtree(left, ignore_errors=True)
-    for left in target.parent.glob(f".{target.name}.*.new"):
+    for left in _left_behind(target, "new"):
         shutil.rmtree(left, ignore_errors=True)
     fresh.mkdir()
     try:
@@ -81,6 +82,12 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _left_behind(target: Path, kind: str) -> list[Path]:
+    """What ``replacing_folder`` has left of this target, and of no other whose name begins like its own."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.\d+\.{kind}")
+    return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name))
 
 
 def probe_folder(folder: Path) -> None:

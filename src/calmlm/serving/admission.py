@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calmlm.serving.lanes import Lane
+from calmlm.serving.lanes import Lane, Speaking
 
 WASTE = 64  # columns times rows that may be padding, and a quarter of what is no padding
 
 
-def together(waiting: Sequence[tuple[Lane, Sequence[int]]], room: int, cells: int) -> list[int]:
+def together(waiting: Sequence[tuple[Lane, Speaking, Sequence[int]]], room: int, cells: int) -> list[int]:
     """The first text and those of its lane that can be read beside it, by their places, in order.
 
     Args:
-        waiting: the lane and the tokens of each text.
+        waiting: the lane of each text, who speaks in it, and its tokens.
         room: for so many texts.
         cells: columns times rows of several that differ; equal ones behind each other are read once.
     """
     chosen: list[int] = []
     longest = real = rows = 0
-    for place, (lane, ids) in enumerate(waiting):
+    for place, (lane, speaking, ids) in enumerate(waiting):
         if len(chosen) >= room:
             break
         if chosen:
-            first, latest = waiting[chosen[0]][0], waiting[chosen[-1]][1]
+            first, latest = waiting[chosen[0]][0], waiting[chosen[-1]][1:]
             if lane is not first or not lane.joins:
                 continue
-            if ids == latest:
+            if (speaking, ids) == latest:
                 chosen.append(place)
                 continue
             found = real + len(ids)

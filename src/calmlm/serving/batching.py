@@ -230,13 +230,13 @@ class Batch:
 
 @torch.no_grad()
 def try_out(lane: Lane) -> None:
-    """Find out whether a lane may decode texts of different lengths together, read them together and in pieces, and
-    check drafts.
+    """Find out whether a lane may decode texts of different lengths together, read them together and in pieces, check
+    drafts, and let rows choose who speaks in them.
 
     Short texts are decoded alone and in a batch that is joined and left, read in pieces, and decoded with drafts; where
     logits differ, the lane's texts are decoded one by one, read at once, or decoded without drafts.
     """
-    lane.joins = lane.pads = lane.pieces = lane.drafts = False
+    lane.joins = lane.pads = lane.pieces = lane.drafts = lane.chooses = False
     if not lane.caches or not lane.even():
         return
     generator = torch.Generator().manual_seed(0)
@@ -247,6 +247,7 @@ def try_out(lane: Lane) -> None:
         alone = [_alone(lane, ids, new) for ids, new in zip(texts, following, strict=True)]
         _try_pieces(lane, texts[-1], alone[-1])
         _try_drafts(lane, texts[-1], following[-1], alone[-1])
+        _try_rows(lane, texts[-1])
         for pads in (True, False):
             try:
                 together = _together(lane, texts, following, pads)
@@ -283,6 +284,15 @@ def _try_drafts(lane: Lane, ids: list[int], following: list[int], alone: list[Te
         text.ids += following[1:]
         batch.take_back(1)
         lane.drafts = _alike(alone, [logits[0], *checked[:2], batch.step()[0]])
+    except FAILS:
+        return
+
+
+def _try_rows(lane: Lane, ids: list[int]) -> None:
+    """Read a text in which all speak beside one in which nobody does."""
+    try:
+        Batch.begin(lane, [Text(list(ids), len(ids), said) for said in (True, False)])
+        lane.chooses = True
     except FAILS:
         return
 

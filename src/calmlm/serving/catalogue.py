@@ -217,13 +217,14 @@ def check_places(places: dict[str, str]) -> dict[str, CalmConfig]:
 
 
 def _check_links(folder: Path) -> None:
-    """Raise where a link in a folder leads out of it."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_symlink() and folder.resolve() not in path.resolve().parents:
-            raise CheckpointError(
-                f"{str(folder)!r} must hold its own files, but {path.name} is a link that leads out of it: copy "
-                f"the file."
-            )
+    """Raise where a link in a folder, or below it, leads out of it."""
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in sorted([*folders, *files])):
+            if path.is_symlink() and folder.resolve() not in Path(os.path.realpath(path)).parents:
+                raise CheckpointError(
+                    f"{str(folder)!r} must hold its own files, but {path.relative_to(folder).as_posix()} is a link "
+                    f"that leads out of it: copy the file."
+                )
 
 
 def load(

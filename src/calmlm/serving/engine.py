@@ -169,9 +169,7 @@ class Engine:
         asked = {writing.lane for writing in (*self._waiting, *self._taken()) if writing.of_several}
         running = {batch.lane for batch, _ in self._batches}
         found = [self._place(writing, running, len(asked) > 1) for writing in self._waiting]
-        places = together(
-            [(lane, w.text.ids) for (lane, _), w in zip(found, self._waiting, strict=True)], room, PREFILL
-        )
+        places = together([(*one, w.text.ids) for one, w in zip(found, self._waiting, strict=True)], room, PREFILL)
         chosen, taken = [self._waiting[place] for place in places], set(places)
         for place, writing in zip(places, chosen, strict=True):
             writing.place, writing.text.composed = found[place]
@@ -187,7 +185,7 @@ class Engine:
         compositions while more than one of them is asked.
         """
         for lane, speaking in writing.beside:
-            if several and writing.of_several if lane.several else lane in running:
+            if several if writing.of_several else lane in running:
                 return lane, speaking
         return writing.lane, True
 
@@ -225,7 +223,8 @@ class Engine:
         if not batch.texts:
             return
         entries = self._batches if batch.joins and lane.joins else []
-        other, others = next((e for e in entries if e[0].lane is lane and e[0] is not batch), (None, []))
+        joining = (e for e in entries if e[0].lane is lane and e[0].joins and e[0] is not batch)
+        other, others = next(joining, (None, []))
         if other is None:
             return
         self._batches = [entry for entry in self._batches if entry[0] is not batch]

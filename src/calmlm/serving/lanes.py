@@ -39,6 +39,7 @@ class Lane:
         pads: whether texts of different lengths may be read together.
         pieces: whether a text may be read in pieces.
         drafts: whether tokens may be read behind a text and taken back.
+        chooses: whether rows may differ in who speaks in them.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Lane:
     pads = False
     pieces = False
     drafts = False
+    chooses = False
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +192,9 @@ class CompositionLane(Lane):
 
     def takes(self, ids: Sequence[int], room: int, known: int) -> bool:
         lengths = [(self.length, len(ids) + room), (self.prompt_length, len(ids))]
-        if not self.joins or self.known_ids < known or any(most is not None and most < own for most, own in lengths):
+        if not (self.joins and self.chooses) or self.known_ids < known:
+            return False
+        if any(most is not None and most < own for most, own in lengths):
             return False
         # A model that is silent may read beyond what it knows, but not beyond the last of its positions.
         ending = [context for context in self.contexts if context.learned]

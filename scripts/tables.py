@@ -15,6 +15,7 @@ from typing import Any
 
 from calmlm.comparison.page import markdown
 from calmlm.experiments.kv_arithmetic import report as kv
+from calmlm.experiments.several.run import markdown as several_at_once
 from calmlm.experiments.statistics import cells_of, table_of
 
 ROOT = Path(__file__).parent.parent
@@ -332,10 +333,16 @@ def comparison(result: dict[str, Any]) -> str:
     return markdown(result, plots="images/results/")
 
 
+def several(result: dict[str, Any]) -> str:
+    """The report of several augmenting models, without its title."""
+    return several_at_once(result).partition("\n")[2]
+
+
 TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("README.md", "translators", "experiments/real/results/translation.json", translators),
     ("docs/choosing.md", "choices", "experiments/compare/results/small.json", choices),
     ("docs/choosing.md", "translators", "experiments/real/results/translation.json", choosing),
+    ("docs/real.md", "several", "experiments/several/results/several.json", several),
     ("docs/comparison.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from calmlm.modeling.probabilities import needed_for, pointed_logits
 from calmlm.readers import Inputs, given_of, prompt_of, starts_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Transcoder
 
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -49,7 +51,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         config: CalmConfig,
         anchor: PreTrainedModel,
         augmenting: dict[str, PreTrainedModel],
-        alignments: dict[str, Alignment | Rewriting] | None = None,
+        alignments: Mapping[str, Alignment | Rewriting | Transcoder | Rewriter] | None = None,
     ) -> None:
         super().__init__(config, anchor)
         self.model = CalmModel(config, anchor, augmenting, alignments)

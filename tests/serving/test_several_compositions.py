@@ -99,6 +99,15 @@ def test_it_holds_no_weights_of_its_own() -> None:
     assert [expected(model, [5, 6, 7], 6) for model in compositions.values()] == before
 
 
+@pytest.mark.filterwarnings("ignore:.*tokens that reach across:UserWarning")
+def test_it_writes_texts_with_their_tables() -> None:
+    """Tables between two tokenizers are larger than all that is trained."""
+    compositions = CASES["own tokens and others"][0]()
+    whole, _ = united(compositions)
+    theirs = [writer for model in compositions.values() for writer in model.model.transcoders.values()]
+    assert [id(writer) for writer in whole.model.transcoders.values()] == [id(writer) for writer in theirs]
+
+
 def catalogue_of(compositions: Made, words: Any = None) -> Catalogue:
     words = words or tiny_tokenizer()
     anchor = next(iter(compositions.values())).anchor

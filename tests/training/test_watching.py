@@ -176,7 +176,8 @@ def test_all_processes_stop_and_go_on(what: str, said: str, settings: Settings, 
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     errors = [line for line in run_two(tmp_path, config, what).splitlines() if "error: " in line]
     errors = [line for line in errors if said in line]
-    assert len(errors) == (2 if what == "nan" else 1), errors
+    # torchrun ends the other process as soon as one has ended, sometimes before it could say anything.
+    assert 1 <= len(errors) <= (2 if what == "nan" else 1), errors
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-2"
     if what == "nan":
         assert {path.name for path in run.stopped.glob("*.json")} == {"step-3-process-1.json"}

@@ -7,7 +7,7 @@ none beyond, so that the cross-attention is causal attention over another stream
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,6 +60,8 @@ from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
+from calmlm.tokens.stream import Rewriter
+from calmlm.tokens.transcoding import Transcoder
 from calmlm.tokens.vocabularies import first_tokens
 
 
@@ -70,6 +72,7 @@ class CalmModel(CalmPreTrainedModel):
         config: the composition's configuration.
         anchor: the anchor, a causal language model.
         augmenting: the augmenting models by name, each a causal language model.
+        alignments: how those that have tokens of their own write the text, by name: as data, or at work elsewhere.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class CalmModel(CalmPreTrainedModel):
         config: CalmConfig,
         anchor: PreTrainedModel,
         augmenting: dict[str, PreTrainedModel],
-        alignments: dict[str, Alignment | Rewriting] | None = None,
+        alignments: Mapping[str, Alignment | Rewriting | Transcoder | Rewriter] | None = None,
     ) -> None:
         super().__init__(config, anchor)
         check_apart(anchor, augmenting.values())

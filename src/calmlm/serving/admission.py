@@ -15,7 +15,8 @@ def together(waiting: Sequence[tuple[Lane, Speaking, Sequence[int]]], room: int,
     Args:
         waiting: the lane of each text, who speaks in it, and its tokens.
         room: for so many texts.
-        cells: columns times rows of several that differ; equal ones behind each other are read once.
+        cells: columns times rows of several that differ; equal ones behind each other are read once where the same
+            models speak in them.
     """
     chosen: list[int] = []
     longest = real = rows = 0
@@ -31,7 +32,9 @@ def together(waiting: Sequence[tuple[Lane, Speaking, Sequence[int]]], room: int,
                 continue
             found = real + len(ids)
             size = max(longest, len(ids)) * (rows + 1)
-            if not lane.pads or size > cells or size - found > WASTE + found // 4:
+            # Prompts of one length are read in pieces where they are too much for once.
+            in_pieces = lane.pieces and ids == latest[1] and size == found
+            if not in_pieces and (not lane.pads or size > cells or size - found > WASTE + found // 4):
                 continue
         chosen.append(place)
         longest, real, rows = max(longest, len(ids)), real + len(ids), rows + 1

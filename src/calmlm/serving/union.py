@@ -7,6 +7,8 @@ composition.
 
 from __future__ import annotations
 
+from typing import Any
+
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig
 
@@ -35,10 +37,10 @@ def united(compositions: dict[str, CalmForCausalLM]) -> tuple[CalmForCausalLM, d
         order=list(places),
     )
     models = {own: model.augmenting[key] for own, (_, model, key) in places.items()}
-    alignments = {
-        own: model.model.alignments[key] for own, (_, model, key) in places.items() if key in model.model.alignments
+    writers: Any = {
+        own: model.model.transcoders[key] for own, (_, model, key) in places.items() if key in model.model.transcoders
     }
-    whole = CalmForCausalLM(config, first.anchor, models, alignments)
+    whole = CalmForCausalLM(config, first.anchor, models, writers)
     for own, (_, model, key) in places.items():
         whole.model.connectors[own].load_state_dict(model.model.connectors[key].state_dict(), assign=True)
     rows = {name: tuple(owner == name for owner, _, _ in places.values()) for name in compositions}

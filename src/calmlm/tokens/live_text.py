@@ -159,8 +159,10 @@ class OwnWriter(Rewriter):
         return [(index, max(1, end - len(before))) for index, end in whole[len(lead) :]]
 
 
-def writer_of(alignment: Alignment | Rewriting) -> Transcoder | Rewriter:
-    """What writes a text by an alignment."""
+def writer_of(alignment: Alignment | Rewriting | Transcoder | Rewriter) -> Transcoder | Rewriter:
+    """What writes a text by an alignment; one that was made before stays."""
+    if isinstance(alignment, (Transcoder, Rewriter)):
+        return alignment
     if not isinstance(alignment, Rewriting):
         return Transcoder(alignment)
     return (OwnWriter if alignment.method == "own" else Rewriter)(alignment)

@@ -99,10 +99,10 @@ class WatchedTrainer(Trainer):
         step = f"step {self._now + 1}"
         if worst == BAD_LOSS:
             what = f"the loss of {step} is {float(bad[0][1]):g}" if bad else f"another process has none at {step}"
-            self._stop(f"Expected a finite loss, but {what}", bad)
+            self._stop(f"Expected a finite loss, but {what}", bad, together=True)
         elif worst == BAD_GRADIENT:
             has = f"the gradient of {step} has the norm {float(found):g}"
-            self._stop(f"Expected a finite gradient, but {has}", self._batches)
+            self._stop(f"Expected a finite gradient, but {has}", self._batches, together=True)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -129,12 +129,13 @@ class WatchedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or not is_far(self.state.log_history):
             super()._save_checkpoint(model, trial)
 
-    def _stop(self, what: str, parts: list[Part]) -> None:
+    def _stop(self, what: str, parts: list[Part], together: bool = False) -> None:
         """Keep some parts of this step and raise.
 
         Args:
             what: has happened.
             parts: to keep.
+            together: whether all processes have come here.
         """
         try:
             kept = [
@@ -145,6 +146,8 @@ class WatchedTrainer(Trainer):
             where = f"its batch lies in {kept[0]}" if kept else f"that one keeps the batch in {self.run.stopped}"
         except OSError as error:
             where = f"its batch could not be kept ({error.strerror})"
+        if together:  # the first process that ends takes the others with it, with what they have not kept
+            highest(self, 0)
         raise CalmError(
             f"{what}; {where}: look at its rows, lower trainer.learning_rate or load the models in float32, then "
             f"{self.run.way_on()}."

@@ -12,6 +12,13 @@ from calmlm.files.paths import expanded
 
 __all__ = ["repro"]
 
+DataFile = Annotated[
+    Path | None,
+    typer.Option(help="The data as JSON lines, instead of their id.", show_default=False, callback=expanded),
+]
+Models = Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)]
+
 repro = typer.Typer(help="Reproduce an experiment of the paper.", no_args_is_help=True)
 
 
@@ -87,18 +94,13 @@ def several(
         Path | None,
         typer.Option(help="One that translates; the demonstration's.", show_default=False, callback=expanded),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The sentences as JSON lines, instead of their id.", show_default=False, callback=expanded),
-    ] = None,
-    models: Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)] = Path(
-        "models"
-    ),
+    data: DataFile = None,
+    models: Models = Path("models"),
     output: Annotated[Path, typer.Option(help="Where the report goes.", callback=expanded)] = Path(
         "experiments/several/results"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Of facts, weights and D_C.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
+    threads: Threads = None,
 ) -> None:
     """Several augmenting models at once: one that translates, one that knows facts, joined without training."""
     from transformers.utils import logging
@@ -130,13 +132,8 @@ def _with_real_models(name: str, config_file: str, folder: str, about: str) -> N
         rows: Annotated[
             str | None, typer.Option(help="Rows of the file, separated by commas; all by default.", show_default=False)
         ] = None,
-        data: Annotated[
-            Path | None,
-            typer.Option(help="The data as JSON lines, instead of their id.", show_default=False, callback=expanded),
-        ] = None,
-        models: Annotated[Path, typer.Option(help="Where scripts/models put the models.", callback=expanded)] = Path(
-            "models"
-        ),
+        data: DataFile = None,
+        models: Models = Path("models"),
         anchor: Annotated[
             str | None, typer.Option(help="Another m_B, by id or folder.", show_default=False, callback=expanded)
         ] = None,
@@ -146,7 +143,7 @@ def _with_real_models(name: str, config_file: str, folder: str, about: str) -> N
         output: Annotated[Path, typer.Option(help="Where cells and report go.", callback=expanded)] = Path(folder),
         steps: Annotated[int | None, typer.Option(min=1, help="Cuts each training, for a trial.")] = None,
         items: Annotated[int | None, typer.Option(min=2, help="Cuts each measure, for a trial.")] = None,
-        threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
+        threads: Threads = None,
         dtype: Annotated[
             str | None,
             typer.Option(help="bfloat16 or float32; what is faster on this machine.", show_default=False),

@@ -24,3 +24,8 @@ def padded_left(rows: Sequence[Sequence[int]], width: int, fill: int, device: An
         "input_ids": torch.tensor(ids, dtype=torch.long, device=device),
         "attention_mask": torch.tensor(mask, dtype=torch.long, device=device),
     }
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills rows, where no model attends to it: the tokenizer's padding, or any id where it has none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -143,18 +143,18 @@ class Catalogue:
         for name, lane in lanes.items():
             self._add(name, lane, tokenizer, max_tokens)
         anchor = next(iter(compositions.values())).anchor
-        together: list[tuple[CompositionLane, dict[str, tuple[bool, ...]]]] = []
+        beside_anchor: list[tuple[CompositionLane, Speaking]] = [(lane, False) for lane in lanes.values()]
         if len(lanes) > 1:
             whole, rows = united(compositions)
-            together.append((CompositionLane(whole, ", ".join(lanes), several=True), rows))
-            try_out(together[0][0])
-        for name in lanes:
-            self.models[name].beside = [(lane, rows[name]) for lane, rows in together]
+            together = CompositionLane(whole, ", ".join(lanes), several=True)
+            try_out(together)
+            for name in lanes:
+                self.models[name].beside = [(together, rows[name])]
+            beside_anchor.insert(0, (together, (False,) * len(whole.augmenting)))
         for name, model, own, layers_path in bases:
             self._add(name, BaseLane(model, layers_path), own, max_tokens)
             if model is anchor:
-                silent = [(lane, (False,) * len(lane.model.augmenting)) for lane, _ in together]
-                self.models[name].beside = [*silent, *((lane, False) for lane in lanes.values())]
+                self.models[name].beside = beside_anchor
 
     def _add(self, name: str, lane: Lane, tokenizer: Any, max_tokens: int | None) -> None:
         try_out(lane)

@@ -164,7 +164,7 @@ class Engine:
     def _admitted(self) -> list[Writing]:
         """The next texts of one lane that there is room for, in the order in which they came."""
         room = self.max_batch - self._running
-        if room <= 0:  # which is so in most steps of a busy engine, and many may wait
+        if room <= 0 or not self._waiting:  # which is so in most steps of a busy engine, where many may wait
             return []
         asked = {writing.lane for writing in (*self._waiting, *self._taken()) if writing.of_several}
         running = {batch.lane for batch, _ in self._batches}

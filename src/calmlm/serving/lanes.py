@@ -84,16 +84,6 @@ class Lane:
         """All models know the token ids below."""
         raise NotImplementedError
 
-    def takes(self, ids: Sequence[int], room: int, known: int) -> bool:
-        """Whether a text of another lane may stand in a batch, as a row in which no model speaks that is not its own.
-
-        Args:
-            ids: the prompt.
-            room: how many tokens may be written behind it.
-            known: the text's ids are below.
-        """
-        return False
-
     def even(self) -> bool:
         """Whether nothing that the models do depends on how long the other rows are."""
         configs = [text_config(base) for base in self._bases()]
@@ -191,6 +181,13 @@ class CompositionLane(Lane):
         return self.model.model.abilities.shared_ids
 
     def takes(self, ids: Sequence[int], room: int, known: int) -> bool:
+        """Whether a text of another lane may stand in a batch, as a row in which no model speaks that is not its own.
+
+        Args:
+            ids: the prompt.
+            room: how many tokens may be written behind it.
+            known: the text's ids are below.
+        """
         lengths = [(self.length, len(ids) + room), (self.prompt_length, len(ids))]
         if not (self.joins and self.chooses) or self.known_ids < known:
             return False

@@ -77,6 +77,7 @@ def make_job(
     for ids in prompts:
         _check(served, ids, "messages" if chat else "prompt")
         room = _room(asked, served, len(ids))
+        beside = served.beside_for(ids, room)
         for _ in range(asked.n):
             place = len(writings)
             own = sampling if sampling.seed is None else Sampling(**{**vars(sampling), "seed": sampling.seed + place})
@@ -90,7 +91,7 @@ def make_job(
                     room,
                     lambda piece, place=place: deliver(place, piece),  # type: ignore[misc]
                     served.name,
-                    served.beside_for(ids, room),
+                    beside,
                     served.context(len(ids)),
                 )
             )

@@ -22,6 +22,7 @@ from calmlm.bases.opening import load_base
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
+from calmlm.data.padding import pad_id
 from calmlm.errors import ModelError
 from calmlm.experiments.fitting import Row, fit
 from calmlm.experiments.real.layout import AUGMENTING, reading_others
@@ -169,7 +170,7 @@ def train_composition(pair: Pair, method: Method, world: World) -> Trained:
     model = composed(pair, method, world)
     others = method.reads == "other"
     rows = rows_of(world.composition, pair.tokenizer, others)
-    collate = reading_others(_pad(pair)) if others else None
+    collate = reading_others(pad_id(pair.tokenizer)) if others else None
     return _trained(model, rows, pair, method, world.seed, collate)
 
 
@@ -251,9 +252,5 @@ def _trained(
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     start = time.perf_counter()
     given = {"collate": collate, "rows_at_once": method.rows_at_once, **options}
-    losses = fit(model, rows, _pad(pair), method.stage, seed, **given) if method.steps else []
+    losses = fit(model, rows, pad_id(pair.tokenizer), method.stage, seed, **given) if method.steps else []
     return Trained(model, parameters, round(time.perf_counter() - start, 1), losses)
-
-
-def _pad(pair: Pair) -> int:
-    return pair.tokenizer.pad_token_id if pair.tokenizer.pad_token_id is not None else 0

@@ -14,7 +14,7 @@ from calmlm.bases.structure import accepts
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.communication.tokenwise import token_nats
 from calmlm.data.labels import IGNORE, encode_prompt
-from calmlm.data.padding import padded_left
+from calmlm.data.padding import pad_id, padded_left
 from calmlm.experiments.fitting import prompt_argument
 from calmlm.experiments.real.layout import batches, laid_out
 from calmlm.experiments.real.measures import by_row, text_of
@@ -62,7 +62,7 @@ class Alone:
     @property
     def pad(self) -> int:
         """What fills rows; no model attends to it."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return pad_id(self.tokenizer)
 
     def column_nats(self, batch: dict[str, Any], width: int) -> Tensor:
         """Negative log-probabilities (n,) of a batch's labels, which begin in the column ``width``."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from calmlm.data.padding import pad_id
 from calmlm.experiments.fitting import Stage, fit
 from calmlm.experiments.real.joined import rows_of
 from calmlm.experiments.real.world import Item
@@ -84,6 +85,5 @@ def taught(known: list[Item], tokenizer: Any, vocabulary: int, preset: Specialis
     while len(order) < preset.training.steps * preset.training.batch_size:
         order += chance.sample(range(len(rows)), len(rows))
     wanted = [dict(rows[index]) for index in order[: preset.training.steps * preset.training.batch_size]]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    fit(model, wanted, pad, preset.training, seed)
+    fit(model, wanted, pad_id(tokenizer), preset.training, seed)
     return model.requires_grad_(False).eval()

@@ -14,6 +14,7 @@ import torch
 
 import calmlm
 from calmlm.bases.speed import faster_dtype
+from calmlm.data.padding import pad_id
 from calmlm.errors import DataError
 from calmlm.experiments.fitting import Stage, fit
 from calmlm.experiments.real.joined import Pair, open_pair, open_trained, rows_of
@@ -30,7 +31,6 @@ from calmlm.files.storage import check_writable
 
 __all__ = ["Preset", "markdown", "run"]
 
-TASKS = {"translation": "translation", "facts": "extensions", "english": "English"}
 OWN = {"translates": "translation", "knows": "facts"}
 """The task of each composition."""
 
@@ -131,7 +131,7 @@ def run(
         "experiment": "several",
         "seed": seed,
         "preset": dataclasses.asdict(preset),
-        "trained": _trained_numbers(second),
+        "trained": second.get_nb_trainable_parameters()[0],
         "rows": {name: _row(name, cells, tasks) for name in cells},
         **origin(command),
     }
@@ -158,7 +158,7 @@ def _knowing(
     rows = (rows * math.ceil(wanted / len(rows)))[:wanted]
     generator = torch.Generator().manual_seed(seed)
     rows = [dict(rows[index]) for index in torch.randperm(len(rows), generator=generator).tolist()]
-    fit(model, rows, pair.tokenizer.pad_token_id or 0, preset.training, seed)
+    fit(model, rows, pad_id(pair.tokenizer), preset.training, seed)
     return model
 
 
@@ -170,10 +170,6 @@ def _both(first: calmlm.CalmForCausalLM, second: calmlm.CalmForCausalLM) -> calm
 def _read_first(model: calmlm.CalmForCausalLM, pair: Pair) -> str:
     """What the composition's m_A reads before each text."""
     return pair.augmenting_tokenizer.decode(model.config.augmenting[AUGMENTING].get("prefix") or [])
-
-
-def _trained_numbers(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _measured(system: Any, tasks: dict[str, list[Item]], own: str | None) -> dict[str, Any]:

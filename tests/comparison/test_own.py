@@ -14,6 +14,7 @@ import yaml
 from transformers import GenerationConfig
 
 from calmlm.baselines.given import losses_of
+from calmlm.comparison.contract import GRAFTS
 from calmlm.comparison.domains.own import OwnModels, _size
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.selection import CompareConfig, load_config
@@ -129,6 +130,11 @@ def own(values: dict[str, Any]) -> dict[str, Any]:
     return values["domains"]["law"]["own"]
 
 
+def plain_text(folder: Path) -> str:
+    (folder / "plain.txt").write_text("\n".join(f"the quick fox {n} jumps over {n * 7} dogs" for n in range(12)))
+    return str(folder / "plain.txt")
+
+
 def domain_of(folder: Path, values: dict[str, Any]) -> OwnModels:
     preset = config_of(folder, values).preset_of("law")
     return OwnModels(preset, 0, folder / "bases" / "own", lambda line: None)
@@ -137,11 +143,13 @@ def domain_of(folder: Path, values: dict[str, Any]) -> OwnModels:
 @pytest.mark.slow
 def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], capsys: Any) -> None:
     own(values)["vanilla"] = save(tmp_path / "vanilla", "mistral", tiny_tokenizer(), 2)
+    own(values)["model"] |= {"adapters": 2, "plain_text": plain_text(tmp_path)}
     config = config_of(tmp_path, values)
     result = run(config, report=lambda line: None)
     assert capsys.readouterr().out == ""  # what is to be said goes through `report`
     methods = {row["method"] for row in result["rows"]}
     assert methods == set(METHODS) - {"cascade"}
+    assert {row["method"] for row in result["pairing"]["law"]} == set(SWAPPED)
     assert result["cells"]["finished"] == result["cells"]["planned"] == len(methods)
     for method in methods:
         rows = {row["task"]: row for row in result["rows"] if row["method"] == method}
@@ -157,7 +165,7 @@ def test_every_method_that_fits_runs(tmp_path: Path, values: dict[str, Any], cap
         "mine-flops",
     }
     assert "size of D_C" not in page and "5 items of both stand in D_C" in page
-    ways = {"composed", "flamingo", "legonn", "composed_map", "composed_pointer", "pointer"}
+    ways = {"composed", "flamingo", "legonn", "composed_map", "composed_pointer", "pointer", *GRAFTS}
     assert {answer["method"] for answer in result["answers"]["law"]} == methods - ways
 
 
@@ -185,7 +193,7 @@ def test_two_tokenizers_and_other_families(tmp_path: Path, values: dict[str, Any
     config = config_of(tmp_path, values)
     result = run(config, report=lambda line: None)
     methods = {row["method"] for row in result["rows"]}
-    assert methods == set(METHODS) - ANCHORS_TOKENS - {"cascade", "composed_vanilla", "moe"}
+    assert methods == set(METHODS) - ANCHORS_TOKENS - {"cascade", "composed_vanilla", "moe", *GRAFTS}
     assert methods >= MERGING
 
 
@@ -307,7 +315,7 @@ def test_the_shipped_file_can_be_filled_in(tmp_path: Path, values: dict[str, Any
     for name in ("law-and-general", "law-texts", "law-questions", "law-summaries", "statutes", "arithmetic"):
         write(tmp_path / f"{name}.jsonl", sums(5))
     config = config_of(tmp_path, shipped)
-    assert {cell.method for cell in config.cells()} == set(METHODS) - {"cascade", "composed_vanilla"}
+    assert {cell.method for cell in config.cells()} == set(METHODS) - {"cascade", "composed_vanilla", *GRAFTS}
 
 
 def test_models_that_do_not_fit_are_named(tmp_path: Path, values: dict[str, Any]) -> None:
@@ -330,9 +338,8 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path, values: dict[str, Any]
 
 
 def test_settings_of_the_composition_reach_it(tmp_path: Path, values: dict[str, Any]) -> None:
-    (tmp_path / "plain.txt").write_text("\n".join(f"the quick fox {n} jumps over {n * 7} dogs" for n in range(12)))
     model = own(values)["model"]
-    model |= {"words": "map", "adapters": 2, "init": "aligned", "plain_text": str(tmp_path / "plain.txt")}
+    model |= {"words": "map", "adapters": 2, "init": "aligned", "plain_text": plain_text(tmp_path)}
     domain = domain_of(tmp_path, values)
     parts = domain.compose(domain.base("augmenting")).model.connectors["augmenting"]
     assert [type(part).__name__ for part in parts[-2:]] == ["WordMap", "Adapters"]
@@ -346,6 +353,29 @@ def test_settings_of_the_composition_reach_it(tmp_path: Path, values: dict[str, 
     ):
         with pytest.raises(CalmError, match=message):
             config_of(tmp_path, {**values, **_with(values, {**model, **changed})})
+
+
+def test_a_graft_starts_from_plain_text(tmp_path: Path, values: dict[str, Any]) -> None:
+    """It takes words, adapters and connections from the settings, and none of cross-attention's options."""
+    with pytest.raises(ConfigError, match="graft cannot be run here, since it needs 'own.model.plain_text'"):
+        config_of(tmp_path, {**values, "domains": {"law": {**values["domains"]["law"], "methods": ["graft"]}}})
+    model = own(values)["model"]
+    model |= {"connector": {"rotary": True, "gate": True}, "words": "map", "adapters": 2}
+    model |= {"plain_text": plain_text(tmp_path), "connections": [[0, 1]]}
+    domain = domain_of(tmp_path, values)
+    assert domain.trained == {}
+    fitted = METHODS["graft"].fit(domain, Meter())
+    assert fitted.model is not None
+    found = fitted.model.config.augmenting["augmenting"]
+    assert found["connector"]["kind"] == "graft" and found["connector"]["opened"]
+    assert (found["connections"], found["words"]["kind"], "adapters" in found) == ([[0, 1]], "map", True)
+    swapped = METHODS["graft_swapped"].fit(domain, Meter()).complete
+    assert isinstance(swapped, Swapped) and list(domain.trained) == ["graft"]
+    for name, tensor in swapped.model.composition_tensors().items():
+        assert torch.equal(tensor, domain.trained["graft"][name])
+    model["connections"] = None
+    parts = domain_of(tmp_path, values).compose(domain.base("augmenting"), "graft").model.connectors["augmenting"]
+    assert [type(part).__name__ for part in parts] == ["Graft", "WordMap", "Adapters"]
 
 
 def _with(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

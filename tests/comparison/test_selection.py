@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from calmlm.comparison.contract import GRAFTS
 from calmlm.comparison.methods import ABLATIONS, METHODS
 from calmlm.comparison.selection import load_config
 from calmlm.errors import ConfigError
@@ -28,8 +29,8 @@ def test_the_shipped_comparison_has_every_method() -> None:
         *(("visual", seed) for seed in (0, 1, 2)),
     }
     for domain in ("kv_arithmetic", "languages", "code"):
-        assert {c.method for c in cells if c.domain == domain} >= set(METHODS)
-    assert {c.method for c in cells if c.domain == "kv_arithmetic"} == {*METHODS, *ABLATIONS}
+        assert {c.method for c in cells if c.domain == domain} >= set(METHODS) - set(GRAFTS)
+    assert {c.method for c in cells if c.domain == "kv_arithmetic"} == {*METHODS, *ABLATIONS} - set(GRAFTS)
     assert len({c.path(Path("x")) for c in cells}) == len(cells)
     assert not {c.path(Path("x")) for c in cells} & {c.path(Path("x")) for c in load_config(SMALL, "tiny").cells()}
 
@@ -42,6 +43,7 @@ def test_the_shipped_comparison_has_every_method() -> None:
         ("domains: {kv_arithmetic: {seeds: [0], methods: [lorra]}}", ["lorra", "lora"]),
         ("domains: {kv_arithmetic: {seeds: [0], ablations: [heads=3]}}", ["heads=3"]),
         ("domains: {visual: {seeds: [0], methods: [lora]}}", ["lora", "composed_random"]),
+        ("domains: {code: {seeds: [0], methods: [graft]}}", ["graft", "composed_random"]),
         ("domains: {code: {seeds: [0], ablations: [heads=1]}}", ["kv_arithmetic only"]),
         ("domains: {karaoke: {seeds: [0]}}", ["karaoke"]),
         ("domains: {code: {seeds: [0]}}\npreset: vast", ["vast"]),

@@ -36,9 +36,11 @@ class Answerer(Protocol):
 _VALIDATION = 400  # rows
 MERGING = ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties", "moe")
 """Systems of two models of one architecture, for which a twin of m_B is trained."""
+GRAFTS = ("graft", "graft_random", "graft_swapped")
+"""Compositions that start from plain text which both models read."""
 NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(MERGING, ("twin",)),
-    "composed_random": ("random",),
+    **dict.fromkeys(("composed_random", "graft_random"), ("random",)),
     "composed_vanilla": ("vanilla",),
 }
 """Base models that a method needs besides m_A and m_B."""
@@ -156,8 +158,11 @@ class TextDomain(Domain):
 
     full_rate: float = 1e-3  # where all weights of m_B are trained
     evaluation_batch_size: int = 200
-    trained: dict[str, Any] | None = None
-    """The tensors of the composition that was trained last, by name; controls that train nothing take them."""
+
+    def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
+        super().__init__(preset, seed, cache, report)
+        self.trained: dict[str, dict[str, Any]] = {}
+        """The tensors of compositions by name, by their connector; controls that train nothing take them."""
 
     @cached_property
     @abstractmethod

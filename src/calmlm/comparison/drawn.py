@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 import calmlm
 from calmlm.comparison.contract import TextDomain
+from calmlm.comparison.methods import WITHOUT_PLAIN_TEXT
 from calmlm.connectors import CONNECTORS
 from calmlm.experiments.fitting import Row, Stage, fit
 from calmlm.experiments.kv_arithmetic.pretraining import new_model
@@ -48,6 +49,7 @@ class DrawnDomain(TextDomain):
     """
 
     world: DrawnWorld
+    methods = WITHOUT_PLAIN_TEXT
 
     def _draw(self, draw: Callable[[random.Random], Example], purpose: str, count: int) -> list[Row]:
         rng = self.world.rng(purpose)

@@ -20,7 +20,7 @@ def pairing_of(
     groups: Mapping[str, Sequence[str]],
     same_items: bool,
 ) -> list[dict[str, Any]]:
-    """How far the composition is above itself with another prompt for m_A, by control and column.
+    """How far a composition is above itself with another prompt for m_A, by control and column.
 
     Args:
         scores: by method, task and seed.
@@ -34,8 +34,8 @@ def pairing_of(
         for task, values in cell.get("follows", {}).items():
             followed.setdefault(cell["method"], {}).setdefault(task, {})[cell["seed"]] = values
     rows = []
-    for method in SWAPPED:
-        ours, theirs = scores.get("composed", {}), scores.get(method, {})
+    for method, paired in SWAPPED.items():
+        ours, theirs = scores.get(paired, {}), scores.get(method, {})
         for column, members in {**{task: [task] for task in tasks}, **groups}.items():
             if not all(task in ours and task in theirs for task in members):
                 continue
@@ -63,10 +63,10 @@ def pairing_of(
 
 
 PAIRED_LINES = [
-    "Is anything communicated? The pairing gain is what CALM loses where m_A reads the prompt of another item, and all "
-    "else stays: right minus other, item by item, with its 95 % interval. A gain of CALM over m_B that is no pairing "
-    "gain comes from its parameters and its training, and not from what m_A reads. The follow rate is the share of "
-    "answers that fit the other item and not their own.",
+    "Is anything communicated? The pairing gain is what CALM, or a graft, loses where m_A reads the prompt of another "
+    "item, and all else stays: right minus other, item by item, with its 95 % interval. A gain over m_B that is no "
+    "pairing gain comes from its parameters and its training, not from what m_A reads. The follow rate is the share "
+    "of answers that fit the other item and not their own.",
     "",
 ]
 

@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from calmlm.baselines import BASELINES
-from calmlm.comparison.contract import MERGING, Fitted, TextDomain
+from calmlm.comparison.contract import GRAFTS, MERGING, Fitted, TextDomain
 from calmlm.comparison.swapping import Swapped, fit_swapped
 from calmlm.experiments.fitting import fit
 from calmlm.experiments.flops import Meter
 
-__all__ = ["ABLATIONS", "METHODS", "REFERENCE", "TITLES", "Method", "compose"]
+__all__ = ["ABLATIONS", "METHODS", "REFERENCE", "TITLES", "WITHOUT_PLAIN_TEXT", "Method", "compose"]
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,21 @@ def compose(
     return _of(domain, model)
 
 
-def composed(domain: TextDomain, meter: Meter) -> Fitted:
+def composed(domain: TextDomain, meter: Meter, connector: str = "cross_attention") -> Fitted:
     """The composition of m_A and m_B, whose tensors the experiment keeps for the control that trains nothing."""
-    fitted = compose(domain, meter)
+    fitted = compose(domain, meter, connector=connector)
     assert fitted.model is not None
     tensors = fitted.model.composition_tensors()
-    domain.trained = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    domain.trained[connector] = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     return fitted
 
 
-def swapped(domain: TextDomain, meter: Meter) -> Fitted:
+def swapped(domain: TextDomain, meter: Meter, connector: str = "cross_attention") -> Fitted:
     """The same composition, but m_A reads another item's prompt; nothing more is trained."""
-    if domain.trained is None:  # its cell was made in another run: the same seed gives the same tensors
-        composed(domain, Meter())
-    model = domain.compose(domain.base("augmenting"))
-    model.load_state_dict(domain.trained, strict=False)
+    if connector not in domain.trained:  # its cell was made in another run: the same seed gives the same tensors
+        composed(domain, Meter(), connector)
+    model = domain.compose(domain.base("augmenting"), connector)
+    model.load_state_dict(domain.trained[connector], strict=False)
     return _read_swapped(domain, model)
 
 
@@ -133,10 +133,15 @@ METHODS: dict[str, Method] = {
     "cascade": Method("Cascade", cascade),
     "flamingo": Method("CALM, Flamingo connector", partial(compose, connector="flamingo")),
     "legonn": Method("CALM, LegoNN connector", partial(compose, connector="legonn")),
+    "graft": Method("Graft", partial(composed, connector="graft")),
+    "graft_random": Method("Graft, random m_A", partial(compose, augmenting="random", connector="graft")),
+    "graft_swapped": Method("Graft, m_A reads another prompt", partial(swapped, connector="graft")),
     "composed_map": Method("CALM and map of words", partial(compose, words="map")),
     "composed_pointer": Method("CALM and pointer", partial(compose, words="pointer")),
     "pointer": Method("Pointer alone", partial(compose, connections="none", words="pointer")),
 }
+WITHOUT_PLAIN_TEXT = tuple(name for name in METHODS if name not in GRAFTS)
+"""Those of calmlm's own experiments: what each of their models reads is all that there is."""
 TITLES = {name: method.title for name, method in METHODS.items()}
 
 REFERENCE = "reference"  # the composition on the seed of the ablations alone: a row, and no cell of its own

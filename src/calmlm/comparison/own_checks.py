@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from calmlm.baselines.mixture import DENSE
 from calmlm.bases.opening import check_dtype
 from calmlm.bases.origins import commit_of
+from calmlm.comparison.contract import GRAFTS
 from calmlm.comparison.methods import METHODS
 from calmlm.comparison.own_settings import Known, Own, OwnTask, Sources, listed
 from calmlm.composing.aligning import check_alignable
@@ -43,6 +44,8 @@ def reasons(own: Own) -> dict[str, str | None]:
     """All methods, each with the reason why it cannot be run, or None where it can."""
     why: dict[str, str | None] = dict.fromkeys(METHODS)
     why["cascade"] = "it pastes m_A's answer in a way of each experiment's own; 'text_tool' does so for any"
+    if own.model.plain_text is None:
+        why |= dict.fromkeys(GRAFTS, "it needs 'own.model.plain_text', by which a graft starts")
     if own.vanilla is None:
         why["composed_vanilla"] = "it needs 'own.vanilla', m_A before its training"
     if all(task.metric == "bits_per_byte" for task in own.tasks.values()):

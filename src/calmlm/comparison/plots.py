@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from calmlm.comparison.contract import GRAFTS
 from calmlm.comparison.figures import known
 from calmlm.comparison.methods import METHODS, REFERENCE, TITLES
 from calmlm.data.extras import require
@@ -20,6 +21,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "black": ("m_A", "m_B"),
     "tab:blue": ("composed", "flamingo", "legonn", "composed_map", "composed_pointer", "pointer"),
     "tab:cyan": ("composed_random", "composed_vanilla", "composed_encoder", "swapped", "swapped_trained"),
+    "tab:pink": GRAFTS,
     "tab:orange": ("fine_tuning", "continued_pretraining", "lora", "lora_full_data"),
     "tab:green": ("soup", "soup_greedy", "fisher", "task_arithmetic", "ties", "dare_ties"),
     "tab:red": ("moe",),

@@ -30,7 +30,7 @@ QUESTIONS = {
     "the cascade": ("cascade",),
     "fine-tuning": ("fine_tuning", "continued_pretraining", "lora_full_data"),
     "routing and tools": ("router", "confidence_cascade", "text_tool"),
-    "its controls": ("composed_random", "composed_vanilla", "composed_encoder", *SWAPPED),
+    "its controls": ("composed_random", "composed_vanilla", "composed_encoder", "swapped", "swapped_trained"),
 }
 SHARES = ("exact_match", "pass@1", "chrf")
 """Metrics in per cent, of which more is better."""
@@ -106,7 +106,7 @@ def summarise(
                 combined.setdefault(about.metric, []).append(task)
         if "composed" in scores and combined:
             answers[name] = _answers(scores, combined, retained, kind.same_items)
-        if name in asked and "composed" in scores:
+        if name in asked and set(SWAPPED.values()) & set(scores):
             pairing[name] = pairing_of(scores, cells, tasks, groups, kind.same_items)
     mixed = _mixed([result for _, result in found])
     return {

@@ -19,8 +19,8 @@ from calmlm.experiments.flops import Meter
 
 __all__ = ["SWAPPED", "Swapped", "fit_swapped", "follows"]
 
-SWAPPED = ("swapped", "swapped_trained")
-"""The methods in which m_A reads another item's prompt."""
+SWAPPED = {"swapped": "composed", "swapped_trained": "composed", "graft_swapped": "graft"}
+"""The methods in which m_A reads another item's prompt, each with the one in which it reads the right one."""
 FITTING = ("exact_match", "pass@1")
 """Metrics by which an answer fits an item or does not."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.comparison.contract import Answerer, Task, TextDomain
+from calmlm.comparison.methods import WITHOUT_PLAIN_TEXT
 from calmlm.errors import ConfigError
 from calmlm.experiments.fitting import Row
 from calmlm.experiments.kv_arithmetic.joined import compose_bases, composition_examples
@@ -27,6 +28,7 @@ class KeyValues(TextDomain):
 
     name = "kv_arithmetic"
     folder = "kv_arithmetic"
+    methods = WITHOUT_PLAIN_TEXT
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

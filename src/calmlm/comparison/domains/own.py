@@ -29,6 +29,7 @@ from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
 from calmlm.comparison.own_settings import Own, Sources, listed
 from calmlm.comparison.swapping import Swapped
+from calmlm.composing.making import RECIPE
 from calmlm.data.context import OwnContext, stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example
@@ -144,17 +145,19 @@ class OwnModels(TextDomain):
         model = self.settings.model
         set_seed(self.seed + 2)
         usual: dict[str, Any] = {
-            **model.connector,
             "connections": model.connections,
-            "num_heads": model.num_heads,
             "alignment": model.alignment,
             "words": model.words,
             "adapters": model.adapters,
             "train_map": model.train_map,
             "plain_text": None if model.plain_text is None else read_lines(model.plain_text),
         }
-        if connector != "legonn":
-            usual["init"] = model.init
+        if connector == "graft":  # it has none of the others' options
+            usual |= {name: RECIPE[name] for name in ("init", "opened")}
+            usual |= {} if model.connections is not None else {"connections": RECIPE["connections"]}
+        else:
+            usual |= {**model.connector, "num_heads": model.num_heads}
+            usual |= {} if connector == "legonn" else {"init": model.init}
         return calmlm.compose(
             self.fresh_anchor(),
             augmenting,

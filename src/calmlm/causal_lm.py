@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -32,6 +39,7 @@ from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.modeling.probabilities import needed_for, pointed_logits
 from calmlm.readers import Inputs, given_of, prompt_of, starts_of
 from calmlm.tokens.alignment import Alignment
+from calmlm.tokens.beginning import Prefix, prefix_ids
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder
@@ -115,6 +123,41 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         state = self.state_dict()
         self._keys_to_ignore_on_save = {name for name in state if not self.is_composition(name)}
         self._shapes = {name: tensor.shape for name, tensor in state.items() if self.is_composition(name)}
+
+    def set_augmenting_prefix(
+        self,
+        prefix: Prefix | None,
+        augmenting_tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Give an augmenting model something else to read before each text, in the place of its prefix.
+
+        It holds for texts that begin from now on, and is saved with the composition. Nothing is trained.
+
+        Args:
+            prefix: a text, or messages for the chat template of its tokenizer; None for nothing.
+            augmenting_tokenizer: of the augmenting model; not needed for None.
+            name: of the augmenting model, where there are several.
+
+        Raises:
+            ConfigError: for an unknown name, a model that reads no text, or a prefix without a tokenizer.
+        """
+        known = list(self.config.augmenting)
+        if (name is None and len(known) > 1) or (name is not None and name not in known):
+            raise ConfigError(
+                f"name must be one of the augmenting models {', '.join(known)}, but got {name!r}: name one of these."
+            )
+        name = known[0] if name is None else name
+        if self.config.augmenting[name]["reads"] == "inputs":
+            raise ConfigError(
+                f"augmenting_prefix is for models that read text, but {name!r} is an encoder: name another one."
+            )
+        if prefix is not None and augmenting_tokenizer is None:
+            raise ConfigError(
+                "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass "
+                "augmenting_tokenizer."
+            )
+        self.model.change_prefix(name, [] if prefix is None else prefix_ids(augmenting_tokenizer, prefix))
 
     def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The composition's own tensors, by name.

@@ -34,7 +34,7 @@ from calmlm.experiments.real.presets import BaseModel, Method, Settings, Varieti
 from calmlm.experiments.real.report import goals, summarise
 from calmlm.experiments.real.resampling import Figures, bits_of, difference
 from calmlm.experiments.real.run import cascade, cell_path, run, seeds_of
-from calmlm.experiments.real.systems import Alone, Cascade, Composed
+from calmlm.experiments.real.systems import Alone, Cascade, Composed, Shown
 from calmlm.experiments.real.world import Item, World, read_sentences
 from documents import ROOT
 from pairs import tiny_pair
@@ -297,7 +297,8 @@ def by_hand(model: Any, item: Item, tokens: Any) -> float:
     """The target's negative log-probability, one row alone and without padding."""
     text = text_of(item, tokens)
     ids = torch.tensor([text.ids])
-    given = {"prompt_mask": torch.arange(ids.shape[1])[None] < text.start} if hasattr(model, "augmenting") else {}
+    prompt = text.start if item.prompt else 0  # of plain text nothing is given
+    given = {"prompt_mask": torch.arange(ids.shape[1])[None] < prompt} if hasattr(model, "augmenting") else {}
     with torch.no_grad():
         likely = model(ids, **given).logits[0].log_softmax(-1)
     return -sum(float(likely[place - 1, text.ids[place]]) for place in range(text.start, len(text.ids)))
@@ -322,6 +323,33 @@ def test_nats_of_a_composition_are_those_of_each_row_alone(pair: Pair, world: Wo
     assert found == pytest.approx([by_hand(model, item, pair.tokenizer) for item in items], rel=1e-4)
     alone = Alone(pair.anchor, pair.tokenizer).nats(items)
     assert all(abs(one - other) > 0.1 for one, other in zip(found, alone, strict=True))
+
+
+def test_examples_of_the_variety_that_is_asked_stand_in_the_place_of_the_prefix(pair: Pair) -> None:
+    """As in compositions that were made with these examples; plain text is read behind the composition's own."""
+    world = World(dataclasses.replace(TINY, shots_in="own"), 0, sentences())
+    method = dataclasses.replace(METHODS["words"], examples=True)
+    model = composed(pair, method, world)
+    own = list(model.config.augmenting[AUGMENTING]["prefix"])
+    items = [world.tested[0], world.tested[4], *world.english, world.tested[1]]
+    system = Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before)
+    others = {variety: composed(pair, method, world) for variety in world.before}
+    for variety, other in others.items():
+        other.set_augmenting_prefix(world.before[variety], pair.augmenting_tokenizer)
+    for one in (model, *others.values()):
+        words = one.model.connectors[AUGMENTING][-1]
+        with torch.no_grad():
+            words.opening.fill_(0.01)
+            words.map.weight.copy_(torch.randn(words.map.weight.shape, generator=torch.Generator().manual_seed(0)))
+    expected = [Composed(others.get(item.variety, model), pair.tokenizer).nats([item])[0] for item in items]
+    assert system.nats(items) == pytest.approx(expected, rel=1e-4)
+    assert model.config.augmenting[AUGMENTING]["prefix"] == own
+    plain = Composed(model, pair.tokenizer).nats(items)
+    moved = [abs(one / two - 1) > 1e-3 for one, two in zip(plain, expected, strict=True)]
+    assert moved == [True, True, *3 * [False], True]
+    assert system.write(items[:2], 3) == [
+        Composed(others[item.variety], pair.tokenizer).write([item], 3)[0] for item in items[:2]
+    ]
 
 
 def test_swapping_gives_m_a_the_other_prompt(pair: Pair, world: World) -> None:
@@ -572,6 +600,46 @@ def test_a_run_reports_and_resumes(tmp_path: Path, pair: Pair, monkeypatch: pyte
     with pytest.raises(AssertionError, match="made again"):
         run("x.yaml", (0, 1), ["words"], steps=1, **places)
     assert run("x.yaml", (0, 1), steps=1, stored_only=True, **places)["rows"].keys() == {"m_A", "m_B"}
+
+
+def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was kept, as it was trained; where none was kept, it is trained, and is the same."""
+    from calmlm.experiments.real import run as run_module
+
+    methods = {
+        "words": dataclasses.replace(METHODS["words"], examples=True, learning_rate=0.1),
+        "shown": Method("Shown", "composed", of="words"),
+    }
+    settings = dataclasses.replace(TINY, methods=methods, shots_in="own", shown=["xx_Latn"])
+    assert settings.faults() == []
+    monkeypatch.setattr(run_module, "load_settings", lambda path: settings)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
+    places: dict[str, Any] = {"data": tmp_path / "data.jsonl", "report": lambda line: None, "keep": tmp_path / "kept"}
+    result = run("x.yaml", (0,), None, tmp_path / "a", **places)
+    assert [row["seeds"] for row in result["rows"].values()] == [1, 1]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["words-seed-0"]
+
+    def cell(folder: str, name: str) -> dict[str, Any]:
+        return json.loads(cell_path(tmp_path / folder, settings, name, 0).read_text())
+
+    found = cell("a", "shown")
+    assert found["parameters"] == cell("a", "words")["parameters"] and "training_seconds" not in found
+    assert found["english_nats"] == pytest.approx(cell("a", "words")["english_nats"], rel=0.01)
+    assert found["nats"] != pytest.approx(cell("a", "words")["nats"], rel=1e-3)
+    run("x.yaml", (0,), ["shown"], tmp_path / "b", **{**places, "keep": None})
+    assert cell("b", "shown")["nats"] == pytest.approx(found["nats"], rel=0.01)  # kept in bfloat16
+    (tmp_path / "kept" / "words-seed-0").rename(tmp_path / "kept" / "words-seed-1")
+    with pytest.raises(CalmError, match="the composition of seed 1, but its m_A reads other examples"):
+        run("x.yaml", (1,), ["shown"], tmp_path / "c", **places)
+    other = dataclasses.replace(methods["words"], steps=1)
+    assert dataclasses.replace(settings, methods=methods | {"words": other}).mark("shown") != settings.mark("shown")
+    for wrong, message in (
+        (Method("x", "composed", of="m_A"), "of: expected a composition with examples, but got m_A"),
+        (Method("x", "composed", of="words", steps=3, learning_rate=1.0), "nothing to train beside 'of'"),
+    ):
+        faults = dataclasses.replace(settings, methods=METHODS | {"x": wrong}).faults()
+        assert any(message in fault for fault in faults)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import calmlm
-from calmlm.errors import CheckpointError, DataError
+from calmlm.errors import CheckpointError, ConfigError, DataError
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
 from compositions import assert_close, logits_of, pad, tiny_composition
@@ -73,6 +73,34 @@ def test_a_damaged_opening_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(data | {"augmenting": {"augmenting": entry}}))
         with pytest.raises(CheckpointError):
             calmlm.CalmForCausalLM.from_pretrained(tmp_path, **copy.deepcopy(bases))
+
+
+def test_another_prefix_is_read_from_the_next_text_on(tmp_path: Path) -> None:
+    """As if the composition had been made with it, also after saving and loading; None leaves the beginning alone."""
+    tokens, own = tiny_tokens(2, 9), OPENED["augmenting_tokenizer"]
+    model = tiny_composition("llama", "mistral", **OPENED)
+    first = logits_of(model, tokens)
+    for prefix in ("the old dog said:", None):
+        made = tiny_composition("llama", "mistral", **OPENED | {"augmenting_prefix": prefix})
+        model.set_augmenting_prefix(prefix, None if prefix is None else own)
+        assert logits_of(model, tokens).equal(logits_of(made, tokens))
+        assert not logits_of(model, tokens).equal(first)
+        assert model.config.augmenting == made.config.augmenting
+        assert model.generate(tokens, max_new_tokens=5).equal(made.generate(tokens, max_new_tokens=5))
+        model.save_pretrained(tmp_path)
+        bases = {"anchor": model.anchor, "augmenting": model.augmenting["augmenting"]}
+        again = calmlm.CalmForCausalLM.from_pretrained(tmp_path, **copy.deepcopy(bases))
+        assert logits_of(again, tokens).equal(logits_of(made, tokens))
+    model.set_augmenting_prefix("a fox:", own, name="augmenting")
+    assert logits_of(model, tokens).equal(first)
+    for given, message in (
+        (("x",), "needs the augmenting model's tokenizer"),
+        (("x", own, "other"), "name must be one of the augmenting models augmenting, but got 'other'"),
+        ((5, own), "must be a text or a list of messages"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model.set_augmenting_prefix(*given)
+    assert logits_of(model, tokens).equal(first)
 
 
 def test_the_anchor_reads_nothing_of_it() -> None:

@@ -158,7 +158,7 @@ def losses_of(model: Any, rows: list[Row], pad: int, batch_size: int = 64) -> Te
     found = torch.zeros(len(rows))
     for indices, batch in batches_of(model, rows, pad, batch_size):
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits = model(**given, **prompt_argument(model, batch["labels"])).logits
+        logits = model(**given, **prompt_argument(model, batch["labels"], batch["attention_mask"])).logits
         found[indices] = row_losses(logits, batch["labels"]).cpu()
     return found
 

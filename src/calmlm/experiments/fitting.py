@@ -28,7 +28,7 @@ from calmlm.data.context import own_contexts
 from calmlm.data.labels import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
-from calmlm.readers import given_of, prompt_of
+from calmlm.readers import given_of, prompt_of, starts_of
 
 __all__ = [
     "IGNORED",
@@ -149,11 +149,18 @@ def _collate(pad: int, masked: bool, rows: list[Row]) -> dict[str, Any]:
     return batch
 
 
-def prompt_argument(model: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What tells a model for which it matters which tokens are given, or it would read what is asked for."""
+def prompt_argument(model: Any, labels: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What tells a model for which it matters which tokens are given, or it would read what is asked for.
+
+    Args:
+        model: any; others need none.
+        labels: (B, T) int64, -100 for tokens that are given.
+        mask: the attention mask (B, T), by which rows may begin behind padding.
+    """
     if not isinstance(model, CalmForCausalLM) or not (model.model.enabled and model.model.wants_prompts):
         return {}
-    return {"prompt_mask": prompt_of(labels) if model.model.reads_prompts else given_of(labels, None)}
+    starts = starts_of(labels, mask, None)
+    return {"prompt_mask": prompt_of(labels, starts) if model.model.reads_prompts else given_of(labels, None, starts)}
 
 
 def _own_positions(model: Any) -> bool:
@@ -181,7 +188,7 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the labelled positions: of the whole batch, where this is a part of one."""
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        given |= prompt_argument(model, inputs["labels"])
+        given |= prompt_argument(model, inputs["labels"], inputs.get("attention_mask"))
         labels = inputs["labels"][:, 1:]
         supervised = labels != IGNORED
         plain = isinstance(getattr(model, "anchor", model), PLAIN_HEADS)

@@ -29,7 +29,7 @@ from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
-from calmlm.errors import DataError, ModelError
+from calmlm.errors import ConfigError, DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
@@ -125,6 +125,22 @@ class CalmModel(CalmPreTrainedModel):
             name: can_cache(backbone, self.augmenting[name] if name else self.anchor, reads.get(name, "tokens"))  # type: ignore[arg-type]
             for name, backbone in self._backbones.items()
         }
+
+    def change_prefix(self, name: str, ids: Sequence[int]) -> None:
+        """Let an augmenting model read these tokens before each text that begins from now on.
+
+        Raises:
+            ConfigError: for tokens that it does not have.
+        """
+        if max(ids, default=-1) >= self._backbones[name].vocab_size:
+            raise ConfigError(
+                f"augmenting_prefix must be of tokens below {self._backbones[name].vocab_size}, the vocabulary of "
+                f"{name!r}, but got {max(ids)}: pass its own tokenizer."
+            )
+        entry = self.config.augmenting[name]
+        entry.pop("prefix", None)
+        entry |= {"prefix": list(ids)} if ids else {}
+        self._openings[name].change(opening_of(entry))
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}

@@ -35,6 +35,10 @@ class Opening:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def change(self, ids: Sequence[int]) -> None:
+        """Read other tokens from the next text on."""
+        self.ids, self._read = tuple(ids), None
+
     def begin(self, past: Past, rows: int) -> Past:
         """``past`` with the opening in it, for a call on so many rows.
 

@@ -48,6 +48,8 @@ class Method:
         rank: of LoRA's matrices.
         steps, learning_rate, batch_size: of the training; no steps for what is not trained.
         rows_at_once: how many rows of a batch are in memory together; all by default.
+        of: a composition's row: this one trains nothing and measures that composition, while m_A reads the examples
+            that a model alone reads.
     """
 
     title: str
@@ -61,11 +63,18 @@ class Method:
     learning_rate: float = 0.0
     batch_size: int = 16
     rows_at_once: int | None = None
+    of: str | None = None
 
     @property
     def seeded(self) -> bool:
         """Whether anything about it depends on the seed."""
-        return self.examples or self.steps > 0 or self.system == "cascade" or self.augmenting == "random"
+        return (
+            self.examples
+            or self.of is not None
+            or self.steps > 0
+            or self.system == "cascade"
+            or self.augmenting == "random"
+        )
 
     @property
     def stage(self) -> Stage:
@@ -185,8 +194,11 @@ class Settings:
         left_out = {"methods", "name", "headline", *later}
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
-        if own["rows_at_once"] is None:  # as in cells that were stored without it
-            del own["rows_at_once"]
+        for key in ("rows_at_once", "of"):  # as in cells that were stored without them
+            if own[key] is None:
+                del own[key]
+        if (of := self.methods[name].of) is not None:
+            own["of"] = {key: value for key, value in dataclasses.asdict(self.methods[of]).items() if key != "title"}
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
 
     def faults(self) -> list[str]:
@@ -199,7 +211,13 @@ class Settings:
                 found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
             if method.rows_at_once is not None and method.batch_size % max(1, method.rows_at_once):
                 found.append(f"methods.{name}.rows_at_once: expected a part of {method.batch_size} rows.")
-            if bool(method.compose) != (method.system == "composed"):
+            if method.of is not None:
+                source = self.methods.get(method.of)
+                if source is None or source.system != "composed" or source.of is not None or not source.examples:
+                    found.append(f"methods.{name}.of: expected a composition with examples, but got {method.of}.")
+                if method.system != "composed" or method.compose or method.steps:
+                    found.append(f"methods.{name}: expected system 'composed' and nothing to train beside 'of'.")
+            elif bool(method.compose) != (method.system == "composed"):
                 found.append(f"methods.{name}.compose: expected arguments for system 'composed', and none for others.")
         if self.headline and self.headline not in self.methods:
             found.append(f"headline: expected one of the methods, but got {self.headline}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -23,19 +24,22 @@ from calmlm.experiments.real.joined import (
     composed,
     fine_tuned,
     open_pair,
+    open_trained,
     save_trained,
     train_composition,
     with_lora,
 )
+from calmlm.experiments.real.layout import AUGMENTING
 from calmlm.experiments.real.measures import System, first_line_of, measure
 from calmlm.experiments.real.picking import Routed
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
-from calmlm.experiments.real.systems import Alone, Cascade, Composed, told
+from calmlm.experiments.real.systems import Alone, Cascade, Composed, Shown, told
 from calmlm.experiments.real.world import World, as_text, read_sentences
 from calmlm.experiments.record import device, origin
 from calmlm.files.results import to_json, write_result
 from calmlm.files.storage import check_writable
+from calmlm.tokens.beginning import prefix_ids
 
 __all__ = ["cell_path", "run", "seeds_of"]
 
@@ -175,8 +179,12 @@ def make_cell(
     """Train and measure one method; a composition is saved in ``keep`` before it is measured."""
     start = time.perf_counter()
     method = settings.methods[name]
-    system, about = prepared(pair, method, world, report)
-    if keep is not None and method.system == "composed":
+    if method.of is not None:
+        source = None if keep is None else keep.with_name(f"{method.of}-seed-{world.seed}")
+        system, about = shown(settings, method.of, pair, world, report, source)
+    else:
+        system, about = prepared(pair, method, world, report)
+    if keep is not None and method.system == "composed" and method.of is None:
         save_trained(system.model, keep, settings, command)  # type: ignore[attr-defined]
     found = measure(system, world, settings.swapped, report)
     items = {"tested": world.tested, "english": world.english}
@@ -219,6 +227,33 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
     if method.system == "composed":
         return Composed(trained.model, pair.tokenizer), about
     return Alone(trained.model, pair.tokenizer), about
+
+
+def shown(
+    settings: Settings, of: str, pair: Pair, world: World, report: Callable[[str], None], source: Path | None
+) -> tuple[System, dict[str, Any]]:
+    """Another row's composition, whose m_A is shown the examples of a model alone.
+
+    Args:
+        of: that row.
+        source: where it was kept; it is trained where it was not.
+
+    Raises:
+        ConfigError: what was kept there is the composition of another seed.
+    """
+    if source is not None and (source / "config.json").is_file():
+        copies = {"anchor": copy.deepcopy(pair.anchor), "augmenting": copy.deepcopy(pair.augmenting)}
+        model = open_trained(source, dataclasses.replace(pair, **copies))
+        if model.config.augmenting[AUGMENTING].get("prefix") != prefix_ids(pair.augmenting_tokenizer, world.shown):
+            raise ConfigError(
+                f"Expected in {source} the composition of seed {world.seed}, but its m_A reads other examples: name "
+                f"another folder with --keep."
+            )
+    else:
+        model = train_composition(pair, settings.methods[of], world).model
+    report(f"measures {of} of seed {world.seed} with examples of the variety that is asked")
+    about = {"parameters": model.get_nb_trainable_parameters()[0]}
+    return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), about
 
 
 def cascade(pair: Pair, method: Method, world: World) -> Cascade:

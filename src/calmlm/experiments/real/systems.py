@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from calmlm.communication.tokenwise import token_nats
 from calmlm.data.labels import IGNORE, encode_prompt
 from calmlm.data.padding import pad_id, padded_left
 from calmlm.experiments.fitting import prompt_argument
-from calmlm.experiments.real.layout import batches, laid_out
+from calmlm.experiments.real.layout import AUGMENTING, batches, laid_out
 from calmlm.experiments.real.measures import by_row, text_of
 from calmlm.experiments.real.world import Item
 
-__all__ = ["Alone", "Cascade", "Composed", "FirstLine", "on_device", "told"]
+__all__ = ["Alone", "Cascade", "Composed", "FirstLine", "Shown", "on_device", "told"]
 
+T = TypeVar("T")
 WRITTEN_AT_ONCE = 24
 
 
@@ -76,7 +78,7 @@ class Alone:
         """Logits of the columns from the one before ``width`` on."""
         ids, mask = given["input_ids"], given["attention_mask"]
         if isinstance(self.model, CalmForCausalLM):
-            given = given | prompt_argument(self.model, labels)
+            given = given | prompt_argument(self.model, labels, mask)
         elif accepts(self.model, "position_ids"):
             given = given | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         # A slice, which a number would give, is multiplied several times as slowly as a copy in bfloat16 on CPUs.
@@ -145,6 +147,50 @@ class Composed(Alone):
     def nats(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
         """Each target's negative log-probability; with ``swapped``, m_A alone reads the other prompt."""
         return self.predicted(items, swapped)
+
+
+class Shown(Composed):
+    """A composition whose augmenting model reads examples of the variety that is asked in the place of its prefix.
+
+    Args:
+        model: the composition.
+        tokenizer, augmenting_tokenizer: the models'.
+        examples: by variety; plain text is read behind the model's own prefix.
+    """
+
+    def __init__(
+        self, model: CalmForCausalLM, tokenizer: Any, augmenting_tokenizer: Any, examples: Mapping[str, str]
+    ) -> None:
+        super().__init__(model, tokenizer)
+        self.augmenting_tokenizer, self.examples = augmenting_tokenizer, examples
+
+    def predicted(self, items: Sequence[Item], swapped: bool = False) -> list[float]:
+        """Each target's negative log-probability."""
+        return self._by_variety(items, lambda chosen: super(Shown, self).predicted(chosen, swapped))
+
+    def write(self, items: Sequence[Item], new_tokens: int) -> list[str]:
+        """Greedy continuations."""
+        return self._by_variety(items, lambda chosen: super(Shown, self).write(chosen, new_tokens))
+
+    def _by_variety(self, items: Sequence[Item], work: Callable[[list[Item]], list[T]]) -> list[T]:
+        found: dict[int, T] = {}
+        for variety in dict.fromkeys(item.variety for item in items):
+            chosen = [index for index, item in enumerate(items) if item.variety == variety]
+            with self._shown(variety):
+                found |= dict(zip(chosen, work([items[index] for index in chosen]), strict=True))
+        return [found[index] for index in range(len(items))]
+
+    @contextmanager
+    def _shown(self, variety: str) -> Iterator[None]:
+        if variety not in self.examples:
+            yield
+            return
+        own = self.model.config.augmenting[AUGMENTING].get("prefix", [])
+        self.model.set_augmenting_prefix(self.examples[variety], self.augmenting_tokenizer)
+        try:
+            yield
+        finally:
+            self.model.model.change_prefix(AUGMENTING, own)
 
 
 class Cascade:

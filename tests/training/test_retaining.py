@@ -100,6 +100,16 @@ def test_parts_of_a_batch_weigh_as_the_whole(general: str, settings: Settings) -
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
+def test_the_last_batch_of_an_epoch_weighs_as_the_others(
+    general: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten parts, eight to a batch: the second batch has two, whose text counts as much as that of eight."""
+    monkeypatch.setattr("calmlm.training.retaining.divergence", lambda *_: torch.tensor(1.0))
+    values = settings("trainer", num_train_epochs=1, gradient_accumulation_steps=8, learning_rate=1e-6)
+    values["retain"] = {"text": general, "weight": 1000.0}
+    assert train(parse_config(values), report=lambda line: None).loss == pytest.approx(1000.0, rel=0.02)
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     general: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,8 @@ class RetainingTrainer(Trainer):
         batch, columns = self.retained.batch(number)
         batch = {name: tensor.to(loss.device) for name, tensor in batch.items()}
         more_loss = divergence(model, self.accelerator.unwrap_model(model), batch, columns.to(loss.device))
-        # Where Trainer was told how many labels the whole batch has, the parts' losses add up.
-        share = 1 / parts if num_items_in_batch is not None else 1.0
+        # Where Trainer was told how many labels the whole batch has, the parts' losses add up: of the last batch of an
+        # epoch there may be fewer.
+        share = 1 / self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1.0
         loss = loss + self.retained.weight * share * more_loss
         return (loss, *found[1:]) if return_outputs else loss

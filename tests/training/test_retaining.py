@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import calmlm
 from calmlm.errors import ConfigError, DataError
 from calmlm.training import pipeline
+from calmlm.training.mean_gates import GATE
 from calmlm.training.pipeline import train
 from calmlm.training.retaining import Retained, divergence
 from calmlm.training.schema import parse_config
@@ -98,6 +100,20 @@ def test_parts_of_a_batch_weigh_as_the_whole(general: str, settings: Settings) -
         tensors = calmlm.CalmForCausalLM.from_pretrained(composition).composition_tensors()
         norms.append(sum(float(tensor.float().norm()) for tensor in tensors.values()))
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_gates_are_those_of_the_batches_alone(general: str, settings: Settings) -> None:
+    logged = []
+    for weight in (None, 1e-9):
+        values = settings("trainer", max_steps=4, save_steps=4, logging_steps=2)
+        values["model"] |= {"words": "pointer", "connections": "none"}
+        if weight is not None:
+            values["retain"] = {"text": general, "weight": weight, "lines": 6}
+        run = train(parse_config(values), overwrite=True, report=lambda line: None).composition.parent
+        state = json.loads((run / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
+        logged.append([entry[f"{GATE}augmenting/pointer"] for entry in state["log_history"] if "loss" in entry])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    assert logged[0][-1] > 0
 
 
 def test_the_last_batch_of_an_epoch_weighs_as_the_others(

@@ -7,13 +7,13 @@ import torch
 
 import calmlm
 from compositions import logits_of, pad, tiny_composition
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
 OPTIONS = [{}, {"norm": False}, {"gate": True}, {"rotary": True, "query_key_bias": 1.5, "null_key": True}]
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "default")
 def test_an_untrained_composition_is_the_anchor(options: dict, dtype: torch.dtype, attn_implementation: str) -> None:
     anchor = tiny_model("llama", seed=1, dtype=dtype, attn_implementation=attn_implementation)
@@ -22,6 +22,23 @@ def test_an_untrained_composition_is_the_anchor(options: dict, dtype: torch.dtyp
     augmenting = tiny_model("gpt2", seed=2, dtype=dtype, attn_implementation=attn_implementation)
     model = calmlm.compose(anchor, augmenting, connections=[(0, 0), (2, 2), (4, 4)], **options)
     assert torch.equal(logits_of(model, ids, mask), expected)
+
+
+TEXTS = [f"{number} and {number} are {2 * number}, and so on" for number in range(12)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("connector", ["graft", "cross_attention"])
+@pytest.mark.parametrize("words", ["map", "pointer"])
+def test_shut_gates_leave_the_anchor_in_any_numbers(words: str, connector: str, dtype: torch.dtype) -> None:
+    anchor, augmenting = (tiny_model(family, seed=1, dtype=dtype) for family in ("llama", "mistral"))
+    options = {"init": "aligned", "plain_text": TEXTS, "opened": False} if connector == "graft" else {}
+    made = tiny_tokenizer()
+    model = calmlm.compose(
+        anchor, augmenting, 2, connector=connector, words=words, tokenizer=made, augmenting_tokenizer=made, **options
+    )
+    ids = tiny_tokens(2, 8)
+    assert torch.equal(logits_of(model, ids), logits_of(anchor, ids))
 
 
 def test_a_disabled_composition_is_the_anchor_and_an_enabled_one_is_not() -> None:

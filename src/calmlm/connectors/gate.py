@@ -113,6 +113,11 @@ def shares(parts: list[tuple[ConvexGate, Tensor, Tensor | None]], anchor: Tensor
     return found
 
 
+def wide(state: Tensor) -> Tensor:
+    """A state in float32, or in float64 where it is: where a gate is 0, its own values have to come back."""
+    return state if state.dtype == torch.float64 else state.float()
+
+
 def _unit(state: Tensor) -> Tensor:
     state = state.float()
     return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6)

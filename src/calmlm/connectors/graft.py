@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmlm.connectors.gate import ConvexGate
+from calmlm.connectors.gate import ConvexGate, wide
 
 BIAS = 3.0  # of the gate: halves of two states are worse than either
 
@@ -66,7 +66,7 @@ class Graft(ConvexGate):
         gate = self.gate(anchor, augmenting).sigmoid()
         if where is not None:
             gate = gate * where[..., None]
-        own = anchor.float()
+        own = wide(anchor)
         standard = (augmenting.to(self.dtype) - self.mean) / self.deviation
         opened = self.opened()
         if self.observe is not None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calmlm.connectors.gate import ConvexGate
+from calmlm.connectors.gate import ConvexGate, wide
 
 NOTHING = -1
 """In a table of tokens: the anchor has nothing for it."""
@@ -67,14 +67,14 @@ class Pointer(ConvexGate):
 
 
 def point(anchor: Tensor, shares: Tensor, said: Sequence[Tensor]) -> Tensor:
-    """The logits of the mixture, (n, V_B) float32; the anchor's own values wherever all shares are 0.
+    """The logits of the mixture, (n, V_B) float32 or float64; the anchor's own values wherever all shares are 0.
 
     Args:
         anchor: its logits z_B, (n, V_B).
         shares: g of each augmenting model, (n, parts) float32.
         said: T p_A of each, (n, V_B) float32.
     """
-    anchor = anchor.float()
+    anchor = wide(anchor)
     inverse = (-anchor.log_softmax(-1)).clamp(max=RAREST).exp()
     more = torch.zeros_like(anchor)
     for share, other in zip((MOST * shares).split(1, dim=-1), said, strict=True):

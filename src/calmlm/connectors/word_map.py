@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from calmlm.connectors.gate import ConvexGate, shares
+from calmlm.connectors.gate import ConvexGate, shares, wide
 
 RIDGE = 1e-4
 
@@ -75,7 +75,7 @@ def mix(anchor: Tensor, parts: Sequence[tuple[WordMap, Tensor, Tensor | None]]) 
         own = own - share
         new = new + share * words.said(states)
         scale = scale + share * (words.scale_anchor.float() - 1)
-    return (own * scale * anchor.float() + new).to(anchor.dtype)
+    return (own * scale * wide(anchor) + new).to(anchor.dtype)
 
 
 def fit_map(anchor: Tensor, augmenting: Tensor, weights: Tensor, ridge: float = RIDGE) -> Tensor:

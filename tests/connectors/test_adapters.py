@@ -240,3 +240,19 @@ def test_two_compositions_take_turns_with_checkpointing() -> None:
     for model, wanted in [*zip(models, expected, strict=True)] * 2:
         for found, gradient in zip(gradients(model), wanted, strict=True):
             assert_close(found, gradient, 1e-6)
+
+
+def test_an_adapter_of_peft_on_them_speaks_before_it_is_merged() -> None:
+    """Where PEFT adapts a whole composition, it finds their maps as well."""
+    model, ids = adapted("llama"), tiny_tokens(2, 7)
+    before = logits_of(model, ids)
+    settings = LoraConfig(r=2, target_modules=["down", "up"], task_type="CAUSAL_LM", init_lora_weights=False)
+    over = get_peft_model(model, settings)
+    found = logits_of(over, ids)
+    assert not torch.allclose(found, before, atol=1e-2)
+    over.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in over.named_parameters() if p.requires_grad)
+    with over.eval().disable_adapter():
+        assert torch.equal(logits_of(over, ids), before)
+    assert not adapters_of(model).is_identity
+    assert_close(logits_of(over.merge_and_unload(), ids), found, 1e-5)

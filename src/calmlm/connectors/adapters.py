@@ -35,8 +35,18 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From (..., inputs) to (..., outputs), in the dtype of ``x``: a copy of it would cost more than all this."""
-        down, up = (part.weight.to(x.dtype) for part in (self.down, self.up))
-        return linear(linear(self.dropout(x), down), up) * self.scaling
+        return _applied(self.up, _applied(self.down, self.dropout(x))) * self.scaling
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is added, as at the start."""
+        return type(self.up) is nn.Linear and not bool(self.up.weight.any())
+
+
+def _applied(part: nn.Module, x: Tensor) -> Tensor:
+    """A linear map of ``x``, in its dtype; with what PEFT has put around it."""
+    weight: Tensor = part.weight  # type: ignore[assignment]
+    return linear(x, weight.to(x.dtype)) if type(part) is nn.Linear else part(x.to(weight.dtype)).to(x.dtype)
 
 
 class Adapters(nn.Module):
@@ -59,7 +69,7 @@ class Adapters(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether nothing is added, as at the start."""
-        return not any(bool(adapter.up.weight.any()) for adapter in self.maps.values())  # type: ignore[union-attr,operator]
+        return all(bool(adapter.is_identity) for adapter in self.maps.values())
 
     def of(self, name: str) -> nn.Module:
         """The adapter of the map with this name."""

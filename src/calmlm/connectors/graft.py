@@ -50,7 +50,9 @@ class Graft(ConvexGate):
     @property
     def is_identity(self) -> bool:
         """Whether all states are left as they are, as at the start: shut, and without a correction."""
-        return super().is_identity and (self.correction is None or not bool(self.correction.weight.any()))
+        # PEFT may have put something around the correction.
+        plain = self.correction is None or type(self.correction) is nn.Linear
+        return super().is_identity and plain and (self.correction is None or not bool(self.correction.weight.any()))
 
     def forward(self, anchor: Tensor, augmenting: Tensor, where: Tensor | None) -> Tensor:
         """The anchor's new states.

@@ -256,3 +256,12 @@ def test_an_adapter_of_peft_on_them_speaks_before_it_is_merged() -> None:
         assert torch.equal(logits_of(over, ids), before)
     assert not adapters_of(model).is_identity
     assert_close(logits_of(over.merge_and_unload(), ids), found, 1e-5)
+
+
+def test_each_of_several_models_has_a_start_of_its_own() -> None:
+    """With one start for all they would learn the same, and two would be worth one."""
+    augmenting = {"one": tiny_model("gpt2", seed=2), "two": tiny_model("mistral", seed=3)}
+    model = calmlm.compose(tiny_model("llama", seed=1), augmenting, 2, adapters=2)
+    starts = [dict(model.model.connectors[name][-1].named_parameters()) for name in augmenting]
+    for name, start in starts[0].items():
+        assert torch.equal(start, starts[1][name]) == name.endswith("up.weight"), name

@@ -229,7 +229,9 @@ def compose(
     alignments: dict[str, Alignment | Rewriting] = {}
     anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
     searched: dict[str, int] = {}
-    freedom = None if adapters is None else build_adapters(anchor_model, anchor_backbone.decoder, adapters)
+    # Each model's start from numbers of their own: from the same ones they would learn the same.
+    adapted = () if adapters is None else sources
+    freedom = {name: build_adapters(anchor_model, anchor_backbone.decoder, adapters) for name in adapted}
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
@@ -321,8 +323,8 @@ def compose(
                     "A graft must start from a map between both models' states, but got no init: set init='aligned' "
                     "and give plain_text."
                 )
-        if freedom is not None:
-            entry["adapters"] = freedom[0]
+        if name in freedom:
+            entry["adapters"] = freedom[name][0]
         entry["connections"] = [list(pair) for pair in pairs]
         entry["connector"] = vars(ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads))
         models[name], entries[name] = model, entry
@@ -353,8 +355,8 @@ def compose(
         for part in parts:
             if isinstance(part, WordMap):
                 part.start(*maps[name])
-            elif isinstance(part, Adapters) and freedom is not None:
-                part.load_state_dict(freedom[1])
+            elif isinstance(part, Adapters):
+                part.load_state_dict(freedom[name][1])
         if init is not None or name in searched:
             start_aligned(composed, name, tokenizer, plain_text)
     return composed.eval()

@@ -163,12 +163,13 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         """The composition's own tensors, by name.
 
         Raises:
-            ConfigError: when ``state_dict`` lacks some, or processes hold parts of them.
+            ConfigError: when ``state_dict`` lacks some, or processes hold parts of them, or PEFT has changed them.
         """
         if state_dict is not None:
             return saving.own_tensors(state_dict, self._shapes)
         tensors = {name: tensor for name, tensor in self.state_dict().items() if self.is_composition(name)}
         saving.check_whole(tensors, self._shapes)
+        saving.check_own(tensors, self._shapes)
         return tensors
 
     def _rename(self) -> None:

@@ -221,6 +221,23 @@ def test_another_state_dict_overwrites_nothing(saved: Path) -> None:
     assert (saved / "model.safetensors").read_bytes() == before
 
 
+def test_connections_that_peft_has_changed_overwrite_nothing(saved: Path) -> None:
+    """Nothing could load what would lie there; merged, they are the composition's own again."""
+    peft = pytest.importorskip("peft")
+    model = CalmForCausalLM.from_pretrained(saved)
+    before = (saved / "model.safetensors").read_bytes()
+    settings = peft.LoraConfig(r=2, target_modules=r".*connectors.*\.q_proj", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings)
+    with pytest.raises(ConfigError, match=r"merge_and_unload") as caught:
+        model.save_pretrained(saved)
+    assert_helpful(caught.value, "model.connectors")
+    assert (saved / "model.safetensors").read_bytes() == before
+    expected = logits_of(adapted, IDS)
+    adapted.merge_and_unload().save_pretrained(saved)
+    again = CalmForCausalLM.from_pretrained(saved)
+    assert torch.allclose(logits_of(again, IDS), expected, atol=1e-4)
+
+
 def test_a_changed_anchor_is_warned_of(models: Path) -> None:
     model = from_folders(models)
     with torch.no_grad():

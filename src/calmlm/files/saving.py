@@ -69,6 +69,21 @@ def own_tensors(state_dict: dict[str, Tensor], shapes: dict[str, Size]) -> dict[
     return found
 
 
+def check_own(tensors: dict[str, Tensor], shapes: dict[str, Size]) -> None:
+    """Raise for other tensors than those that a composition was made with, which nothing could load again.
+
+    Raises:
+        ConfigError: for such tensors.
+    """
+    others = sorted(tensors.keys() ^ shapes.keys())
+    if others:
+        raise ConfigError(
+            f"The composition's tensors must be those that it was made with to be saved, but {len(others)} are missing "
+            f"or others, for example {others[0]!r}, as PEFT leaves them: merge what it has added "
+            f"(merge_and_unload()), or save PEFT's model."
+        )
+
+
 def check_whole(tensors: dict[str, Tensor], shapes: dict[str, Size]) -> None:
     """Raise for tensors of which this process holds a part only.
 

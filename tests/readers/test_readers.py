@@ -459,6 +459,16 @@ def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     assert_close(found[:1], logits_of(model, ids[:1], augmenting_inputs={"senses": alone}), 1e-4)
 
 
+def test_what_an_encoder_fills_a_text_up_with_is_not_seen() -> None:
+    """Also where it is given without a mask: Longformer reads whole windows."""
+    torch.manual_seed(0)
+    model = awaken(calmlm.compose(tiny_model("llama"), {"senses": _longformer().eval()}, 2))
+    ids, text = tiny_tokens(2, 6), torch.randint(3, 50, (2, 5))
+    found = logits_of(model, ids, augmenting_inputs={"senses": {"input_ids": text}})
+    given = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    assert_close(found, logits_of(model, ids, augmenting_inputs={"senses": given}), 1e-5)
+
+
 def test_layers_of_another_width_are_refused() -> None:
     """Swin's grow from stage to stage: a connection has the width of the last."""
     shape = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}

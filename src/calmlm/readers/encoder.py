@@ -135,6 +135,9 @@ class EncoderReader(Common):
     def _mask(self, given: dict[str, Any], states: Tensor) -> Tensor | None:
         """Which of an encoder's states stand for its input, (items, S); None where nothing says that some do not."""
         found = [value for name in MASKS if isinstance(value := given.get(name), Tensor) and value.ndim == 2]
+        ids = given.get("input_ids")
+        if not found and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] < states.shape[1]:
+            found = [torch.ones_like(ids)]  # what the encoder fills them up with is no text
         if not found:
             return None
         mask, length = found[0], states.shape[1]

@@ -18,7 +18,7 @@ from calmlm.training.activation_cache import bytes_needed
 from calmlm.training.plan import GPUS, Plan, Texts, make_plan
 from calmlm.training.schema import load_config, parse_config
 from documents import ROOT
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
 LINES = [f"{number} and {number} are {2 * number}" for number in range(12)]
 CASES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def folders(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in ("anchor", "augmenting")}
 
 
-def planned(folders: dict[str, str], case: dict[str, Any], texts: Texts) -> Plan:
+def planned(folders: dict[str, Any], case: dict[str, Any], texts: Texts) -> Plan:
     values = {"output": "x", "model": {**folders, **case}, "data": {"train": "x.jsonl"}}
     return make_plan(parse_config(values), texts)
 
@@ -71,6 +71,46 @@ def test_figures_are_those_of_the_composition(folders: dict[str, str], case: str
     assert plan.cache(rows) == pytest.approx(
         bytes_needed(model.model, examples, None, anchor=plan.keeps_anchor), rel=0.01
     )
+
+
+PLAIN = {"plain_text": "plain.txt"}
+JOINED: dict[str, dict[str, Any]] = {
+    "maps of words that train": {"words": "map", "train_map": True},
+    "the recipe": PLAIN,
+    "the recipe, maps that stay": {**PLAIN, "train_map": False},
+    "plain text and heads": {**PLAIN, "num_heads": 2},
+    "plain text and a kind": {**PLAIN, "connector": {"kind": "cross_attention"}},
+    "plain text and an option": {**PLAIN, "connector": {"gate": True}},
+    "plain text, prompts": {**PLAIN, "refresh": False},
+    "aligned, with a gate": {**PLAIN, "connections": "top", "init": "aligned"},
+    "an expression": {"adapters": {"r": 2, "target_modules": ".*q_proj"}, "connections": "top"},
+    "ends of names": {"adapters": {"r": 2, "target_modules": ["self_attn.q_proj"]}},
+    "one layer": {
+        "adapters": {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [3]}, "connections": "top",
+    },
+    "all but some": {"adapters": {"r": 2, "exclude_modules": ["q_proj"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", [("llama", "mistral")], indirect=True)
+def test_whatever_says_how_models_are_joined(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("\n".join(LINES * 2))
+    for name, case in JOINED.items():
+        given = {**case, **({"plain_text": str(tmp_path / "plain.txt")} if "plain_text" in case else {})}
+        plan = planned(folders, given, Texts(24, 23, 3))
+        options = {**case, **case.get("connector", {})}
+        options["connector"] = options.pop("kind", None)
+        if "plain_text" in case:
+            made = tiny_tokenizer()
+            options |= {"plain_text": LINES * 2, "tokenizer": made, "augmenting_tokenizer": made}
+        model = calmlm.compose(folders["anchor"], folders["augmenting"], **options)
+        assert plan.trained == model.get_nb_trainable_parameters()[0], name
+        assert plan.untouched == model.model.untouched(), name
+    two = {"one": folders["augmenting"], "two": folders["augmenting"]}
+    plan = planned({**folders, "augmenting": two}, {"adapters": 2}, Texts())
+    assert plan.trained == calmlm.compose(folders["anchor"], two, adapters=2).get_nb_trainable_parameters()[0]
+    with pytest.raises(ConfigError, match="none of its maps is among target_modules"):
+        planned(folders, {"adapters": {"r": 2, "target_modules": ["query"]}}, Texts())
 
 
 @pytest.mark.parametrize(

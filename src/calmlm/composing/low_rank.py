@@ -43,28 +43,10 @@ def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[d
         MissingExtraError: without PEFT.
     """
     require("peft", EXTRA, "adapters")
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    settings = _settings(wanted, LoraConfig)
-    # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
-    settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
-    if settings.target_modules == "all-linear":  # which PEFT takes to mean the experts' stacked weights as well
-        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in linear}))
-    strange = [name for name in MORE if getattr(settings, name, None)]
-    strange += ["bias"] if settings.bias != "none" else []
-    strange += ["peft_type"] if settings.peft_type != "LORA" else []
-    if strange:
-        raise ConfigError(
-            f"adapters must be added to outputs of linear maps and nothing else, but got {', '.join(strange)}: leave "
-            f"that out."
-        )
-    if settings.init_lora_weights not in STARTS:
-        raise ConfigError(
-            f"adapters must start as the anchor, but got init_lora_weights={settings.init_lora_weights!r}: leave that "
-            f"out."
-        )
+    settings = _checked(model, decoder, wanted)
     attributes = set(vars(model))
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -86,6 +68,59 @@ def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[d
             f"other target_modules."
         )
     return _record({name.removeprefix(f"{start}."): layer for name, layer in found.items()})
+
+
+def planned_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[int, list[str]]:
+    """The rank of such adapters and the names of the decoder's maps beside which they would stand; nothing is made.
+
+    Raises:
+        ConfigError: for settings that PEFT or a composition does not take.
+        MissingExtraError: without PEFT, for more than a rank.
+    """
+    start = next(name for name, module in model.named_modules() if module is decoder)
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    if isinstance(wanted, int):
+        return wanted, linear
+    require("peft", EXTRA, "adapters")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    settings = _checked(model, decoder, wanted)
+    found = [name for name in linear if check_target_module_exists(settings, f"{start}.{name}" if start else name)]
+    if not found:
+        raise ConfigError(
+            "adapters must fit the anchor, but none of its maps is among target_modules: name some of its own."
+        )
+    return settings.r, found
+
+
+def _checked(model: nn.Module, decoder: nn.Module, wanted: Any) -> Any:
+    """PEFT's settings of adapters that leave the anchor as it is, and start as itself.
+
+    Raises:
+        ConfigError: for others.
+    """
+    from peft import LoraConfig
+
+    settings = _settings(wanted, LoraConfig)
+    # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
+    settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
+    if settings.target_modules == "all-linear":  # which PEFT takes to mean the experts' stacked weights as well
+        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+    strange = [name for name in MORE if getattr(settings, name, None)]
+    strange += ["bias"] if settings.bias != "none" else []
+    strange += ["peft_type"] if settings.peft_type != "LORA" else []
+    if strange:
+        raise ConfigError(
+            f"adapters must be added to outputs of linear maps and nothing else, but got {', '.join(strange)}: leave "
+            f"that out."
+        )
+    if settings.init_lora_weights not in STARTS:
+        raise ConfigError(
+            f"adapters must start as the anchor, but got init_lora_weights={settings.init_lora_weights!r}: leave that "
+            f"out."
+        )
+    return settings
 
 
 def _settings(wanted: Any, kind: Any) -> Any:

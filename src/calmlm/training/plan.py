@@ -6,7 +6,6 @@ a multiplication and an addition are two. Memory and time are estimates, and say
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.opening import saved_config
-from calmlm.composing.aligning import aligned_count, middle
-from calmlm.config import ConnectorConfig, Pairs, resolve_connections
+from calmlm.composing.aligning import aligned_count, check_alignable, middle
+from calmlm.composing.low_rank import planned_adapters
+from calmlm.composing.making import RECIPE
+from calmlm.config import ALIGNED, ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
-from calmlm.training.schema import BaseConfig, TrainingConfig
+from calmlm.training.schema import BaseConfig, ModelConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
 
@@ -70,6 +71,8 @@ class Base:
         saved: numbers that backward needs of a token in each layer, where its weights are frozen.
         inputs: more of these, where adapters stand beside its maps.
         vocabulary, size: of the head and of the states.
+        adapted: numbers of the adapters that one augmenting model has beside its maps.
+        adapted_from: the lowest of its layers that has some; None without.
         bytes: of one number.
         weight: of one weight, where these are quantised.
     """
@@ -83,7 +86,8 @@ class Base:
     vocabulary: int
     size: int
     heads: int
-    targets: Mapping[str, tuple[int, int]]
+    adapted: int
+    adapted_from: int | None
     bytes: int
     weight: float
 
@@ -132,6 +136,7 @@ class Plan:
 
     Attributes:
         anchor, augmenting, parts: what is joined.
+        adapters: numbers of the adapters of all augmenting models.
         untouched: how many of the anchor's layers, from below, nothing trained changes.
         texts: planned for.
         devices: over how many processes the models are spread (FSDP); 1 for none.
@@ -231,35 +236,46 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     wanted = model.augmenting_bases
     given = wanted if isinstance(wanted, dict) else {"augmenting": wanted}
     common = model.dtype, model.quantization_config
-    anchor = _base(model.anchor_base, *common, "anchor")
+    recipe = _is_recipe(model)
+    wanted_adapters = RECIPE["adapters"] if recipe else model.adapters
+    anchor = _base(model.anchor_base, *common, "anchor", wanted_adapters)
     augmenting = {name: _base(base, *common, f"augmenting model {name!r}") for name, base in given.items()}
-    recipe = model.plain_text is not None and not (model.connections or model.words or model.adapters or model.init)
     parts = {name: _part(name, base, anchor, config, recipe) for name, base in augmenting.items()}
-    rank = model.adapters if not recipe else 16
-    chosen = rank.get("target_modules", "all-linear") if isinstance(rank, dict) else "all-linear"
-    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
-    rank = rank.get("r", 8) if isinstance(rank, dict) else rank
-    shapes = [s for n, s in anchor.targets.items() if "all-linear" in chosen or n.rpartition(".")[2] in chosen]
-    adapters = sum(rank * (i + o) for i, o in shapes) if rank else 0
+    adapters = anchor.adapted * len(augmenting)
     # A connection changes what comes out of its layer, or goes into it; words alone change the last state only.
-    found = [j + (not part.before_layer) for part in parts.values() for _, j in part.pairs]
-    untouched = 0 if adapters else min(found, default=len(anchor.linear))
+    found = [(j, part.before_layer) for part in parts.values() for _, j in part.pairs]
+    found += [] if anchor.adapted_from is None else [(anchor.adapted_from, True)]
+    lowest = min((j for j, _ in found), default=len(anchor.linear) - 1)
+    inside = bool(adapters) or any(inside for j, inside in found if j == lowest)
+    untouched = lowest + (not inside)
     return Plan(anchor, augmenting, parts, adapters, untouched, texts, devices, config.cache)
+
+
+def _is_recipe(model: ModelConfig) -> bool:
+    """Whether nothing but plain text says how the models are joined; see ``calmlm.compose``."""
+    chosen = (model.connections, model.num_heads, model.words, model.init, model.adapters)
+    free = {"norm": True, "gate": False, "rotary": False, "null_key": False, "projection": "linear",
+            "ingestor": "learned", "query_key_bias": None, "rank": None, "top_k": None, "kind": None}  # fmt: skip
+    usual = all(free.get(key) == value for key, value in model.connector.items() if key != "opened")
+    return model.plain_text is not None and model.refresh and usual and all(one is None for one in chosen)
 
 
 def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: bool) -> Part:
     model = config.model
     chosen = model.connections
     connections: Any = chosen.get(name, "every-4") if isinstance(chosen, dict) else chosen
-    connections = connections or ("aligned-1" if recipe else "every-4")
+    connections = connections or (RECIPE["connections"] if recipe else "every-4")
     sizes = len(base.linear), len(anchor.linear)
-    if isinstance(connections, str) and connections.startswith("aligned-"):
+    if isinstance(connections, str) and connections.startswith(ALIGNED):
         pairs = middle(*sizes, aligned_count(connections))
     else:
         pairs = resolve_connections(connections, *sizes)
-    options = {"num_heads": model.num_heads, "kind": "graft" if recipe else "cross_attention", **model.connector}
+    options = {"num_heads": model.num_heads, "kind": RECIPE["connector"] if recipe else "cross_attention"}
+    options |= {key: value for key, value in model.connector.items() if not recipe or key != "kind"}
     if options["kind"] == "graft":
         options["train_map"] = model.train_map is not False
+    if recipe or model.init is not None or (isinstance(connections, str) and connections.startswith(ALIGNED)):
+        options = check_alignable(options["kind"], options)
     built = vars(ConnectorConfig.build(options, anchor.size, anchor.heads)).copy()
     kind = built.pop("kind")
     distribution = CONNECTORS[kind].reads_distribution
@@ -274,10 +290,12 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
         trained += sum(numbers)
         multiplied += sum(p.numel() for p in connector.parameters() if p.ndim == 2)
     words = model.words.get(name) if isinstance(model.words, dict) else model.words
-    words = words or ("map" if recipe else None)
+    words = words or (RECIPE["words"] if recipe else None)
     if words:
         trained += base.size + anchor.size + (4 if words == "map" else 2)
-        multiplied += base.size * anchor.size // 3 if words == "map" else 0  # forward alone: neither side is trained
+        trained += (base.size + 1) * anchor.size if words == "map" and model.train_map else 0
+        # Forward alone, where neither side is trained.
+        multiplied += base.size * anchor.size * (2 if model.train_map else 1) // 3 if words == "map" else 0
     layers = 1 if distribution else len({i for i, _ in pairs})
     kept = layers * width * (4 // base.bytes if distribution and built["ingestor"] != "anchor" else 1)
     kept += base.size if words else 0
@@ -287,7 +305,7 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
     )
 
 
-def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str) -> Base:
+def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str, adapters: Any = None) -> Base:
     name = given.name
     try:
         config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}))
@@ -307,7 +325,9 @@ def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str) -> Ba
     width = getattr(text, "head_dim", None) or backbone.size // heads
     kv = getattr(text, "num_key_value_heads", None) or heads
     inner = getattr(text, "intermediate_size", None) or 4 * backbone.size
-    targets = {n: _shape(m) for n, m in backbone.decoder.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    rank, adapted = (0, []) if adapters is None else planned_adapters(model, backbone.decoder, adapters)
+    maps = [backbone.decoder.get_submodule(target) for target in adapted]
+    inside = {module: place for place, layer in enumerate(backbone.layers) for module in layer.modules()}
     number = {"float32": 4, "float16": 2, "bfloat16": 2}.get(given.dtype or dtype or "", 0) or _stated(config)
     return Base(
         name,
@@ -320,7 +340,8 @@ def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str) -> Ba
         backbone.vocab_size,
         backbone.size,
         heads,
-        targets,
+        sum(rank * sum(_shape(module)) for module in maps),
+        min((inside.get(module, 0) for module in maps), default=None),
         number,
         _weight(given.quantization_config or quantised, number),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import threading
@@ -16,6 +17,7 @@ import torch
 
 from calmlm.serving.catalogue import Catalogue
 from calmlm.serving.engine import Engine
+from calmlm.serving.grammar import SchemaWriter
 from compositions import own, tiny_composition
 from served import PROMPTS, catalogue, expected, running, serving, wait
 from tokenizers_tiny import AWKWARD, tokenizer
@@ -250,6 +252,17 @@ def test_json_that_follows_a_schema() -> None:
         form["json_schema"]["schema"] = {"type": "nonsense"}
         with pytest.raises(openai.BadRequestError, match="JSON schema that can be followed"):
             client.completions.create(**given, extra_body={"response_format": form})
+
+
+def test_json_where_the_tokenizer_has_more_tokens_than_its_model() -> None:
+    """As Gemma's has one for pictures: it is never written."""
+    words = copy.deepcopy(tokenizer("bytes-large"))
+    known = len(words)
+    words.add_tokens(["extra"])
+    grammar = SchemaWriter(words, known, {words.eos_token_id}).grammar({"type": "string"})
+    grammar.take(words.convert_tokens_to_ids('"'))
+    allowed = grammar.allowed(known + 2)
+    assert allowed[:known].any() and not allowed[known:].any()
 
 
 def test_tokenize_health_and_metrics(server: tuple[str, Engine], client: openai.OpenAI) -> None:

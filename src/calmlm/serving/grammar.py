@@ -33,8 +33,10 @@ class SchemaWriter:
         require("llguidance", "structured", "response_format")
         from llguidance.hf import from_tokenizer
 
+        self._vocabulary = vocabulary
+        size = max(vocabulary, len(tokenizer))  # which may have tokens that its model does not know
         try:
-            self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(ends) or None)
+            self._tokenizer = from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(ends) or None)
         except Exception as error:  # its core is written in Rust, and raises what it likes
             raise ConfigError(
                 f"response_format must come with a tokenizer that llguidance reads, but it refuses this one "
@@ -59,20 +61,25 @@ class SchemaWriter:
                 f"response_format must hold a JSON schema that can be followed, but this one cannot "
                 f"({fault.splitlines()[0].rstrip('. ')}): change it."
             )
-        return JsonGrammar(LLMatcher(self._tokenizer, made))
+        return JsonGrammar(LLMatcher(self._tokenizer, made), self._vocabulary)
 
 
 class JsonGrammar:
-    """One text's place in a grammar."""
+    """One text's place in a grammar.
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    Args:
+        matcher: llguidance's.
+        known: the model's tokens are below.
+    """
+
+    def __init__(self, matcher: Any, known: int) -> None:
+        self._matcher, self._known = matcher, known
 
     def allowed(self, vocabulary: int) -> Tensor:
         """Which tokens may follow, (vocabulary,) bool."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        found = np.zeros(vocabulary, dtype=bool)
-        found[: len(bits)] = bits[:vocabulary].astype(bool)
+        found, bits = np.zeros(vocabulary, dtype=bool), bits[: min(vocabulary, self._known)]
+        found[: len(bits)] = bits.astype(bool)
         return torch.from_numpy(found)
 
     def take(self, token: int) -> None:

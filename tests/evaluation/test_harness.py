@@ -163,6 +163,21 @@ def test_results_are_written_whatever_they_hold(
     assert list(found["calm_mbpp"]) == ["failed"]
 
 
+def test_what_was_measured_outlives_an_interruption(
+    composition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        if tasks == ["calm_mbpp"]:
+            raise KeyboardInterrupt
+        return {"results": {tasks[0]: {"a,none": 0.5}}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", measured)
+    path = tmp_path / "out.json"
+    arguments = ["--tasks", "calm_humaneval,calm_mbpp", "--data", str(SLICES), "--device", "cpu"]
+    assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 130
+    assert json.loads(path.read_text(encoding="utf-8"))["results"] == {"calm_humaneval": {"a,none": 0.5}}
+
+
 def composed_lm(tokenizer: Any, anchor: Any = None, **options: Any) -> ComposedLM:
     """A composition in the harness's hands."""
     size = {"vocab_size": len(tokenizer)}

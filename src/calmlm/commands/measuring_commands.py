@@ -42,14 +42,26 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a saved composition on benchmarks."""
+    from contextlib import suppress
+
     from calmlm.evaluation.harness import evaluate
     from calmlm.experiments.record import origin
     from calmlm.files.results import to_json, write_result
-    from calmlm.files.storage import check_writable
+    from calmlm.files.storage import check_writable, write_text
 
     names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
     if output is not None:
         check_writable(output)
+
+    def written(found: dict[str, dict[str, Any]]) -> str:
+        return to_json({"results": found, **origin(None)}, indent=1) + "\n"
+
+    def keep(found: dict[str, dict[str, Any]]) -> None:
+        """What was measured outlives an interruption; where it cannot be written, the end says so."""
+        if output is not None:
+            with suppress(OSError):
+                write_text(output, written(found))
+
     found = evaluate(
         folder,
         names,
@@ -65,12 +77,13 @@ def evaluate(
         dtype=dtype,
         apply_chat_template=apply_chat_template,
         trust_remote_code=trust_remote_code,
+        report=keep,
     )
     for task, metrics in found.items():
         for name, value in metrics.items():
             print(f"{task:32}{name:32}{value}")
     if output is not None:
-        write_result(output, to_json({"results": found, **origin(None)}, indent=1) + "\n")
+        write_result(output, written(found))
 
 
 def compare(

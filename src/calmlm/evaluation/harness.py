@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def evaluate(
     dtype: str | None = None,
     apply_chat_template: bool = False,
     trust_remote_code: bool = False,
+    report: Callable[[dict[str, dict[str, Any]]], None] = lambda found: None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness, those of ``TASKS`` among them.
 
@@ -58,6 +59,7 @@ def evaluate(
         dtype: of the base models, instead of their own.
         apply_chat_template: put each prompt into the tokenizer's chat template.
         trust_remote_code: whether code that comes with a model may run.
+        report: takes the metrics of all tasks so far, behind each of them.
 
     Returns:
         the metrics, by task, as plain data, with ``augmenting_models_read`` where that is not the same; of a task
@@ -129,6 +131,7 @@ def evaluate(
             for task, metrics in measured["results"].items():
                 found[task] = {key: value for key, value in plain(metrics).items() if key not in UNSAID}
                 found[task] |= SWAPPED if swapped else {}
+            report(found)
     if not found:
         raise next(iter(failures.values()))
     return found | {name: {"failed": str(failure)} for name, failure in failures.items()}

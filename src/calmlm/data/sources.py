@@ -35,12 +35,14 @@ def load_examples(sources: Sequence[str | HubDataset]) -> list[Example]:
     """The examples of all sources, in order, in one format.
 
     Raises:
-        DataError: a source is missing, empty or malformed, or formats are mixed.
+        DataError: there is no source, one is missing, empty or malformed, or formats are mixed.
         MissingExtraError: a data set is named and `datasets` is not installed.
     """
     records: list[Record] = []
     for source in sources:
         records += read_hub(source) if isinstance(source, HubDataset) else read_jsonl(source)
+    if not records:
+        raise DataError("Expected at least one source of data, but the list of them is empty; name a file.")
     return read_examples(records)
 
 

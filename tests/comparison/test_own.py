@@ -289,6 +289,7 @@ def test_a_cell_is_known_by_the_contents(tmp_path: Path, values: dict[str, Any])
         (("own", "model", "connector"), {"ranks": 2}, "ranks"),
         (("own", "model", "alignment"), "guess", "alignment"),
         (("own", "model", "dtype"), "bf16", "dtype"),
+        (("own", "model", "dtype"), "int8", "dtype"),
         (("own", "twin"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "vanilla"), "nowhere/at-all", "nowhere/at-all"),
         (("own", "model", "device_map"), "auto", "device_map"),

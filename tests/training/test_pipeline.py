@@ -195,6 +195,7 @@ def broken(values: dict[str, Any], part: str, key: str, value: Any) -> dict[str,
         ("data", "max_length", 4, r"line \d+: expected a prompt shorter than the context of 4 tokens"),
         ("data", "max_length", 500, r"data.max_length: expected at most 128, the shorter context"),
         ("model", "dtype", "bf16", r"dtype must be 'auto', .* but got 'bf16'"),
+        ("model", "dtype", "int8", r"dtype must be 'auto', .* but got 'int8'"),
         (
             "trainer",
             "lr_scheduler_type",

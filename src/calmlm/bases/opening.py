@@ -119,13 +119,14 @@ def saved_config(source: str, **hub: Any) -> PreTrainedConfig:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise unless a number format is one of torch's, its name, or ``"auto"``.
+    """Raise unless a format of floating-point numbers is one of torch's, its name, or ``"auto"``.
 
     Raises:
         ConfigError: for another.
     """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype not in (None, "auto") and not isinstance(found, (torch.dtype, dict)):
+    floats = isinstance(found, dict) or (isinstance(found, torch.dtype) and found.is_floating_point)
+    if dtype not in (None, "auto") and not floats:
         raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', but got {dtype!r}: use one.")
 
 

@@ -29,6 +29,7 @@ from calmlm.cli import main
 from calmlm.commands.options import standard_input
 from calmlm.data.sources import read_lines
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers_tiny import tokenizer
 
 
 @pytest.fixture
@@ -323,6 +324,14 @@ class TestGenerate:
         assert "--tokenizer" in message
         text = self.run(capsys, tmp_path / "composed", "--prompt", "a", "--tokenizer", anchor_folder)
         assert text == self.run(capsys, tmp_path / "composed", "--prompt", "a", "--tokenizer", anchor_folder)
+        other = tmp_path / "other"
+        tokenizer("bytes-large").save_pretrained(other)
+        message = fault(capsys, "generate", tmp_path / "composed", "--prompt", "hello world", "--tokenizer", other)
+        assert "ids below 97, the anchor's vocabulary" in message
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "hello", "completion": " world"}\n', encoding="utf-8")
+        assert main(["inspect", str(tmp_path / "composed"), "--text", str(rows), "--tokenizer", str(other)]) == 2
+        assert "ids below 97, the anchor's vocabulary" in capsys.readouterr().err
 
     def test_damaged_weights(self, composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for name in ("config.json", "model.safetensors"):

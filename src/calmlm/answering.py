@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -139,14 +139,28 @@ class TextModel:
         """The token ids of a prompt, as ``write`` takes it.
 
         Raises:
-            DataError: the prompt is empty.
+            DataError: the prompt is empty, or the tokenizer is another model's.
             ConfigError: the tokenizer has no chat template.
         """
         check_text(prompt, "the prompt")
         ids = self._conversation(prompt) if apply_chat_template else encode_prompt(prompt, self.tokenizer)
         if not ids:
             raise DataError("Expected a prompt of at least one token, but it has none; write some text.")
+        self.check_ids(ids)
         return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise for tokens that the anchor does not have: the tokenizer is another model's.
+
+        Raises:
+            DataError: naming the token.
+        """
+        size, most = self.model.model.backbone().vocab_size, max(ids, default=0)
+        if most >= size:
+            raise DataError(
+                f"Expected a tokenizer with ids below {size}, the anchor's vocabulary, but it gives {most}; name the "
+                f"anchor's own."
+            )
 
     def _room(self, ids: list[int], wanted: int) -> int:
         """How many tokens may follow a prompt.

@@ -57,6 +57,8 @@ def listen_to_file(source: str, path: Path, rows: int, **options: Any) -> Commun
         prompt_length=prompt_length(text.model),
         own=own_contexts(text.model),
     )
+    for row in encoded.rows:
+        text.check_ids(row["input_ids"])
     return listen(text.model, text.tokenizer, encoded.rows, augmenting_tokenizers=tokenizers_of(text.model))
 
 

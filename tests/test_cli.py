@@ -309,6 +309,8 @@ class TestGenerate:
     def test_device(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
         message = fault(capsys, "generate", composition, "--prompt", "a", "--device", "gpu")
         assert message.startswith("Expected a device that torch can use, but got 'gpu'")
+        message = fault(capsys, "generate", composition, "--prompt", "a", "--device", "meta")
+        assert message.startswith("Expected a device that torch can use, but got 'meta'")
 
     def test_no_composition(self, anchor_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for folder in (anchor_folder, tmp_path, tmp_path / "none"):

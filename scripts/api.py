@@ -27,6 +27,7 @@ CONTENTS: dict[str, dict[str, tuple[str, ...]]] = {
             "remove_augmenting",
             "enable_augmenting",
             "disable_augmenting",
+            "set_augmenting_prefix",
             "composition_tensors",
             "get_nb_trainable_parameters",
             "print_trainable_parameters",

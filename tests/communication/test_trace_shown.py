@@ -14,7 +14,7 @@ from calmlm.communication.trace import Attended, Heard, Trace
 from calmlm.communication.trace_page import show_trace, strongest
 from calmlm.communication.trace_picture import draw_trace
 
-ODD = ["[red]", " $x_1$", "\n", "日本", "\\xf0", "\x1b[0m", "  "]
+ODD = ["[red]", ":key:", " $x_1$", "\n", "日本", "\\xf0", "\x1b[0m", "  "]
 
 
 def trace(columns: int = 3, connections: int = 2) -> Trace:
@@ -22,7 +22,7 @@ def trace(columns: int = 3, connections: int = 2) -> Trace:
     weights = [torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(k)) for k in range(connections)]
     weights = [part / part.sum(-1, keepdim=True) for part in weights]
     return Trace(
-        "a [b]", "".join(ODD), ODD, 1.0, [-0.001] * rows, [-2.5] * rows,
+        "a [b] 1:100:2", "".join(ODD), ODD, 1.0, [-0.001] * rows, [-2.5] * rows,
         {"one": Heard([f"{ODD[k % rows]}{k}" for k in range(columns)], [True] * columns)},
         [Attended("one", (k, k + 1), part, None) for k, part in enumerate(weights)],
         {"one pointer": [0.25] * rows}, {"one 0 → 1": [0.5] * (rows - 1) + [1.5]}, {"one": [2.499] * rows},
@@ -30,7 +30,7 @@ def trace(columns: int = 3, connections: int = 2) -> Trace:
 
 
 def test_tokens_are_words() -> None:
-    assert [shown(token) for token in ODD] == ["[red]", "␣$x_1$", "\\n", "日本", "\\xf0", "\\x1b[0m", "␣␣"]
+    assert [shown(token) for token in ODD] == ["[red]", ":key:", "␣$x_1$", "\\n", "日本", "\\xf0", "\\x1b[0m", "␣␣"]
     assert shown(" a b ") == "␣a b␣" and shown("") == ""
 
 
@@ -39,8 +39,9 @@ def test_in_a_terminal() -> None:
     page = Console(file=io.StringIO(), width=140)
     show_trace(found, page)
     text = page.file.getvalue()  # type: ignore[attr-defined]
-    assert "[red]" in text and "\x1b" not in text.replace("\\x1b", "") and "-0.00" not in text
-    assert "+2.50" in text and "0.643" in text and "1.500" in text and "a [b]" in text
+    assert "[red]" in text and text.count(":key:") > 1
+    assert "\x1b" not in text.replace("\\x1b", "") and "-0.00" not in text
+    assert "+2.50" in text and "0.625" in text and "1.500" in text and "a [b] 1:100:2" in text
     mean = (found.attention[0].weights.mean(0) + found.attention[1].weights.mean(0)) / 2
     for row, (token, weight) in enumerate(strongest(found, "one")):
         assert weight == float(mean[row].max()) and token == found.heard["one"].tokens[int(mean[row].argmax())]

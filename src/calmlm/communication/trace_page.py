@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from calmlm.communication.token_texts import printable, shown
 from calmlm.communication.trace import Trace
@@ -21,8 +21,9 @@ def show_trace(trace: Trace, console: Console) -> None:
         trace: of the answer.
         console: where to print.
     """
-    console.print(f"[bold]prompt[/]  {escape(printable(trace.prompt, KEPT))}", highlight=False)
-    console.print(f"[bold]answer[/]  {escape(printable(trace.answer, KEPT))}", highlight=False)
+    # A Text is shown as it is: in a string, rich would take [red] for a colour, and :100: for a picture.
+    for title, text in (("prompt", trace.prompt), ("answer", trace.answer)):
+        console.print(Text.assemble((title, "bold"), f"  {printable(text, KEPT)}"))
     console.print(_tokens(trace))
     if trace.contributions:
         console.print(_connections(trace))
@@ -50,10 +51,10 @@ def strongest(trace: Trace, name: str) -> list[tuple[str, float]]:
 def _tokens(trace: Trace) -> Table:
     table = Table(title="each token of the answer, log-probabilities in nats", title_justify="left", title_style="dim")
     table.add_column("token", no_wrap=True)
-    cells: list[list[str]] = [[escape(shown(token)) for token in trace.tokens]]
+    cells = [[shown(token) for token in trace.tokens]]
 
     def column(title: str, values: list[str], justify: str = "right") -> None:
-        table.add_column(escape(title), justify=justify)  # type: ignore[arg-type]
+        table.add_column(Text(title), justify=justify)  # type: ignore[arg-type]
         cells.append(values)
 
     column("composition", [_number(value) for value in trace.composition])
@@ -65,9 +66,9 @@ def _tokens(trace: Trace) -> Table:
         column(f"gate {label}", [f"{value:.2f}" for value in values])
     for name in dict.fromkeys(one.model for one in trace.attention):
         best = strongest(trace, name)
-        column(f"{name} attended to", [f"{escape(shown(t))} {w:.2f}" if t else "" for t, w in best], "left")
+        column(f"{name} attended to", [f"{shown(t)} {w:.2f}" if t else "" for t, w in best], "left")
     for row in zip(*cells, strict=True):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -81,5 +82,5 @@ def _connections(trace: Trace) -> Table:
     for title in ("mean", "most"):
         table.add_column(title, justify="right")
     for label, values in trace.contributions.items():
-        table.add_row(escape(label), f"{sum(values) / len(values):.3f}", f"{max(values):.3f}")
+        table.add_row(Text(label), f"{sum(values) / len(values):.3f}", f"{max(values):.3f}")
     return table

@@ -53,9 +53,9 @@ def test_weights_are_softmax_by_hand_and_see_nothing_later(options: dict[str, An
     assert [one.layers for one in found.attention] == [(0, 1), (4, 3)]
     assert found.heard["augmenting"].tokens == tiny_tokenizer().batch_decode([[i] for i in IDS[:11]])
     for one, (connector, state, keys) in zip(found.attention, kept, strict=False):
-        query = connector.q_proj(connector.anchor_norm(state))[0].view(12, connector.num_heads, -1).transpose(0, 1)
+        query = connector.q_proj(connector.anchor_norm(state))[0].view(11, connector.num_heads, -1).transpose(0, 1)
         if connector.rotary:
-            query = rotate(query[None], rotary_angles(torch.arange(12)[None], query.shape[-1]))[0]
+            query = rotate(query[None], rotary_angles(torch.arange(11)[None], query.shape[-1]))[0]
         for head in range(connector.num_heads):
             for row, place in enumerate(range(6, 11)):
                 scores = [float(query[head, place] @ keys[0, head, column]) for column in range(place + 1)]
@@ -240,6 +240,18 @@ def test_an_answer_that_is_written_is_looked_into_as_it_is(theirs: str | None) -
     assert_close(torch.tensor(plain["attention"][0]["weights"]), found.attention[0].weights, 1e-4)
     assert set(plain) == {"prompt", "answer", "tokens", "scale", "log_probability", "heard", "attention", "gates",
                           "contributions", "silenced", "swapped"}  # fmt: skip
+
+
+def test_an_answer_that_fills_a_context_is_looked_into() -> None:
+    """It ends with the first token that the augmenting model has no positions for."""
+    ours = tokenizer("bytes-large")
+    options = own("characters", "bytes-large")
+    options["augmenting_options"] |= {"n_positions": 40, "max_position_embeddings": 40}
+    text = TextModel(tiny_composition("llama", "gpt2", alignment="own", **options), ours)
+    ids = text.write("the quick fox", lambda piece: None, max_new_tokens=60)
+    assert len(ids) < 60
+    found = look(text, "the quick fox", max_new_tokens=60)
+    assert len(found.composition) == len(found.tokens) == len(ids)
 
 
 def test_what_cannot_be_looked_into() -> None:

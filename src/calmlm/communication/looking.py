@@ -156,23 +156,25 @@ def look_into(
         )
     texts = texts_of_augmenting(model, tokenizer) if texts is None else texts
     inner = model.model
+    # The last token is predicted and not read: there may be no room for it in a context, which ends the answer then.
+    read, wanted = [*ids, *new[:-1]], list(new)
     training = model.training
     model.eval()
     try:
         probe = Probe(model, len(ids))
         with probe:
-            spoken = _likely(model, [*ids, *new], len(new))
+            spoken = _likely(model, read, wanted)
         with model.disable_composition():
-            anchor = _likely(model, [*ids, *new], len(new))
+            anchor = _likely(model, read, wanted)
         silenced, swapped = {}, {}
         for name in model.config.augmenting:
             if name in inner.active:
                 with _silenced(inner, name):
-                    without = _likely(model, [*ids, *new], len(new))
+                    without = _likely(model, read, wanted)
                 silenced[name] = (spoken - without).tolist()
         for name in listening(model) if other else ():
-            given = beside([name], [[*ids, *new]], [[*(other or ()), *new]], 0, model.device)
-            swapped[name] = (spoken - _likely(model, [*ids, *new], len(new), given)).tolist()
+            given = beside([name], [read], [[*(other or ()), *new[:-1]]], 0, model.device)
+            swapped[name] = (spoken - _likely(model, read, wanted, given)).tolist()
     finally:
         model.train(training)
     return Trace(
@@ -191,26 +193,23 @@ def look_into(
     )
 
 
-def _likely(model: Any, ids: Sequence[int], count: int, given: dict[str, Any] | None = None) -> Tensor:
+def _likely(model: Any, read: Sequence[int], wanted: Sequence[int], given: dict[str, Any] | None = None) -> Tensor:
     """The log-probabilities (count,) float32 of the last tokens of a text; all before them were given.
 
     Args:
         model: the composition.
-        ids: of the text.
-        count: of the tokens.
-        given: the call's inputs, which end as the text does; the text alone by default.
+        read: ids of the text without its last token.
+        wanted: those of the last tokens; all but the last one end ``read``.
+        given: the call's inputs, which end as ``read`` does; these ids alone by default.
     """
     device = model.device
-    inputs = {"input_ids": torch.tensor([ids], device=device)} if given is None else given
-    width = inputs["input_ids"].shape[1]
-    columns = torch.arange(width, device=device)
+    inputs = {"input_ids": torch.tensor([read], device=device)} if given is None else given
+    columns = torch.arange(inputs["input_ids"].shape[1], device=device)
+    first = len(columns) - len(wanted)  # predicts the first of them
     logits = model(
-        **inputs,
-        prompt_mask=(columns < width - count)[None],
-        use_cache=False,
-        logits_to_keep=columns[width - count - 1 : -1],
+        **inputs, prompt_mask=(columns <= first)[None], use_cache=False, logits_to_keep=columns[first:]
     ).logits
-    return -token_nats(logits[0], torch.tensor(ids[-count:], device=logits.device)).cpu()
+    return -token_nats(logits[0], torch.tensor(wanted, device=logits.device)).cpu()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class _Read(NamedTuple):
 
 
 class Probe:
-    """Looks on while a composition reads one text, in one call without a cache.
+    """Looks on while a composition reads one text without its last token, in one call without a cache.
 
     Cross-attentions compute eagerly meanwhile, since other kinds keep no weights.
 
@@ -192,7 +192,7 @@ class Probe:
         """Where connections looked, in the columns of ``heard``."""
         found = []
         for (name, layers), (weights, null) in self._attention.items():
-            rows = weights[:, self.start - 1 : -1]
+            rows = weights[:, self.start - 1 :]
             nothing = rows[..., -1] if null else None
             found.append(Attended(name, layers, rows[..., self._columns(name)], nothing))
         return found
@@ -212,9 +212,9 @@ class Probe:
 
     def _columns(self, name: str) -> Tensor:
         """The columns that some token of the answer could look at, (n,) int64."""
-        return self._read[name].seen[self.start - 1 : -1].any(0).nonzero()[:, 0]
+        return self._read[name].seen[self.start - 1 :].any(0).nonzero()[:, 0]
 
     def _answered(self, found: Tensor) -> Tensor:
         """The positions that predict the answer: of all, or of those that alone have logits."""
         length = len(next(iter(self._read.values())).seen)
-        return found if len(found) == length - self.start else found[self.start - 1 : -1]
+        return found if len(found) == length - self.start + 1 else found[self.start - 1 :]

@@ -147,6 +147,19 @@ def test_a_model_that_reads_prompts_reads_their_ends() -> None:
     assert long == same and short == alone and len(long) > 12
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_what_has_no_tokens_is_the_beginning_of_a_text(batch_size: int) -> None:
+    """An empty prompt, and a context of white space, which the harness gives to what follows."""
+    wrapped = composed(batch_size=batch_size)
+    first = wrapped.prefix_token_id
+    ((score, _), _) = ask(wrapped, "loglikelihood", (" ", "hello"), ("a fox", " world"))
+    assert score == pytest.approx(likelihood(wrapped, [first], wrapped.tok_encode(" hello")), rel=1e-4)
+    settings: dict[str, Any] = {"until": ["#"], "max_gen_toks": 4}
+    (written, _) = ask(wrapped, "generate_until", ("", dict(settings)), ("hello", dict(settings)))
+    expected = greedy_without_cache(wrapped.model, torch.tensor([[first]]), 4)[0, 1:]
+    assert written == wrapped.tok_decode(expected.tolist()).split("#")[0]
+
+
 def test_a_token_that_never_fits_is_said_to() -> None:
     (context,) = own_contexts(composed().model)
     tiny = OwnContext(context.name, 0, True, context.writer)

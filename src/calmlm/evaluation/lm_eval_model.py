@@ -55,6 +55,27 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             return whole[len(head) :]
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A context of white space may have no tokens of its own; it is the beginning of a text then, as none is."""
+        before, scored = super()._encode_pair(context, continuation)
+        return before or self._beginning, scored
+
+    def tok_batch_encode(self, strings: Any, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """As in the harness; a prompt without tokens is the beginning of a text."""
+        ids, masks = super().tok_batch_encode(strings, *arguments, **options)
+        empty = ~masks.bool().any(1)
+        if not self._beginning or not empty.any():
+            return ids, masks
+        if not ids.shape[1]:
+            ids, masks = (torch.zeros((len(part), 1), dtype=torch.long) for part in (ids, masks))
+        ids[empty, -1], masks[empty, -1] = self._beginning[0], 1
+        return ids, masks
+
+    @property
+    def _beginning(self) -> list[int]:
+        """What the harness takes an empty context for, where the tokenizer has such a token."""
+        return [] if self.prefix_token_id is None else [self.prefix_token_id]
+
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """The harness puts a beginning of text before what it scores; the tokenizer's own would be a second one."""
         given = vars(self)["add_bos_token"]

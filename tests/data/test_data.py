@@ -202,7 +202,7 @@ class TestEncoding:
             encode(tokenizer, {"prompt": "abcdefgh", "completion": "i"}, max_length=8)
         assert str(caught.value) == (
             "FILE, line 1: expected a prompt shorter than the context of 8 tokens, but got 8; shorten it, or raise "
-            "data.max_length if the models allow it."
+            "max_length if the models allow it."
         )
 
     def test_nothing_to_predict(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -143,7 +143,10 @@ def test_a_warm_cache_saves_what_never_changes(folders: dict[str, str]) -> None:
     assert spread.memory["frozen weights"] == pytest.approx(alone.memory["frozen weights"] / 4, abs=1)
 
 
-def test_large_models_are_planned_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_models_are_planned_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     LlamaConfig(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
         vocab_size=128256, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
@@ -151,10 +154,10 @@ def test_large_models_are_planned_without_weights(tmp_path: Path, capsys: pytest
     LlamaConfig(
         hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
         vocab_size=151936, tie_word_embeddings=True, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(tmp_path / "small")  # fmt: skip
+    ).save_pretrained(tmp_path / "[old]")  # fmt: skip
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"output: {tmp_path / 'run'}\nmodel: {{anchor: {tmp_path / 'big'}, augmenting: {tmp_path / 'small'}}}\n"
+        f"output: {tmp_path / 'run'}\nmodel: {{anchor: {tmp_path / 'big'}, augmenting: '{tmp_path / '[old]'}'}}\n"
         f"data: {{train: nothing.jsonl}}\ntrainer: {{per_device_train_batch_size: 4}}\n"
     )
     assert main(["plan", str(config), "--json"]) == 0
@@ -166,6 +169,7 @@ def test_large_models_are_planned_without_weights(tmp_path: Path, capsys: pytest
     assert main(["plan", str(config), "--gpu", "4090", "--devices", "2", "--length", "100", "--labelled", "10"]) == 0
     printed = capsys.readouterr().out
     assert "8,030,261,248" in printed
+    assert "[old]" in printed
     assert "1,000,000" in printed
     assert main(["plan", str(config), "--gpu", "abacus"]) == 2
     assert "--gpu must be one of h100" in capsys.readouterr().err

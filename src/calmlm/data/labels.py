@@ -78,7 +78,7 @@ def encode_examples(
             if not any(learned[1:max_length]):
                 raise DataError(
                     f"{example.place}: expected a prompt shorter than the context of {max_length} tokens, but got "
-                    f"{learned.index(True)}; shorten it, or raise data.max_length if the models allow it."
+                    f"{learned.index(True)}; shorten it, or raise max_length if the models allow it."
                 )
             ids = ids[:max_length]
             truncated += 1

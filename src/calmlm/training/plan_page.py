@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from calmlm.training.plan import GPUS, USED, Plan
 
@@ -45,7 +46,7 @@ def show(plan: Plan, gpu: str, console: Console) -> None:
     names = {"anchor": plan.anchor, **plan.augmenting}
     table = Table("", "parameters", "layers", "width")
     for name, base in names.items():
-        table.add_row(f"{name}: {base.name}", f"{base.parameters:,}", str(len(base.linear)), f"{base.size:,}")
+        table.add_row(Text(f"{name}: {base.name}"), f"{base.parameters:,}", str(len(base.linear)), f"{base.size:,}")
     table.add_row("trained", f"{plan.trained:,}", "", "")
     console.print(table)
     for name, part in plan.parts.items():

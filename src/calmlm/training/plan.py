@@ -270,7 +270,8 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
         pairs = middle(*sizes, aligned_count(connections))
     else:
         pairs = resolve_connections(connections, *sizes)
-    options = {"num_heads": model.num_heads, "kind": RECIPE["connector"] if recipe else "cross_attention"}
+    options: dict[str, Any] = {"num_heads": model.num_heads}
+    options["kind"] = RECIPE["connector"] if recipe else "cross_attention"
     options |= {key: value for key, value in model.connector.items() if not recipe or key != "kind"}
     if options["kind"] == "graft":
         options["train_map"] = model.train_map is not False

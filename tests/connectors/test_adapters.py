@@ -247,6 +247,7 @@ def test_an_adapter_of_peft_on_them_speaks_before_it_is_merged() -> None:
     model, ids = adapted("llama"), tiny_tokens(2, 7)
     before = logits_of(model, ids)
     settings = LoraConfig(r=2, target_modules=["down", "up"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)  # from which PEFT draws
     over = get_peft_model(model, settings)
     found = logits_of(over, ids)
     assert not torch.allclose(found, before, atol=1e-2)
@@ -255,7 +256,7 @@ def test_an_adapter_of_peft_on_them_speaks_before_it_is_merged() -> None:
     with over.eval().disable_adapter():
         assert torch.equal(logits_of(over, ids), before)
     assert not adapters_of(model).is_identity
-    assert_close(logits_of(over.merge_and_unload(), ids), found, 1e-5)
+    assert_close(logits_of(over.merge_and_unload(), ids), found, 1e-4)
 
 
 def test_each_of_several_models_has_a_start_of_its_own() -> None:

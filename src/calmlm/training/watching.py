@@ -75,13 +75,17 @@ class WatchedTrainer(Trainer):
         if self.gates is None:
             self.gates = MeanGates(self.accelerator.unwrap_model(model))
         batch = dict(inputs)
-        if self.args.torch_compile:  # which cannot look into what it has compiled
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            with self.gates.watching(batch.get("attention_mask")):
-                loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._batches.append((batch, loss))
         return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        """The loss, with an eye on the gates while the model trains: backward may open them once more."""
+        # Nobody can look into what torch has compiled.
+        if self.gates is None or self.args.torch_compile or not model.training:
+            return super().compute_loss(model, inputs, *more, **named)
+        with self.gates.watching(inputs.get("attention_mask")):
+            return super().compute_loss(model, inputs, *more, **named)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of a step's gradient, before the step is taken.

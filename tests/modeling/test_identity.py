@@ -17,7 +17,8 @@ OPTIONS = [{}, {"norm": False}, {"gate": True}, {"rotary": True, "query_key_bias
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "default")
 def test_an_untrained_composition_is_the_anchor(options: dict, dtype: torch.dtype, attn_implementation: str) -> None:
     anchor = tiny_model("llama", seed=1, dtype=dtype, attn_implementation=attn_implementation)
-    ids, mask = pad([tiny_tokens(1, 8)[0], tiny_tokens(1, 5)[0]], "left")
+    # In float64, eager attention gives padding a little weight, and rows that begin with it are refused.
+    ids, mask = pad([tiny_tokens(1, 8)[0], tiny_tokens(1, 5)[0]], "right" if dtype == torch.float64 else "left")
     expected = logits_of(anchor, ids, mask)
     augmenting = tiny_model("gpt2", seed=2, dtype=dtype, attn_implementation=attn_implementation)
     model = calmlm.compose(anchor, augmenting, connections=[(0, 0), (2, 2), (4, 4)], **options)

@@ -152,11 +152,6 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             raise ConfigError(
                 f"augmenting_prefix is for models that read text, but {name!r} is an encoder: name another one."
             )
-        if prefix is not None and augmenting_tokenizer is None:
-            raise ConfigError(
-                "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass "
-                "augmenting_tokenizer."
-            )
         self.model.change_prefix(name, [] if prefix is None else prefix_ids(augmenting_tokenizer, prefix))
 
     def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def planned_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple
         MissingExtraError: without PEFT, for more than a rank.
     """
     start = next(name for name, module in model.named_modules() if module is decoder)
-    linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = _linear(decoder)
     if isinstance(wanted, int):
         return wanted, linear
     require("peft", EXTRA, "adapters")
@@ -105,8 +105,7 @@ def _checked(model: nn.Module, decoder: nn.Module, wanted: Any) -> Any:
     # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
     settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
     if settings.target_modules == "all-linear":  # which PEFT takes to mean the experts' stacked weights as well
-        linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in linear}))
+        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in _linear(decoder)}))
     strange = [name for name in MORE if getattr(settings, name, None)]
     strange += ["bias"] if settings.bias != "none" else []
     strange += ["peft_type"] if settings.peft_type != "LORA" else []
@@ -121,6 +120,11 @@ def _checked(model: nn.Module, decoder: nn.Module, wanted: Any) -> Any:
             f"out."
         )
     return settings
+
+
+def _linear(decoder: nn.Module) -> list[str]:
+    """The names of a decoder's linear maps."""
+    return [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def _settings(wanted: Any, kind: Any) -> Any:

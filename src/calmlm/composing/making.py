@@ -48,9 +48,30 @@ RECIPE: dict[str, Any] = {
 }
 """How models are joined where ``plain_text`` is given and nothing else is said; chosen by ``calmlm repro real``."""
 
+UNSAID: dict[str, Any] = {
+    "norm": True,
+    "refresh": True,
+    "gate": False,
+    "rotary": False,
+    "null_key": False,
+    "projection": "linear",
+    "ingestor": "learned",
+}
+"""Options of ``compose`` that say nothing of how models are joined; of all others, None does."""
+
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
+
+
+def is_recipe(plain_text: Any, options: Mapping[str, Any]) -> bool:
+    """Whether nothing but plain text says how models are joined, so that it is ``RECIPE`` that joins them.
+
+    Args:
+        plain_text: as ``compose`` takes it.
+        options: those of its arguments that say how, by name; ones that are left out say nothing.
+    """
+    return plain_text is not None and all(value == UNSAID.get(name) for name, value in options.items())
 
 
 @reading_once()
@@ -177,9 +198,15 @@ def compose(
         ModelError: for a model that cannot be loaded or composed or has adapters, or tokenizers that cannot be aligned.
     """
     plain_text = list(plain_text) if plain_text is not None and not isinstance(plain_text, str) else plain_text
-    chosen = (connections, connector, num_heads, words, init, adapters, query_key_bias, rank, top_k)
-    usual = norm and refresh and not (gate or rotary or null_key) and (projection, ingestor) == ("linear", "learned")
-    recipe = plain_text is not None and usual and all(one is None for one in chosen)
+    recipe = is_recipe(
+        plain_text,
+        {
+            "connections": connections, "connector": connector, "num_heads": num_heads, "words": words, "init": init,
+            "adapters": adapters, "query_key_bias": query_key_bias, "rank": rank, "top_k": top_k, "norm": norm,
+            "refresh": refresh, "gate": gate, "rotary": rotary, "null_key": null_key, "projection": projection,
+            "ingestor": ingestor,
+        },
+    )  # fmt: skip
     if recipe:
         connections, connector, words, init, open_, adapters = RECIPE.values()
         opened = open_ if opened is None else opened

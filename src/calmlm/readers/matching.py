@@ -103,10 +103,6 @@ def opening_entry(
 ) -> dict[str, Any]:
     """What an augmenting model reads before each text, as a part of its entry."""
     own = augmenting_tokenizer if augmenting_tokenizer is not None else (tokenizer if alignment is None else None)
-    if prefix is not None and own is None:
-        raise ConfigError(
-            "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass augmenting_tokenizer."
-        )
     method = getattr(alignment, "method", "transcode")
     beginning = beginning_of(augmenting_tokenizer) if augmenting_tokenizer is not None else []
     if method != "own" and tokenizer is not None:
@@ -114,7 +110,7 @@ def opening_entry(
         theirs = beginning_of(tokenizer)
         brought = theirs if alignment is None else [i for index in theirs for i in _table(alignment).body[index]]
         beginning = [] if view is not None or (beginning and brought[: len(beginning)] == beginning) else beginning
-    ids = [] if prefix is None or own is None else prefix_ids(own, prefix)
+    ids = [] if prefix is None else prefix_ids(own, prefix)
     if max([*beginning, *ids], default=-1) >= backbone.vocab_size:
         beginning = [index for index in beginning if index < backbone.vocab_size]
         ids = [index for index in ids if index < backbone.vocab_size]

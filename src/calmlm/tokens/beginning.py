@@ -23,12 +23,17 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase, prefix: Prefix) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase | None, prefix: Prefix) -> list[int]:
     """The tokens of a prefix, without what its tokenizer puts before any text.
 
     Raises:
-        ConfigError: for messages without a chat template, or such as it refuses, or a prefix of another type.
+        ConfigError: without a tokenizer; for messages without a chat template, or such as it refuses, or a prefix of
+            another type.
     """
+    if tokenizer is None:
+        raise ConfigError(
+            "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass augmenting_tokenizer."
+        )
     if isinstance(prefix, str):
         return list(tokenizer(prefix, add_special_tokens=False).input_ids)
     if not isinstance(prefix, Sequence) or not all(isinstance(message, dict) for message in prefix):

@@ -315,7 +315,8 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
     points = model.model.points
 
-    class Held(WatchedTrainer, ResumedTrainer, RetainingTrainer, Composed):
+    # What is retained stands outside of what watches the gates: it is none of the batch.
+    class Held(RetainingTrainer, WatchedTrainer, ResumedTrainer, Composed):
         pass
 
     trainer = Held(
@@ -342,7 +343,8 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             return super().compute_loss(model, lean_inputs(self, inputs, return_outputs), return_outputs, **kwargs)
 
-    class Held(WatchedTrainer, ResumedTrainer, RetainingTrainer, Composed):
+    # What is retained stands outside of what watches the gates: it is none of the batch.
+    class Held(RetainingTrainer, WatchedTrainer, ResumedTrainer, Composed):
         pass
 
     # Despite its name the collator for any rows with labels: it pads those with -100.

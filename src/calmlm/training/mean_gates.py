@@ -68,18 +68,6 @@ class MeanGates:
             for gate in self.gates.values():
                 gate.observe = None
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Within this context, inside the other one, gates are not counted: what is read is none of the batch."""
-        before = {label: gate.observe for label, gate in self.gates.items()}
-        for gate in self.gates.values():
-            gate.observe = None
-        try:
-            yield
-        finally:
-            for label, gate in self.gates.items():
-                gate.observe = before[label]
-
     def _take(self, label: str, mask: Tensor | None, gates: Tensor, where: Tensor | None) -> None:
         found = gates.detach()[..., 0].float()
         counted = torch.ones_like(found, dtype=torch.bool) if where is None else where.expand_as(found)

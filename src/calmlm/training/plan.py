@@ -18,13 +18,13 @@ from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.opening import saved_config
 from calmlm.composing.aligning import aligned_count, check_alignable, middle
 from calmlm.composing.low_rank import planned_adapters
-from calmlm.composing.making import RECIPE
+from calmlm.composing.making import RECIPE, is_recipe
 from calmlm.config import ALIGNED, ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
-from calmlm.training.schema import BaseConfig, ModelConfig, TrainingConfig
+from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
 
@@ -236,7 +236,10 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     wanted = model.augmenting_bases
     given = wanted if isinstance(wanted, dict) else {"augmenting": wanted}
     common = model.dtype, model.quantization_config
-    recipe = _is_recipe(model)
+    said = {name: getattr(model, name) for name in ("connections", "num_heads", "words", "init", "adapters", "refresh")}
+    connector = {"connector" if key == "kind" else key: value for key, value in model.connector.items()}
+    connector.pop("opened", None)
+    recipe = is_recipe(model.plain_text, connector | said)
     wanted_adapters = RECIPE["adapters"] if recipe else model.adapters
     anchor = _base(model.anchor_base, *common, "anchor", wanted_adapters)
     augmenting = {name: _base(base, *common, f"augmenting model {name!r}") for name, base in given.items()}
@@ -251,22 +254,14 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     return Plan(anchor, augmenting, parts, adapters, untouched, texts, devices, config.cache)
 
 
-def _is_recipe(model: ModelConfig) -> bool:
-    """Whether nothing but plain text says how the models are joined; see ``calmlm.compose``."""
-    chosen = (model.connections, model.num_heads, model.words, model.init, model.adapters)
-    free = {"norm": True, "gate": False, "rotary": False, "null_key": False, "projection": "linear",
-            "ingestor": "learned", "query_key_bias": None, "rank": None, "top_k": None, "kind": None}  # fmt: skip
-    usual = all(free.get(key) == value for key, value in model.connector.items() if key != "opened")
-    return model.plain_text is not None and model.refresh and usual and all(one is None for one in chosen)
-
-
 def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: bool) -> Part:
     model = config.model
     chosen = model.connections
     connections: Any = chosen.get(name, "every-4") if isinstance(chosen, dict) else chosen
     connections = connections or (RECIPE["connections"] if recipe else "every-4")
     sizes = len(base.linear), len(anchor.linear)
-    if isinstance(connections, str) and connections.startswith(ALIGNED):
+    searched = isinstance(connections, str) and connections.startswith(ALIGNED)
+    if searched:
         pairs = middle(*sizes, aligned_count(connections))
     else:
         pairs = resolve_connections(connections, *sizes)
@@ -275,7 +270,7 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
     options |= {key: value for key, value in model.connector.items() if not recipe or key != "kind"}
     if options["kind"] == "graft":
         options["train_map"] = model.train_map is not False
-    if recipe or model.init is not None or (isinstance(connections, str) and connections.startswith(ALIGNED)):
+    if recipe or model.init is not None or searched:
         options = check_alignable(options["kind"], options)
     built = vars(ConnectorConfig.build(options, anchor.size, anchor.heads)).copy()
     kind = built.pop("kind")

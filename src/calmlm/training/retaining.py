@@ -6,7 +6,6 @@ switched off, so that no second model is in memory.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from calmlm.data.padding import padded
-from calmlm.training.mean_gates import MeanGates
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -92,11 +90,9 @@ class RetainingTrainer(Trainer):
 
     Attributes:
         retained: the text; None for none.
-        gates: those that the trainer counts, where it does; what is retained is not counted.
     """
 
     retained: Retained | None = None
-    gates: MeanGates | None = None
     _step, _part = -1, 0
 
     def compute_loss(
@@ -116,8 +112,7 @@ class RetainingTrainer(Trainer):
         self._part += 1
         batch, columns = self.retained.batch(number)
         batch = {name: tensor.to(loss.device) for name, tensor in batch.items()}
-        with contextlib.nullcontext() if self.gates is None else self.gates.resting():
-            more_loss = divergence(model, self.accelerator.unwrap_model(model), batch, columns.to(loss.device))
+        more_loss = divergence(model, self.accelerator.unwrap_model(model), batch, columns.to(loss.device))
         # Where Trainer was told how many labels the whole batch has, the parts' losses add up: of the last batch of an
         # epoch there may be fewer.
         share = 1 / self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1.0

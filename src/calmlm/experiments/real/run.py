@@ -184,8 +184,8 @@ def make_cell(
         system, about = shown(settings, method.of, pair, world, report, source)
     else:
         system, about = prepared(pair, method, world, report)
-    if keep is not None and method.system == "composed" and method.of is None:
-        save_trained(system.model, keep, settings, command)  # type: ignore[attr-defined]
+        if keep is not None and method.system == "composed":
+            save_trained(system.model, keep, settings, command)  # type: ignore[attr-defined]
     found = measure(system, world, settings.swapped, report)
     items = {"tested": world.tested, "english": world.english}
     return {

@@ -5,12 +5,14 @@
     python benchmarks/real.py --rounds 3      # a quick look
     python benchmarks/real.py --anchor DIR --augmenting DIR
     python benchmarks/real.py --composition runs/translation/run/composition      # a trained one beside the others
+    python benchmarks/real.py --what decoding --modes eager compiled              # both models' layers compiled
 
 SmolLM2-135M-Instruct is the anchor, Gemma 3 270M the augmenting model; both in bfloat16. Two compositions of the same
 models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of text: an answer in English after a question
 in Devanagari, and the other way round. Regime: one process, all works in turn, medians of the ratios round by round.
 The floor is what both models take by themselves: their forward passes for a training step and for a prompt; decoding
-token by token, m_A without its head, for a generated token.
+token by token, m_A without its head, for a generated token. ``compiled``: each layer of both models by itself, in the
+compositions as in the floor.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from transformers import GgufConfig, PreTrainedModel
 import calmlm
 from calmlm.bases.forms import Form
 from calmlm.bases.opening import load_base
+from calmlm.experiments.real.joined import Pair, open_trained
 from calmlm.experiments.record import device, origin
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
@@ -49,6 +53,8 @@ DEVANAGARI = (
     "पुराना पुस्तकालय उन्नीसवीं सदी में बना था और उसमें दस हज़ार से ज़्यादा किताबें हैं।",
     "गर्मियों में तापमान चालीस डिग्री से ऊपर चला जाता है और बाज़ार केवल शाम को खुलता है।",
 )
+WORKS = ("training step", "prefill", "decoding")
+MODES = ("eager", "compiled")
 TEXTS = {
     "English": [(f"{asked}\nEnglish:", f" {answer}") for asked, answer in zip(DEVANAGARI, ENGLISH, strict=True)],
     "Devanagari": [(f"{asked}\nHindi:", f" {answer}") for asked, answer in zip(ENGLISH, DEVANAGARI, strict=True)],
@@ -136,86 +142,117 @@ def alone(decoder: Any, prompt: torch.Tensor, answer: list[int]) -> Callable[[],
     return write
 
 
-def cases_of(
-    anchor: PreTrainedModel,
-    small: PreTrainedModel,
-    tokenizers: tuple[Any, Any],
-    rounds: int,
-    batch: int,
-    new: int,
-    trained: Path | None,
-) -> list[dict[str, Any]]:
-    """All cases; ``trained`` is the folder of a composition of these models."""
-    ours, theirs = tokenizers
+def compile_layers(models: Iterable[Any]) -> None:
+    """Compile each layer of these models by itself, for texts of any length."""
+    for model in models:
+        for layer in model.get_decoder().layers:
+            layer.compile(dynamic=True)
+
+
+def made_of(pair: Pair, trained: Path | None) -> dict[str, calmlm.CalmForCausalLM]:
+    """The compositions of these models, each with copies of its own; ``trained`` is the folder of one."""
     made = {}
     for name in ALIGNMENTS:
-        pair = copy.deepcopy(anchor), copy.deepcopy(small)
-        made[name] = calmlm.compose(*pair, tokenizer=ours, augmenting_tokenizer=theirs, alignment=name)
+        copies = copy.deepcopy((pair.anchor, pair.augmenting))
+        tokenizers = {"tokenizer": pair.tokenizer, "augmenting_tokenizer": pair.augmenting_tokenizer}
+        made[name] = calmlm.compose(*copies, alignment=name, **tokenizers)
     if trained is not None:
-        made["trained"] = calmlm.CalmForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).to(device())
+        made["trained"] = open_trained(trained, copy.deepcopy(pair))
+    return made
+
+
+def works_of(
+    pair: Pair, made: dict[str, calmlm.CalmForCausalLM], language: str, batch: int, new: int
+) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, Any]]:
+    """What is timed, the compositions first and the floor last, and what it reads."""
+    ours, theirs, anchor, small = pair.tokenizer, pair.augmenting_tokenizer, pair.anchor, pair.augmenting
+    rows = rows_of(ours, language, batch)
+    prompt, answer = TEXTS[language][0]
+    ids = torch.tensor([ours(prompt, add_special_tokens=False).input_ids], device=device())
+    told = ours(answer, add_special_tokens=False).input_ids[:new]
+    own = theirs(prompt + answer).input_ids
+    start = len(theirs(prompt).input_ids)
+    own_prompt = torch.tensor([own[:start]], device=device())
+    own_rows = theirs([p + a for p, a in TEXTS[language]], padding=True, return_tensors="pt").to(device())
+    repeated = {key: value.repeat(-(-batch // len(value)), 1)[:batch] for key, value in own_rows.items()}
+
+    @torch.no_grad()
+    def floor() -> None:
+        anchor.eval()
+        anchor(rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        small.get_decoder()(**repeated, use_cache=False)
+
+    @torch.no_grad()
+    def read(model: Any) -> None:
+        model.eval()
+        model(ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool), use_cache=True, logits_to_keep=1)
+
+    @torch.no_grad()
+    def read_alone() -> None:
+        anchor(ids, use_cache=True, logits_to_keep=1)
+        small.get_decoder()(own_prompt, use_cache=True)
+
+    by_both = [alone(anchor, ids, told), alone(small.get_decoder(), own_prompt, own[start : start + len(told)])]
+    works: dict[str, list[Callable[[], Any]]] = {
+        "training step": [*(training_step(model, rows) for model in made.values()), floor],
+        "prefill": [*(partial(read, model) for model in made.values()), read_alone],
+        "decoding": [*(forced(model, ids, told) for model in made.values()), lambda: [work() for work in by_both]],
+    }
+    return works, {"rows": rows, "prompt": ids, "answer": told}
+
+
+def cases_of(
+    pair: Pair, rounds: int, batch: int, new: int, trained: Path | None, what: list[str], modes: list[str]
+) -> list[dict[str, Any]]:
+    """All cases; ``trained`` is the folder of a composition of these models."""
+    made = made_of(pair, trained)
     cases = []
-    for language in TEXTS:
-        rows = rows_of(ours, language, batch)
-        prompt, answer = TEXTS[language][0]
-        ids = torch.tensor([ours(prompt, add_special_tokens=False).input_ids], device=device())
-        told = ours(answer, add_special_tokens=False).input_ids[:new]
-        own = theirs(prompt + answer).input_ids
-        start = len(theirs(prompt).input_ids)
-        own_prompt = torch.tensor([own[:start]], device=device())
-        own_rows = theirs([p + a for p, a in TEXTS[language]], padding=True, return_tensors="pt").to(device())
-        repeated = {key: value.repeat(-(-batch // len(value)), 1)[:batch] for key, value in own_rows.items()}
+    for mode in modes:
+        if mode == "compiled":
+            bases = [
+                base for model in made.values() for base in (model.model.anchor, model.model.augmenting["augmenting"])
+            ]
+            compile_layers([pair.anchor, pair.augmenting, *bases])
+        for language in TEXTS:
+            works, texts = works_of(pair, made, language, batch, new)
+            for kind in what:
+                cases += timed_cases(kind, works[kind], made, texts, rounds, {"completion": language, "mode": mode})
+    return cases
 
-        @torch.no_grad()
-        def floor(rows: Any = rows, repeated: Any = repeated) -> None:
-            anchor.eval()
-            anchor(rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
-            small.get_decoder()(**repeated, use_cache=False)
 
-        @torch.no_grad()
-        def read(model: Any, ids: Any = ids) -> None:
-            model.eval()
-            model(ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool), use_cache=True, logits_to_keep=1)
-
-        @torch.no_grad()
-        def read_alone(ids: Any = ids, own_prompt: Any = own_prompt) -> None:
-            anchor(ids, use_cache=True, logits_to_keep=1)
-            small.get_decoder()(own_prompt, use_cache=True)
-
-        by_both = [alone(anchor, ids, told), alone(small.get_decoder(), own_prompt, own[start : start + len(told)])]
-
-        def write_alone(by_both: Any = by_both) -> None:
-            for work in by_both:
-                work()
-
-        works: dict[str, list[Callable[[], Any]]] = {
-            "training step": [training_step(model, rows) for model in made.values()] + [floor],
-            "prefill": [lambda model=model: read(model) for model in made.values()] + [read_alone],
-            "decoding": [forced(model, ids, told) for model in made.values()] + [write_alone],
+def timed_cases(
+    what: str,
+    turns: list[Callable[[], Any]],
+    made: dict[str, calmlm.CalmForCausalLM],
+    texts: dict[str, Any],
+    rounds: int,
+    where: dict[str, str],
+) -> list[dict[str, Any]]:
+    """One work of all compositions and the floor, in turn."""
+    cases = []
+    seconds = take_turns(turns, rounds)
+    for place, (name, model) in enumerate(made.items()):
+        against, spread = ratio(seconds[place], seconds[1])
+        case = {
+            "what": what,
+            **where,
+            "alignment": name,
+            "seconds": round(statistics.median(seconds[place]), 3),
+            "time_x_floor": round(ratio(seconds[place], seconds[-1])[0], 3),
+            "time_x_transcode": round(against, 3),
+            "quartile_distance": round(spread, 3),
         }
-        for what, turns in works.items():
-            seconds = take_turns(turns, rounds)
-            for place, name in enumerate(made):
-                against, spread = ratio(seconds[place], seconds[1])
-                case = {
-                    "what": what,
-                    "completion": language,
-                    "alignment": name,
-                    "seconds": round(statistics.median(seconds[place]), 3),
-                    "time_x_floor": round(ratio(seconds[place], seconds[-1])[0], 3),
-                    "time_x_transcode": round(against, 3),
-                    "quartile_distance": round(spread, 3),
-                }
-                if what == "training step":
-                    model = made[name]
-                    case |= {
-                        "anchor_tokens": int(rows["attention_mask"].sum()),
-                        "augmenting_tokens": tokens_read(model, rows),
-                        "peak_mib": round(peak_bytes(turns[place], model) / 2**20),
-                    }
-                if what == "decoding":
-                    case |= {"tokens": len(told), "augmenting_tokens_per_step": per_step(made[name], ids, told)}
-                print(case, flush=True)
-                cases.append(case)
+        if what == "training step":
+            case |= {
+                "anchor_tokens": int(texts["rows"]["attention_mask"].sum()),
+                "augmenting_tokens": tokens_read(model, texts["rows"]),
+                "peak_mib": round(peak_bytes(turns[place], model) / 2**20),
+            }
+        if what == "decoding":
+            read = per_step(model, texts["prompt"], texts["answer"])
+            case |= {"tokens": len(texts["answer"]), "augmenting_tokens_per_step": read}
+        print(case, flush=True)
+        cases.append(case)
     return cases
 
 
@@ -244,15 +281,18 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer at most")
     parser.add_argument("--anchor", type=Path, default=ANCHOR)
     parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
+    parser.add_argument("--what", nargs="+", default=list(WORKS), choices=WORKS)
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
     parser.add_argument("--composition", type=Path, help="folder of a trained composition of the two")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"real_{device()}.json")
     options = parser.parse_args()
     for path in (options.anchor, options.augmenting):
         if not path.exists():
             parser.error(f"{path} does not exist: run scripts/models, or name the models")
-    tokenizers = find_tokenizer(options.anchor), find_tokenizer(options.augmenting)
-    models = load(options.anchor), load(options.augmenting)
-    cases = cases_of(*models, tokenizers, options.rounds, options.batch, options.new, options.composition)
+    places = options.anchor, options.augmenting
+    pair = Pair(*map(load, places), *map(find_tokenizer, places))
+    sizes = options.rounds, options.batch, options.new
+    cases = cases_of(pair, *sizes, options.composition, options.what, options.modes)
     result = {
         "benchmark": "real",
         "anchor": options.anchor.stem,

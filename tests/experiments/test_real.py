@@ -36,6 +36,7 @@ from calmlm.experiments.real.resampling import Figures, bits_of, difference
 from calmlm.experiments.real.run import cascade, cell_path, run, seeds_of
 from calmlm.experiments.real.systems import Alone, Cascade, Composed, Shown
 from calmlm.experiments.real.world import Item, World, read_sentences
+from calmlm.training.retaining import divergence
 from documents import ROOT
 from pairs import tiny_pair
 
@@ -216,11 +217,17 @@ def test_faults_are_collected(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
         "name: x\nanchor: {id: a}\naugmenting: {id: b}\ndata: d\nvarieties: {inside: [u], outside: [v]}\nitems: 900\n"
-        "methods: {one: {title: One, system: m_A, steps: 3}, two: {title: Two, system: composed}}\n"
+        "methods: {one: {title: One, system: m_A, steps: 3}, two: {title: Two, system: composed},\n"
+        "  three: {title: Three, system: lora, steps: 3, learning_rate: 1e-3, retain: 1.0}}\n"
     )
     with pytest.raises(ConfigError) as caught:
         load_settings(path)
-    for part in ("methods.one.steps: expected none", "methods.two.compose: expected", "items: expected 2 to 400"):
+    for part in (
+        "methods.one.steps: expected none",
+        "methods.two.compose: expected",
+        "three.retain: expected",
+        "items: expected 2 to 400",
+    ):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="Expected a YAML file at"):
         load_settings(tmp_path / "none.yaml")
@@ -514,6 +521,25 @@ def test_training_leaves_the_pair_alone(pair: Pair, world: World) -> None:
     assert joined.losses
     assert before.keys() == pair.anchor.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in pair.anchor.state_dict().items())
+
+
+def test_a_composition_can_be_held_to_its_anchor_on_plain_english(pair: Pair, world: World) -> None:
+    """It says what the anchor says on lines that it was not held to, and still learns from D_C; in parts as a whole."""
+    compose = {"connections": "none", "words": "map", "adapters": {"r": 4}}
+    free = dataclasses.replace(METHODS["words"], compose=compose, steps=12, learning_rate=2e-2)
+    held = dataclasses.replace(free, retain=20.0)
+    lines = pair.tokenizer([item.target for item in world.english], return_tensors="pt", padding=True)
+
+    def away(model: Any) -> float:
+        columns = torch.arange(lines["input_ids"].shape[1])
+        with torch.no_grad():
+            return float(divergence(model, model, dict(lines), columns))
+
+    alone, kept = (train_composition(pair, method, world) for method in (free, held))
+    parts = train_composition(pair, dataclasses.replace(held, rows_at_once=1), world)
+    assert not {*world.lines(12)} & {item.target for item in world.english}
+    assert 0 < away(kept.model) < 0.3 * away(alone.model)
+    assert 0 < away(parts.model) < 0.3 * away(alone.model)
 
 
 def test_a_random_model_knows_nothing_of_the_real_one(pair: Pair) -> None:

@@ -24,7 +24,7 @@ from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.data.padding import pad_id
 from calmlm.errors import ModelError
-from calmlm.experiments.fitting import Row, fit
+from calmlm.experiments.fitting import Row, SupervisedTrainer, fit
 from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method, Settings
 from calmlm.experiments.real.world import Item, World
@@ -36,6 +36,7 @@ from calmlm.readers.matching import align
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.tokens.vocabularies import with_firsts
+from calmlm.training.retaining import Retained, RetainingTrainer
 
 __all__ = [
     "Pair",
@@ -50,6 +51,9 @@ __all__ = [
     "train_composition",
     "with_lora",
 ]
+
+HELD_LINES, HELD_POSITIONS = 4, 48
+"""How many lines are read with each part of a batch where a method retains, and at how many columns."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,21 @@ def train_composition(pair: Pair, method: Method, world: World) -> Trained:
     others = method.reads == "other"
     rows = rows_of(world.composition, pair.tokenizer, others)
     collate = reading_others(pad_id(pair.tokenizer)) if others else None
-    return _trained(model, rows, pair, method, world.seed, collate)
+    holding = {"trainer_class": held_to(pair, method, world)} if method.retain else {}
+    return _trained(model, rows, pair, method, world.seed, collate, **holding)
+
+
+def held_to(pair: Pair, method: Method, world: World) -> type[SupervisedTrainer]:
+    """A trainer that also holds a composition to m_B's predictions on plain English, lines outside D_C first."""
+    lines = encode_examples(
+        [Example("text", {"text": line}, "plain") for line in world.lines(world.settings.plain_lines)],
+        pair.tokenizer,
+        max_length=None,
+    )
+    rows = [row["input_ids"] for row in lines.rows]
+    assert method.retain is not None
+    text = Retained(rows, method.retain, HELD_LINES, HELD_POSITIONS, pad_id(pair.tokenizer), world.seed)
+    return type("HeldTrainer", (RetainingTrainer, SupervisedTrainer), {"retained": text})
 
 
 def save_trained(model: calmlm.CalmForCausalLM, folder: Path, settings: Settings, command: str | None) -> None:

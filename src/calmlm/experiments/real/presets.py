@@ -48,6 +48,8 @@ class Method:
         rank: of LoRA's matrices.
         steps, learning_rate, batch_size: of the training; no steps for what is not trained.
         rows_at_once: how many rows of a batch are in memory together; all by default.
+        retain: weight of a loss that holds the composition to what m_B alone says on plain English outside D_C; none by
+            default.
         of: a composition's row: this one trains nothing and measures that composition, while m_A reads the examples
             that a model alone reads.
     """
@@ -63,6 +65,7 @@ class Method:
     learning_rate: float = 0.0
     batch_size: int = 16
     rows_at_once: int | None = None
+    retain: float | None = None
     of: str | None = None
 
     @property
@@ -194,7 +197,7 @@ class Settings:
         left_out = {"methods", "name", "headline", *later}
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
-        for key in ("rows_at_once", "of"):  # as in cells that were stored without them
+        for key in ("rows_at_once", "retain", "of"):  # as in cells that were stored without them
             if own[key] is None:
                 del own[key]
         if (of := self.methods[name].of) is not None:
@@ -211,6 +214,8 @@ class Settings:
                 found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
             if method.rows_at_once is not None and method.batch_size % max(1, method.rows_at_once):
                 found.append(f"methods.{name}.rows_at_once: expected a part of {method.batch_size} rows.")
+            if method.retain is not None and not (method.retain > 0 and method.system == "composed" and method.steps):
+                found.append(f"methods.{name}.retain: expected more than 0, for a composition that is trained.")
             if method.of is not None:
                 source = self.methods.get(method.of)
                 if source is None or source.system != "composed" or source.of is not None or not source.examples:

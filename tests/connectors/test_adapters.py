@@ -42,13 +42,17 @@ def adapters_of(model: calmlm.CalmForCausalLM) -> Adapters:
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_are_pefts(family: str) -> None:
-    model = adapted(family)
+def test_they_are_pefts(family: str, dtype: torch.dtype) -> None:
+    """Float32 adapters beside an anchor of either dtype."""
+    model = adapted(family).eval()
     ids = tiny_tokens(2, 7)
+    model.anchor.to(dtype)
+    model.model.augmenting.to(dtype)
     settings: dict[str, Any] = {"fan_in_fan_out": True} if family == "gpt2" else {}
     other = get_peft_model(
-        tiny_model(family, seed=1, attn_implementation="eager"),
+        tiny_model(family, seed=1, attn_implementation="eager").to(dtype),
         LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **settings),
     )
     ours = dict(adapters_of(model).named_parameters())
@@ -63,7 +67,7 @@ def test_they_are_pefts(family: str) -> None:
                     filled += 1
     assert filled == len(ours)
     found = logits_of(model, ids)
-    assert_close(found, logits_of(other, ids), 1e-5)
+    assert_close(found, logits_of(other.eval(), ids), 1e-5)
     assert not torch.allclose(found, logits_of(model.anchor, ids), atol=1e-2)
 
 

@@ -34,8 +34,14 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From (..., inputs) to (..., outputs), in the dtype of ``x``: a copy of it would cost more than all this."""
-        return _applied(self.up, _applied(self.down, self.dropout(x))) * self.scaling
+        """From (..., inputs) to (..., outputs).
+
+        While it trains it computes in the dtype of ``x``: a copy of that in another one would cost more than all this.
+        Otherwise it computes in its own, as PEFT does: few tokens are rounded sooner than all weights.
+        """
+        if self.training:
+            return _applied(self.up, _applied(self.down, self.dropout(x))) * self.scaling
+        return self.up(self.down(self.dropout(x).to(self.down.weight.dtype))) * self.scaling
 
     @property
     def is_identity(self) -> bool:

@@ -285,7 +285,7 @@ class AdaptHook:
         if call is None or self.name not in call.streams:
             return None
         adapters: Any = next(found for found in self.connectors if is_a(found, Adapters))
-        new = call.scaled(output, output + adapters.of(self.target)(args[0]).to(output.dtype))
+        new = call.scaled(output, (output + adapters.of(self.target)(args[0])).to(output.dtype))
         rows = call.rows.get(self.name)
         if rows is None:
             return new

@@ -109,13 +109,15 @@ def translators(result: dict[str, Any]) -> str:
             f"| {title} | {row['inside']['mean']:.2f} | {row['outside']['mean']:.2f} | {swapped} | "
             f"{row['english']:.2f} |"
         )
-    seeds = min(rows[name]["seeds"] for name in TRANSLATORS)
+    counts = [rows[name]["seeds"] for name in TRANSLATORS]
+    least, most = min(counts), max(counts)
+    seeds = f"{least} to {most} seeds" if least < most else "One seed" if most == 1 else f"{most} seeds"
     return "\n".join(
         [
             *lines,
             "",
             "Two real models translate into English from varieties of Arabic, Persian and Bihari: "
-            f"SmolLM2-135M-Instruct (m_B) and Gemma 3 270M (m_A). {'One seed' if seeds == 1 else f'{seeds} seeds'}; "
+            f"SmolLM2-135M-Instruct (m_B) and Gemma 3 270M (m_A). {seeds}; "
             "less is better; English: of plain English, m_B = 1. `scripts/models` and `calmlm demo translation` show "
             "them. [All rows, with intervals](experiments/real/results/translation.md). "
             "[Models made from nothing](docs/results.md).",

@@ -655,6 +655,8 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert found["nats"] != pytest.approx(cell("a", "words")["nats"], rel=1e-3)
     run("x.yaml", (0,), ["shown"], tmp_path / "b", **{**places, "keep": None})
     assert cell("b", "shown")["nats"] == pytest.approx(found["nats"], rel=0.01)  # kept in bfloat16
+    run("x.yaml", (0,), ["shown"], tmp_path / "d", **{**places, "keep": tmp_path / "later"})
+    assert [path.name for path in (tmp_path / "later").iterdir()] == ["words-seed-0"]  # and so it is not trained twice
     (tmp_path / "kept" / "words-seed-0").rename(tmp_path / "kept" / "words-seed-1")
     with pytest.raises(CalmError, match="the composition of seed 1, but its m_A reads other examples"):
         run("x.yaml", (1,), ["shown"], tmp_path / "c", **places)

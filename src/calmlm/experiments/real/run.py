@@ -181,7 +181,7 @@ def make_cell(
     method = settings.methods[name]
     if method.of is not None:
         source = None if keep is None else keep.with_name(f"{method.of}-seed-{world.seed}")
-        system, about = shown(settings, method.of, pair, world, report, source)
+        system, about = shown(settings, method.of, pair, world, report, source, command)
     else:
         system, about = prepared(pair, method, world, report)
         if keep is not None and method.system == "composed":
@@ -230,13 +230,20 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
 
 
 def shown(
-    settings: Settings, of: str, pair: Pair, world: World, report: Callable[[str], None], source: Path | None
+    settings: Settings,
+    of: str,
+    pair: Pair,
+    world: World,
+    report: Callable[[str], None],
+    source: Path | None,
+    command: str | None,
 ) -> tuple[System, dict[str, Any]]:
     """Another row's composition, whose m_A is shown the examples of a model alone.
 
     Args:
         of: that row.
-        source: where it was kept; it is trained where it was not.
+        source: where it was kept; it is trained where it was not, and kept then.
+        command: that is run.
 
     Raises:
         ConfigError: what was kept there is the composition of another seed.
@@ -251,6 +258,8 @@ def shown(
             )
     else:
         model = train_composition(pair, settings.methods[of], world).model
+        if source is not None:
+            save_trained(model, source, settings, command)
     report(f"measures {of} of seed {world.seed} with examples of the variety that is asked")
     about = {"parameters": model.get_nb_trainable_parameters()[0]}
     return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), about

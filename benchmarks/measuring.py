@@ -13,23 +13,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from calmlm.experiments.record import device
 from calmlm.files.storage import write_text
 
-__all__ = [
-    "VOCABULARY",
-    "compiled",
-    "gemma",
-    "keep",
-    "kept_bytes",
-    "peak_bytes",
-    "ratio",
-    "synchronise",
-    "take_turns",
-    "timed",
-]
+__all__ = ["VOCABULARY", "gemma", "keep", "kept_bytes", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
 
 VOCABULARY = 2000
 
@@ -49,13 +38,6 @@ def keep(result: dict[str, Any], path: Path) -> None:
     """Write a result, and print it as the last line."""
     write_text(path, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
-
-
-def compiled() -> dict[str, Any]:
-    """A static cache and a compiled step, on CPUs too."""
-    config = CompileConfig(fullgraph=True, mode="default")
-    config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": config}
 
 
 def synchronise() -> None:

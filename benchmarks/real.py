@@ -4,15 +4,15 @@
     python benchmarks/real.py                 # writes benchmarks/results/real_cpu.json, and prints it
     python benchmarks/real.py --rounds 3      # a quick look
     python benchmarks/real.py --anchor DIR --augmenting DIR
-    python benchmarks/real.py --composition runs/translation/run/composition      # a trained one beside the others
-    python benchmarks/real.py --what decoding --modes eager compiled              # the floor compiled as well
+    python benchmarks/real.py --compositions pointer=FOLDER      # trained ones beside the others
+    python benchmarks/real.py --what decoding --modes eager compiled              # both models compiled, too
 
 SmolLM2-135M-Instruct is the anchor, Gemma 3 270M the augmenting model; both in bfloat16. Two compositions of the same
 models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of text: an answer in English after a question
 in Devanagari, and the other way round. Regime: one process, all works in turn, medians of the ratios round by round.
 The floor is what both models take by themselves: their forward passes for a training step and for a prompt; decoding
-token by token, m_A without its head, for a generated token. ``compiled``: generation with a static
-cache and a compiled step, which a model with tokens of its own does without: its composition runs uncompiled.
+token by token, m_A without its head, for a generated token. ``compiled``: ``compile(dynamic=True)``
+of both models, alone and in the compositions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import compiled, keep, peak_bytes, ratio, take_turns
+from measuring import keep, peak_bytes, ratio, take_turns
 from transformers import GgufConfig, PreTrainedModel
 
 import calmlm
@@ -142,29 +142,22 @@ def alone(decoder: Any, prompt: torch.Tensor, answer: list[int]) -> Callable[[],
     return write
 
 
-def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that generates and hardly has a head: one row, whose token follows whatever is written."""
-    bare = copy.deepcopy(model)
-    bare.lm_head = torch.nn.Linear(bare.lm_head.in_features, 1, bias=False, device=device(), dtype=torch.bfloat16)
-    return bare
+def compile_models(pair: Pair, made: dict[str, calmlm.CalmForCausalLM]) -> None:
+    """Compile both models, alone and in each composition, for texts of any length."""
+    augmenting = [model.model.augmenting["augmenting"] for model in made.values()]
+    decoders = [model.get_decoder() for model in (pair.augmenting, *augmenting)]
+    for module in (pair.anchor, *made.values(), *decoders):
+        module.compile(dynamic=True)
 
 
-def writing(model: Any, prompt: torch.Tensor, new: int, **options: Any) -> Callable[[], Any]:
-    """Greedy generation of so many tokens."""
-    length = {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
-    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length, **options)
-
-
-def made_of(pair: Pair, trained: Path | None) -> dict[str, calmlm.CalmForCausalLM]:
-    """The compositions of these models, each with copies of its own; ``trained`` is the folder of one."""
+def made_of(pair: Pair, trained: dict[str, Path]) -> dict[str, calmlm.CalmForCausalLM]:
+    """The compositions of these models, each with copies of its own; ``trained``: folders of some, by name."""
     made = {}
     for name in ALIGNMENTS:
         copies = copy.deepcopy((pair.anchor, pair.augmenting))
         tokenizers = {"tokenizer": pair.tokenizer, "augmenting_tokenizer": pair.augmenting_tokenizer}
         made[name] = calmlm.compose(*copies, alignment=name, **tokenizers)
-    if trained is not None:
-        made["trained"] = open_trained(trained, copy.deepcopy(pair))
-    return made
+    return made | {name: open_trained(folder, copy.deepcopy(pair)) for name, folder in trained.items()}
 
 
 def works_of(
@@ -204,37 +197,23 @@ def works_of(
         "prefill": [*(partial(read, model) for model in made.values()), read_alone],
         "decoding": [*(forced(model, ids, told) for model in made.values()), lambda: [work() for work in by_both]],
     }
-    written = len(own[start : start + len(told)])
-    return works, {"rows": rows, "prompt": ids, "answer": told, "own": (own_prompt, written)}
+    return works, {"rows": rows, "prompt": ids, "answer": told}
 
 
 def cases_of(
-    pair: Pair, rounds: int, batch: int, new: int, trained: Path | None, what: list[str], modes: list[str]
+    pair: Pair, rounds: int, batch: int, new: int, trained: dict[str, Path], what: list[str], modes: list[str]
 ) -> list[dict[str, Any]]:
-    """All cases; ``trained`` is the folder of a composition of these models."""
+    """All cases; see ``made_of``."""
     made = made_of(pair, trained)
     cases = []
-    for language in TEXTS:
-        works, texts = works_of(pair, made, language, batch, new)
-        for kind in what if "eager" in modes else ():
-            cases += timed_cases(kind, works[kind], made, texts, rounds, {"completion": language, "mode": "eager"})
-        if "compiled" in modes:
-            written = compiled_works(pair, made, texts)
-            cases += timed_cases("decoding", written, made, texts, rounds, {"completion": language, "mode": "compiled"})
+    for mode in modes:
+        if mode == "compiled":
+            compile_models(pair, made)
+        for language in TEXTS:
+            works, texts = works_of(pair, made, language, batch, new)
+            for kind in what if mode == "eager" else ["decoding"]:
+                cases += timed_cases(kind, works[kind], made, texts, rounds, {"completion": language, "mode": mode})
     return cases
-
-
-def compiled_works(
-    pair: Pair, made: dict[str, calmlm.CalmForCausalLM], texts: dict[str, Any]
-) -> list[Callable[[], Any]]:
-    """Generation as `generate` compiles it, of each composition, and of both models as the floor."""
-    new, own = len(texts["answer"]), texts["own"]
-    by_both = [
-        writing(pair.anchor, texts["prompt"], new, **compiled()),
-        writing(without_head(pair.augmenting), own[0], own[1], **compiled()),
-    ]
-    composed = [writing(model.eval(), texts["prompt"], new, **compiled()) for model in made.values()]
-    return [*composed, lambda: [work() for work in by_both]]
 
 
 def timed_cases(
@@ -300,7 +279,7 @@ def main() -> None:
     parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
     parser.add_argument("--what", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
-    parser.add_argument("--composition", type=Path, help="folder of a trained composition of the two")
+    parser.add_argument("--compositions", nargs="+", default=[], metavar="NAME=FOLDER", help="trained ones of the two")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"real_{device()}.json")
     options = parser.parse_args()
     for path in (options.anchor, options.augmenting):
@@ -309,7 +288,8 @@ def main() -> None:
     places = options.anchor, options.augmenting
     pair = Pair(*map(load, places), *map(find_tokenizer, places))
     sizes = options.rounds, options.batch, options.new
-    cases = cases_of(pair, *sizes, options.composition, options.what, options.modes)
+    trained = {name: Path(folder) for name, _, folder in (given.partition("=") for given in options.compositions)}
+    cases = cases_of(pair, *sizes, trained, options.what, options.modes)
     result = {
         "benchmark": "real",
         "anchor": options.anchor.stem,

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+import warnings
+from types import FrameType
+from typing import cast
 
 __all__ = [
     "CalmError",
@@ -25,6 +29,7 @@ __all__ = [
     "ModelError",
     "first_line",
     "is_full",
+    "warn",
 ]
 
 
@@ -73,3 +78,11 @@ def is_full(error: BaseException) -> bool:
     """Whether a disk without room is behind an error; safetensors and torch say so in their messages alone."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))
+
+
+def warn(message: str) -> None:
+    """Warn, at the line outside of calmlm that led here."""
+    level, at = 1, cast("FrameType | None", sys._getframe())
+    while at is not None and str(at.f_globals.get("__name__")).split(".")[0] in ("calmlm", "contextlib"):
+        level, at = level + 1, at.f_back
+    warnings.warn(message, stacklevel=level)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import calmlm
-from calmlm.composing.making import RECIPE
+from calmlm.composing.manner import RECIPE
 from compositions import assert_helpful, logits_of
 from readers.test_readers import ENCODERS
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from calmlm.bases.fingerprint import has_changed, sampled, shapes_of
 from calmlm.bases.sharding import is_absent
 from calmlm.config import CalmConfig, gguf_name, split_gguf
-from calmlm.errors import ModelError
+from calmlm.errors import ModelError, warn
 
 ADAPTER_FILE = "adapter_config.json"
 SETTINGS = ("rope_parameters", "sliding_window", "layer_types")  # that people change, and no weight shows
@@ -167,7 +166,7 @@ def warn_of_changes(bases: Iterable[tuple[str, PreTrainedModel, dict[str, Any]]]
             )
         else:
             continue
-        warnings.warn(message, stacklevel=3)
+        warn(message)
 
 
 def difference(model: PreTrainedModel, folder: Path) -> str | None:

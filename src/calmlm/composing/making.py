@@ -2,76 +2,43 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calmlm.bases.families import Backbone, text_config
-from calmlm.bases.fingerprint import fingerprint
-from calmlm.bases.forms import SAME, Form, forms, recorded
-from calmlm.bases.heads import check_last_state, head_scale
+from calmlm.bases.forms import SAME, Form, forms
 from calmlm.bases.opening import load_anchor, load_any
-from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
 from calmlm.causal_lm import CalmForCausalLM
-from calmlm.composing.aligning import aligned_count, check_alignable, middle, search, start_aligned
+from calmlm.composing.aligning import search, start_aligned
+from calmlm.composing.contribution import Anchor, Contribution, contribution_of
+from calmlm.composing.given_models import (
+    NOT_RECORDED,
+    check_options,
+    entry_of,
+    is_decoder,
+    is_name,
+    opened_model,
+    tokenizer_of,
+)
 from calmlm.composing.low_rank import build_adapters
-from calmlm.config import ALIGNED, NONE, CalmConfig, ConnectorConfig, check_names, resolve_connections, split_gguf
-from calmlm.connectors import CONNECTORS
+from calmlm.composing.manner import Manner, of_one
+from calmlm.config import CalmConfig, check_names
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.word_map import WordMap
 from calmlm.errors import ConfigError, ModelError
-from calmlm.readers.matching import align, opening_entry
-from calmlm.readers.speaking import WORDS_BIAS, AnchorWords, check_grows, check_pointer, check_words, word_map
-from calmlm.tokens.alignment import Alignment
+from calmlm.readers.speaking import AnchorWords
 from calmlm.tokens.beginning import Prefix
 from calmlm.tokens.gguf_files import reading_once
-from calmlm.tokens.lookup import find_tokenizer
-from calmlm.tokens.retokenization import Rewriting
-from calmlm.tokens.vocabularies import with_firsts
 
 DEFAULT_NAME = "augmenting"
-NOT_RECORDED = frozenset(("subfolder", "variant", "config", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs"))
-"""Options of ``from_pretrained`` that make another model of what lies at an id, as all settings of its configuration
-do."""
-
-RECIPE: dict[str, Any] = {
-    "connections": "aligned-1",
-    "connector": "graft",
-    "words": "map",
-    "init": "aligned",
-    "opened": True,
-    "adapters": 16,
-}
-"""How models are joined where ``plain_text`` is given and nothing else is said; chosen by ``calmlm repro real``."""
-
-UNSAID: dict[str, Any] = {
-    "norm": True,
-    "refresh": True,
-    "gate": False,
-    "rotary": False,
-    "null_key": False,
-    "projection": "linear",
-    "ingestor": "learned",
-}
-"""Options of ``compose`` that say nothing of how models are joined; of all others, None does."""
 
 Source: TypeAlias = str | Path | PreTrainedModel
 Choice: TypeAlias = str | Mapping[str, str]
 Connections: TypeAlias = str | int | Sequence[Sequence[int]]
-
-
-def is_recipe(plain_text: Any, options: Mapping[str, Any]) -> bool:
-    """Whether nothing but plain text says how models are joined, so that it is ``RECIPE`` that joins them.
-
-    Args:
-        plain_text: as ``compose`` takes it.
-        options: those of its arguments that say how, by name; ones that are left out say nothing.
-    """
-    return plain_text is not None and all(value == UNSAID.get(name) for name, value in options.items())
 
 
 @reading_once()
@@ -198,39 +165,25 @@ def compose(
         ModelError: for a model that cannot be loaded or composed or has adapters, or tokenizers that cannot be aligned.
     """
     plain_text = list(plain_text) if plain_text is not None and not isinstance(plain_text, str) else plain_text
-    recipe = is_recipe(
-        plain_text,
-        {
-            "connections": connections, "connector": connector, "num_heads": num_heads, "words": words, "init": init,
-            "adapters": adapters, "query_key_bias": query_key_bias, "rank": rank, "top_k": top_k, "norm": norm,
-            "refresh": refresh, "gate": gate, "rotary": rotary, "null_key": null_key, "projection": projection,
-            "ingestor": ingestor,
-        },
+    options = {
+        "num_heads": num_heads, "norm": norm, "gate": gate, "rotary": rotary, "query_key_bias": query_key_bias,
+        "null_key": null_key, "rank": rank, "projection": projection, "ingestor": ingestor, "top_k": top_k,
+    }  # fmt: skip
+    manner = Manner.of(
+        plain_text, options, connections=connections, connector=connector, words=words, init=init, adapters=adapters,
+        opened=opened, train_map=train_map, refresh=refresh, alignment=alignment, augmenting_view=augmenting_view,
+        augmenting_prefix=augmenting_prefix,
     )  # fmt: skip
-    if recipe:
-        connections, connector, words, init, open_, adapters = RECIPE.values()
-        opened = open_ if opened is None else opened
-    connections = "every-4" if connections is None else connections
-    connector, opened = "cross_attention" if connector is None else connector, bool(opened)
-    shared = {"attn_implementation": attn_implementation, **load_options, "trust_remote_code": trust_remote_code}
     sources = dict(augmenting) if isinstance(augmenting, Mapping) else {DEFAULT_NAME: augmenting}
     check_names(sources)
-    by_name = {
-        "connections": connections,
-        "alignment": alignment,
-        "augmenting_view": augmenting_view,
-        "augmenting_prefix": augmenting_prefix,
-        "augmenting_tokenizer": augmenting_tokenizer,
-        "words": words,
-    }
-    _check_by_name(by_name, list(sources))
-    _check_starts(plain_text, init)
-    _check_options(sorted(set(load_options) & NOT_RECORDED))
-    if load_options and not any(_is_name(source) for source in (anchor, *sources.values())):
+    manner.check(list(sources), plain_text, augmenting_tokenizer)
+    check_options(sorted(set(load_options) & NOT_RECORDED))
+    if load_options and not any(is_name(source) for source in (anchor, *sources.values())):
         raise ConfigError(
             f"Options beyond compose's own may only go to models that are loaded here, but all are loaded already and "
             f"got {', '.join(sorted(load_options))}: check the spelling or leave them out."
         )
+    shared = {"attn_implementation": attn_implementation, **load_options, "trust_remote_code": trust_remote_code}
     hub: dict[str, Any] = {key: shared[key] for key in ("token", "cache_dir", "local_files_only") if key in shared}
     remote = {**hub, "trust_remote_code": trust_remote_code}
     form = Form(revision, gguf_file, dtype, device_map, quantization_config)
@@ -244,261 +197,57 @@ def compose(
         device_map=augmenting_device_map,
         quantization_config=augmenting_quantization_config,
     )
-    anchor_model, origin = _opened(anchor, "anchor", load_anchor, form, hub, shared)
-    anchor_backbone = Backbone.of(anchor_model, "anchor", layers_path)
-    anchor_entry = _entry(anchor_model, origin, layers_path)  # before it runs: RWKV scales its weights then
-    anchor_backbone.probe("anchor")
+    anchor_model, origin = opened_model(anchor, "anchor", load_anchor, form, hub, shared)
+    backbone = Backbone.of(anchor_model, "anchor", layers_path)
+    anchor_entry = entry_of(anchor_model, origin, layers_path)  # before it runs: RWKV scales its weights then
+    backbone.probe("anchor")
     if tokenizer is None:
-        tokenizer = _tokenizer_of(anchor_model, origin, **remote)
-
-    models: dict[str, PreTrainedModel] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    alignments: dict[str, Alignment | Rewriting] = {}
-    anchor_words = AnchorWords(anchor_model, anchor_backbone, tokenizer, plain_text)
-    searched: dict[str, int] = {}
+        tokenizer = tokenizer_of(anchor_model, origin, **remote)
+    side = Anchor(anchor_model, backbone, tokenizer, AnchorWords(anchor_model, backbone, tokenizer, plain_text))
     # Each model's start from numbers of their own: from the same ones they would learn the same.
-    adapted = () if adapters is None else sources
-    freedom = {name: build_adapters(anchor_model, anchor_backbone.decoder, adapters) for name in adapted}
-    maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    adapted = () if manner.adapters is None else sources
+    freedom = {name: build_adapters(anchor_model, backbone.decoder, manner.adapters) for name in adapted}
+    brought: dict[str, Contribution] = {}
     for name, source in sources.items():
         role = "augmenting model" if len(sources) == 1 else f"augmenting model {name!r}"
-        model, origin = _opened(source, role, load_any, own_forms[name], hub, shared)
+        model, origin = opened_model(source, role, load_any, own_forms[name], hub, shared)
         named = isinstance(augmenting, Mapping)
         if not isinstance(model, PreTrainedModel) or (not named and not is_decoder(model)):
             # Says what is wrong with it; an encoder's inputs come by name, so the encoder itself has to.
             Backbone.of(model, role, augmenting_layers_path)
-        if any(model is other for other in (anchor_model, *models.values())):
+        if any(model is other for other in (anchor_model, *(its.model for its in brought.values()))):
             raise ModelError(
                 f"The {role} must be a model of its own, but got one model twice: "
                 f"load it a second time to compose it with itself."
             )
-        entry = _entry(model, origin, augmenting_layers_path)
-        speaks = _of(words, name)
-        if is_decoder(model):
-            backbone = Backbone.of(model, role, augmenting_layers_path)
-            backbone.probe(role)
-            theirs = _of(augmenting_tokenizer, name)
-            if theirs is None:
-                theirs = _tokenizer_of(model, origin, **remote)
-            method, view = _of(alignment, name, "own"), _of(augmenting_view, name)
-            found = align(anchor_backbone, backbone, tokenizer, theirs, method, view)
-            entry |= opening_entry(tokenizer, theirs, found, _of(augmenting_prefix, name), view, backbone)
-            if found is not None and (ingestor == "anchor" or speaks == "pointer"):
-                found = with_firsts(found, tokenizer, theirs)
-            if found is not None:
-                alignments[name] = found
-                entry |= {"alignment": method} | ({"view": view} if view is not None else {})
-            entry["reads"] = "text" if found is not None else "tokens"
-            if not refresh:
-                if found is not None:
-                    raise ConfigError(
-                        "refresh=False needs models that share token ids, but the tokenizers differ: leave refresh on."
-                    )
-                entry["reads"] = "prompt"
-        else:
-            backbone = Backbone.of_encoder(model, role, augmenting_layers_path)
-            entry["reads"] = "inputs"
-            if recipe:
-                raise ConfigError(
-                    f"plain_text alone must come with augmenting models that read text, but the {role} is an encoder: "
-                    f"leave plain_text out, or choose connections."
-                )
-            _check_encoder(backbone, connector, ingestor, role)
-        wanted = _of(connections, name, "every-4")
-        sizes = len(backbone.layers), len(anchor_backbone.layers)
-        if isinstance(wanted, str) and wanted.startswith(ALIGNED):
-            searched[name] = aligned_count(wanted)
-            pairs = middle(*sizes, searched[name])
-        else:
-            pairs = resolve_connections(wanted, *sizes)
-        if speaks is not None:
-            check_words(speaks, entry["reads"], role)
-            entry["words"] = {"kind": speaks, "bias": WORDS_BIAS if pairs else 0.0}
-            if speaks == "map":
-                entry["words"]["train_map"] = bool(train_map)
-                maps[name] = word_map(anchor_words, model, backbone, alignments.get(name), role)
-            else:
-                entry["words"]["scale"] = head_scale(model, backbone, role)
-                check_last_state(anchor_model, anchor_backbone, "anchor")
-                if name in alignments:
-                    check_pointer(alignments[name], (anchor_backbone.vocab_size, backbone.vocab_size), role)
-        elif not pairs:
-            raise ConfigError(
-                f"connections={NONE!r} needs words, by which the {role} speaks, but got none: set words='map' or "
-                f"'pointer', or give connections."
-            )
-        options = {
-            "num_heads": num_heads,
-            "norm": norm,
-            "gate": gate,
-            "rotary": rotary and entry["reads"] != "prompt",
-            "query_key_bias": query_key_bias,
-            "null_key": null_key,
-            "rank": rank,
-            "projection": projection,
-            "ingestor": ingestor,
-            "top_k": top_k,
-            "kind": connector,
-            "opened": opened,
-        } | ({"train_map": train_map is not False} if connector == "graft" else {})
-        if init is not None or name in searched:
-            options = check_alignable(connector, options)
-        if connector == "graft":
-            check_grows(entry["reads"], role, "a graft needs", "another connector")
-            if pairs and init is None and name not in searched:
-                raise ConfigError(
-                    "A graft must start from a map between both models' states, but got no init: set init='aligned' "
-                    "and give plain_text."
-                )
+        entry = entry_of(model, origin, augmenting_layers_path)
+        theirs = of_one(augmenting_tokenizer, name)
+        if theirs is None and is_decoder(model):
+            theirs = tokenizer_of(model, origin, **remote)
+        brought[name] = contribution_of(name, role, model, entry, theirs, side, manner, augmenting_layers_path)
         if name in freedom:
             entry["adapters"] = freedom[name][0]
-        entry["connections"] = [list(pair) for pair in pairs]
-        entry["connector"] = vars(ConnectorConfig.build(options, anchor_backbone.size, anchor_backbone.num_heads))
-        models[name], entries[name] = model, entry
-
     config = CalmConfig(
         text_config=text_config(anchor_model),
         anchor=anchor_entry,
-        augmenting=entries,
+        augmenting={name: its.entry for name, its in brought.items()},
     )
-    for name, count in searched.items():
-        if development is not None:
-            pairs, tried = search(
-                config,
-                anchor_model,
-                name,
-                models[name],
-                alignments.get(name),
-                tokenizer,
-                plain_text,
-                development,
-                count,
-            )
+    for name, its in brought.items():
+        if its.searched is not None and development is not None:
+            given = (its.model, its.alignment, tokenizer, plain_text, development, its.searched)
+            pairs, tried = search(config, anchor_model, name, *given)
             config.augmenting[name] |= {"connections": [list(pair) for pair in pairs], "tried": tried}
-    composed = CalmForCausalLM(config, anchor_model, models, alignments)
+    alignments = {name: its.alignment for name, its in brought.items() if its.alignment is not None}
+    composed = CalmForCausalLM(config, anchor_model, {name: its.model for name, its in brought.items()}, alignments)
     composed.model.connectors.to(composition_dtype)
-    for name in entries:
-        parts: Any = composed.model.connectors[name]
-        for part in parts:
-            if isinstance(part, WordMap):
-                part.start(*maps[name])
-            elif isinstance(part, Adapters):
-                part.load_state_dict(freedom[name][1])
-        if init is not None or name in searched:
+    for name, its in brought.items():
+        connectors: Any = composed.model.connectors[name]
+        for each in connectors:
+            if isinstance(each, WordMap):
+                assert its.map is not None
+                each.start(*its.map)
+            elif isinstance(each, Adapters):
+                each.load_state_dict(freedom[name][1])
+        if manner.init is not None or its.searched is not None:
             start_aligned(composed, name, tokenizer, plain_text)
     return composed.eval()
-
-
-def _of(given: Any, name: str, default: Any = None) -> Any:
-    """What was given for all augmenting models, or by name for this one."""
-    return given.get(name, default) if isinstance(given, Mapping) else given
-
-
-def _check_by_name(arguments: dict[str, Any], names: list[str]) -> None:
-    """Raise for arguments by name that name no augmenting model.
-
-    Raises:
-        ConfigError: naming argument and names.
-    """
-    for argument, given in arguments.items():
-        unknown = sorted(set(given) - set(names)) if isinstance(given, Mapping) else []
-        if unknown:
-            raise ConfigError(
-                f"{argument} must name augmenting models ({', '.join(names)}), but got {', '.join(unknown)}: use "
-                f"their names."
-            )
-
-
-def _check_starts(plain_text: Any, init: Any) -> None:
-    """Raise for starts of connections that there are not.
-
-    Raises:
-        ConfigError: for texts that are no list of texts, or another ``init``.
-    """
-    if plain_text is not None and (
-        isinstance(plain_text, str) or not all(isinstance(text, str) for text in plain_text)
-    ):
-        raise ConfigError(
-            f"plain_text must be a list of texts, but got {type(plain_text).__name__} or other things in it: put each "
-            f"line into a list."
-        )
-    if init not in (None, "aligned"):
-        raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")
-
-
-def _check_encoder(backbone: Backbone, connector: str, ingestor: str, role: str) -> None:
-    """Raise for an encoder that lacks what a connector takes.
-
-    Raises:
-        ConfigError: naming the connector's option.
-    """
-    if connector in CONNECTORS and CONNECTORS[connector].reads_distribution and not backbone.vocab_size:
-        raise ConfigError(
-            f"connector={connector!r} needs an augmenting model with an output distribution, but the {role} is "
-            f"an encoder without one: use 'cross_attention' or 'flamingo', or an encoder that classifies."
-        )
-    if ingestor == "anchor":
-        raise ConfigError(
-            f"ingestor='anchor' needs an augmenting model that says tokens, but the {role} is an encoder: use "
-            f"ingestor='learned'."
-        )
-
-
-def _is_name(source: Any) -> bool:
-    return isinstance(source, (str, Path))
-
-
-def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether an augmenting model reads text as the anchor does, rather than inputs of its own."""
-    speaks = isinstance(model, GenerationMixin) and model.get_output_embeddings() is not None
-    return speaks and not model.config.is_encoder_decoder
-
-
-def _check_options(given: list[str]) -> None:
-    """Raise for options that change what lies at an id, which nobody would know of when the composition is loaded.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    if given:
-        raise ConfigError(
-            f"A model must be all that lies at its id or folder, but {', '.join(given)} would change that: save the "
-            f"model that you want with save_pretrained, and compose from its own folder."
-        )
-
-
-def _opened(
-    source: Any, role: str, load: Callable[..., PreTrainedModel], form: Form, hub: Any, shared: Any
-) -> tuple[Any, Origin]:
-    """A base model, loaded where it is named, and its origin."""
-    if not _is_name(source):
-        check_whole(source, role)
-        if not isinstance(source, PreTrainedModel):
-            return source, ("", None)  # Backbone says what is wrong with it
-        if form.gguf_file is not None and split_gguf(source.name_or_path)[1] is None:
-            source.name_or_path = form.name(source.name_or_path)
-        origin, certain = origin_in_memory(source, form.revision)
-        if not certain:
-            warnings.warn(
-                f"The {role} in memory is called {origin[0]!r}, which is neither a folder here nor in the hub's cache: "
-                f"pass its id or full path itself, or loading the composition may not find it.",
-                stacklevel=3,
-            )
-        return source, origin
-    name = form.name(expanded(source))
-    origin = named_origin(name, form.revision, **hub)
-    model = load(name, role, revision=origin[1], **shared, **form.options(name))
-    given = {key for key, value in shared.items() if value is not None}
-    _check_options(sorted(given & set(model.config.to_dict())))
-    return model, origin
-
-
-def _entry(model: PreTrainedModel, origin: Origin, layers_path: str | None) -> dict[str, Any]:
-    entry = {"id": origin[0], "revision": origin[1], "fingerprint": fingerprint(model), **recorded(model, origin[0])}
-    return entry | ({"layers_path": layers_path} if layers_path else {})
-
-
-def _tokenizer_of(model: PreTrainedModel, origin: Origin, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies where a model lies, or where a model in memory came from; None where there is none."""
-    source, revision = origin if origin[0] else (model.name_or_path, None)
-    return find_tokenizer(source, revision=revision, **options) if source else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
 from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
 from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
-from calmlm.errors import CheckpointError, ConfigError, first_line
+from calmlm.errors import CheckpointError, ConfigError, first_line, warn
 from calmlm.files import storage
 from calmlm.files.fetching import HUB_ARGUMENTS, PRIVATE, REACH, fetch, fetch_inside
 from calmlm.tokens.alignment import Alignment, is_of
@@ -376,11 +375,10 @@ def _check_tokenizers(
     if None in found or any(not hasattr(tokenizer, "backend_tokenizer") for tokenizer in found):
         return  # the saved table needs neither
     if not is_of(alignment.digest, *found, templates=getattr(alignment, "view", None) is not None):
-        warnings.warn(
+        warn(
             f"The tokenizer of the anchor or of the augmenting model {name!r}, with its special tokens and its chat "
             f"template, is not the one that this composition was made with: its saved table still reads by the old "
-            f"ones. Use those to write its input.",
-            stacklevel=4,
+            f"ones. Use those to write its input."
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from calmlm.bases.families import Backbone
-from calmlm.errors import ConfigError, ModelError
+from calmlm.errors import ConfigError, ModelError, warn
 from calmlm.tokens.alignment import Alignment, without_embedding
 from calmlm.tokens.beginning import Prefix, beginning_of, prefix_ids
 from calmlm.tokens.retokenization import METHODS, Rewriting
@@ -52,24 +51,21 @@ def align(
             else:
                 found = Rewriting.between(tokenizer, augmenting_tokenizer, method, view)
                 if method == "own" and not augmenting.branches:
-                    warnings.warn(
+                    warn(
                         "The augmenting model cannot take back what it has read, so that it reads generated text in "
-                        "the anchor's pieces; text that is given it reads in its own tokens.",
-                        stacklevel=4,
+                        "the anchor's pieces; text that is given it reads in its own tokens."
                     )
             found = found.filled(augmenting.vocab_size)
             if beyond and found.highest >= augmenting.vocab_size:
                 found = found.without(beyond)
-                warnings.warn(
+                warn(
                     f"{_some(list(beyond.values()))} of the augmenting tokenizer has no embedding in its model "
-                    f"({augmenting.vocab_size} embeddings): the augmenting model reads nothing where it stands.",
-                    stacklevel=4,
+                    f"({augmenting.vocab_size} embeddings): the augmenting model reads nothing where it stands."
                 )
             if isinstance(found, Rewriting) and found.late:
-                warnings.warn(
+                warn(
                     "The augmenting tokenizer has tokens that reach across the ends of words, so that with "
-                    "alignment='retokenize' its model hardly reads anything before a text ends: use 'transcode'.",
-                    stacklevel=4,
+                    "alignment='retokenize' its model hardly reads anything before a text ends: use 'transcode'."
                 )
             if found.highest >= augmenting.vocab_size:
                 raise ModelError(

@@ -9,14 +9,13 @@ settled, so that nothing is ever taken back.
 from __future__ import annotations
 
 import datetime
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from calmlm.errors import ModelError
+from calmlm.errors import ModelError, warn
 from calmlm.tokens.samples import BYTES, KINDS, Pieces, Sample, Symbols, check_template, samples_of
 
 VIEWS = ("bare", "template")
@@ -82,10 +81,9 @@ class Template:
             if found is not None and all(found._reads(sample, pieces) for sample in chosen if not sample.prompted):
                 system = [sample for sample in samples if sample.kind == "system" and not sample.prompted]
                 if not all(found._mentions(sample, pieces) for sample in system):
-                    warnings.warn(
+                    warn(
                         f"System messages cannot be told from the rest of the chat template of the {role}: the "
-                        f"augmenting model will not read them.",
-                        stacklevel=2,
+                        f"augmenting model will not read them."
                     )
                 return found
         raise ModelError(

@@ -18,7 +18,7 @@ from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.opening import saved_config
 from calmlm.composing.aligning import aligned_count, check_alignable, middle
 from calmlm.composing.low_rank import planned_adapters
-from calmlm.composing.making import RECIPE, is_recipe
+from calmlm.composing.manner import RECIPE, is_recipe
 from calmlm.config import ALIGNED, ConnectorConfig, Pairs, resolve_connections
 from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line

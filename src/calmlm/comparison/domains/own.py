@@ -29,7 +29,7 @@ from calmlm.comparison.contract import Answerer, Task, TextDomain
 from calmlm.comparison.own_checks import reasons
 from calmlm.comparison.own_settings import Own, Sources, listed
 from calmlm.comparison.swapping import Swapped
-from calmlm.composing.making import RECIPE
+from calmlm.composing.manner import RECIPE
 from calmlm.data.context import OwnContext, stated_length
 from calmlm.data.extras import require
 from calmlm.data.formats import Example

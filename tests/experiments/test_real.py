@@ -251,6 +251,7 @@ def test_later_settings_leave_the_marks_of_stored_cells() -> None:
         }
         assert len(marks) == 3  # a page's headline changes no figure
     assert SETTINGS.mark("m_A") == "6a0175bc"  # of a committed cell
+    assert load_settings(ROOT / "configs" / "real" / "varieties.yaml").mark("composed_shown") == "0ccf0f87"
 
 
 def test_what_depends_on_no_seed_is_made_once() -> None:

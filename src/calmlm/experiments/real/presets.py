@@ -202,6 +202,8 @@ class Settings:
                 del own[key]
         if (of := self.methods[name].of) is not None:
             own["of"] = {key: value for key, value in dataclasses.asdict(self.methods[of]).items() if key != "title"}
+            if own["of"]["retain"] is None:
+                del own["of"]["retain"]
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
 
     def faults(self) -> list[str]:

@@ -23,6 +23,7 @@ from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
+from calmlm.training.hub_token import KEY, UnwrittenToken
 from calmlm.training.lean_loss import lean
 from calmlm.training.named_reporters import PROJECT, check_reporters
 from calmlm.training.retaining import RetainingTrainer
@@ -75,6 +76,8 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     merged = copy.deepcopy({**defaults, **arguments, "output_dir": str(folder.checkpoints)})
     if merged.get("push_to_hub") and not merged.get("hub_model_id"):
         merged["hub_model_id"] = folder.path.resolve().name  # or it would be "checkpoints"
+    if merged.get(KEY):
+        merged[KEY] = UnwrittenToken(merged[KEY])
     if merged["report_to"] is None:
         merged["report_to"] = "none"
     if backend == "sft":

@@ -34,6 +34,7 @@ from calmlm.training.whole_checkpoints import WholeCheckpoints
 __all__ = [
     "Rows",
     "argument_types",
+    "batches_of",
     "make_arguments",
     "make_trainer",
     "set_end",
@@ -163,6 +164,12 @@ def make_trainer(
     trainer.add_callback(FirstStep(trainer, reporters))
     trainer.run = folder
     return trainer
+
+
+def batches_of(trainer: Any) -> int:
+    """How many batches a trainer will have in memory one after the other, in all processes together."""
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return int(steps * trainer.args.gradient_accumulation_steps * trainer.args.world_size)
 
 
 def train_with(trainer: Any, checkpoint: Path | None) -> Any:

@@ -216,6 +216,16 @@ def test_faults_are_found_before_anything_is_written(
     assert snapshot(folder) == before
 
 
+def test_files_that_are_missing_are_found_before_models_are_loaded(settings: Settings) -> None:
+    """All of them at once: what is retained, the text of a stage, the text and the examples for connections."""
+    values = broken(settings(), "data", "train", "none.jsonl")
+    values["model"] |= {"anchor": "no/such-model", "plain_text": "plain.txt", "development": "some.jsonl"}
+    values |= {"retain": {"text": "general.txt"}, "align": {"text": "stage.txt"}}
+    with pytest.raises(ConfigError, match=r"^The run has 5 faults: ") as caught:
+        go(values)
+    assert all(name in str(caught.value) for name in ("none", "general", "stage", "plain", "some"))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -40,7 +40,15 @@ from calmlm.training.learned import learned
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.process_environment import environment_restored
 from calmlm.training.retaining import Retained
-from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
+from calmlm.training.run_checks import (
+    check_continues,
+    check_ids,
+    check_inputs,
+    check_saving,
+    check_views,
+    in_one_go,
+    texts_read,
+)
 from calmlm.training.run_folder import RunFolder, best_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.whole_checkpoints import is_fsdp2
@@ -78,11 +86,12 @@ def train(
     """
     folder = RunFolder(config.output)
     evaluates = config.data.eval is not None
-    _, arguments, train_examples, eval_examples = in_one_go(
+    _, arguments, train_examples, eval_examples, *_ = in_one_go(
         lambda: folder.check(resume=resume, overwrite=overwrite),
         lambda: make_arguments(config.backend, config.trainer, folder, evaluates=evaluates),
         lambda: load_examples(_listed(config.data.train)),
         lambda: load_examples(_listed(config.data.eval)) if evaluates else None,
+        *texts_read(config, begun=resume and folder.last_checkpoint() is not None),
     )
     set_seed(arguments.seed)  # new connections draw their weights at random
     # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +333,20 @@ def test_a_finished_run_stays_as_it_is(kept: bool, best: bool, settings: Setting
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert snapshot(run.last_checkpoint()) == checkpoint
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 7}, {"num_train_epochs": 1}], ids=str)
+def test_a_finished_run_still_says_what_it_was(length: dict[str, Any], settings: Settings) -> None:
+    """Its card told of no steps, and its result of a loss of 0."""
+    values = settings(logging_steps=1, save_steps=1, **length)
+    composition = go(values)
+    card = (composition / "README.md").read_text()
+    assert "| training loss | " in card
+    lines: list[str] = []
+    result = train(parse_config(values), resume=True, report=lines.append)
+    assert (composition / "README.md").read_text() == card
+    assert math.isnan(result.loss)
+    assert sum("left to train" in line for line in lines) == 1
 
 
 def damage(path: Path) -> None:

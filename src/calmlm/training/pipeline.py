@@ -49,7 +49,7 @@ from calmlm.training.run_checks import (
     in_one_go,
     texts_read,
 )
-from calmlm.training.run_folder import RunFolder, best_of, steps_of
+from calmlm.training.run_folder import RunFolder, best_of, state_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.whole_checkpoints import is_fsdp2
 from calmlm.training.yaml import dump_yaml
@@ -158,15 +158,20 @@ def train(
         if stage is not None:
             stage.run(start, resume=resume, report=report)
             set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
-        if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
+        done = 0 if checkpoint is None else steps_of(checkpoint)
+        if checkpoint is not None and done >= arguments.max_steps > 0:
             report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
             trainer.begin()
             # Trainer would look at the limit behind one more step.
             take(model, best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint)
-            steps, loss = steps_of(checkpoint), math.nan
+            trainer.state = state_of(checkpoint)  # of which the card and the pictures tell
+            steps, loss = done, math.nan
         else:
             outcome = train_with(trainer, checkpoint)
             steps, loss = outcome.global_step, outcome.training_loss
+            if steps == done:
+                report(f"All {steps} steps are done: nothing was left to train.")
+                loss = math.nan
     if cache is not None:
         report(cache.summary())
     if trainer.is_world_process_zero():

@@ -57,7 +57,9 @@ def texts_read(config: TrainingConfig, *, begun: bool) -> list[Callable[[], int]
     """
     model, align = config.model, None if begun else config.align
     named = [model.plain_text, align and align.text, config.retain and config.retain.text]
-    found = [partial(_count, read_lines, path) for path in dict.fromkeys(path for path in named if path)]
+    found: list[Callable[[], int]] = [
+        partial(_count, read_lines, path) for path in dict.fromkeys(path for path in named if path)
+    ]
     return found if model.development is None else [*found, partial(_count, read_jsonl, model.development)]
 
 

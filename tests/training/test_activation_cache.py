@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -413,6 +415,35 @@ def test_too_small_a_disk_is_found_before_the_first_step(
         run(values)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert run({**values, "activation_cache": {"mode": "disk", "budget": "500B"}})[1]
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_room_that_is_asked_for_counts_retained_and_plain_text(
+    dtype: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the retained text as many lines as the run's batches read, of the plain text all."""
+    numbers = random.Random(0)
+    texts = {"general": 1000, "plain": 30}
+    for name, count in texts.items():
+        lines = ["".join(numbers.choices("0123456789+-=", k=100)) for _ in range(count)]
+        (tmp_path / name).write_text("\n".join(lines))
+    values = settings("trainer", save_strategy="no")  # 20 steps, and so 40 lines
+    values["activation_cache"] = {"mode": "disk", "dtype": dtype}
+    values |= {"retain": {"text": str(tmp_path / "general")}, "align": {"text": str(tmp_path / "plain")}}
+    _, lines = run(values)
+    said, kept = (next(line for line in lines if what in line) for what in ("cache takes", " of them kept"))
+    assert said.endswith(" MiB for 40 examples and 70 other texts, as some of them say.")
+    needed, taken = (re.search(r"([\d.]+) MiB", line) for line in (said, kept))
+    assert needed and taken
+    assert float(needed[1]) == pytest.approx(float(taken[1]), abs=0.11)
+    assert float(taken[1]) > 0.6
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 500_000})())
+    values = {**values, "output": str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match=r"needs [\d,]+ bytes in .*other.activations, but its disk has 500,000"):
+        run(values)
+    assert not (tmp_path / "other").exists()
+    assert run({**values, "retain": None, "align": None})[1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from calmlm.errors import CalmError, ConfigError
-from calmlm.training.arguments import IDLE, LIMITS, MEASURED, OPTIM_ARGS, argument_types
+from calmlm.training.arguments import FORMER, IDLE, LIMITS, MEASURED, OPTIM_ARGS, argument_types
 from calmlm.training.backends import make_arguments
 from calmlm.training.pipeline import train
 from calmlm.training.run_folder import RunFolder
@@ -40,6 +41,20 @@ def refused(values: dict[str, Any]) -> str:
     assert "\n" not in message
     assert "but it refused them: " in message or message.endswith(".")
     return message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_of_elsewhere_are_led_to_what_there_is(backend: str, settings: Settings) -> None:
+    """The nearest name is another thing: max_steps for max_seq_length, auto_find_batch_size for batch_size."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(settings(backend, **dict.fromkeys(FORMER, 1)))
+    for key, instead in FORMER.items():
+        assert f"'{key}' is no key in 'trainer'; {instead}." in str(caught.value)
+    assert not FORMER.keys() & argument_types(backend).keys()
+    named = {word for instead in FORMER.values() for word in re.findall(r"'(\w+)'", instead)}
+    assert named - {"tokenizer"} <= argument_types(backend).keys()
+    values = settings(backend, train_sampling_strategy="group_by_length", warmup_steps=0.1)
+    assert make_arguments(backend, parse_config(values).trainer, RunFolder(values["output"]), evaluates=False)
 
 
 COMPILER = {"torch_compile": True, "torch_compile_mode": "zzz"}

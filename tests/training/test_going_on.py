@@ -71,6 +71,45 @@ def test_a_half_written_checkpoint_is_neither_read_nor_counted(
     assert [entry["step"] for entry in histories[0] if "loss" in entry] == [3, 6]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", ["cosine", "reduce_lr_on_plateau"])
+def test_rates_that_are_changed_hold_when_a_run_goes_on(
+    backend: str, schedule: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint would bring back the old ones, and a run that diverged would diverge again."""
+    values = settings(backend, max_steps=8, save_steps=4, logging_steps=1, warmup_steps=2, lr_scheduler_type=schedule)
+    values["data"]["eval"] = values["data"]["train"]
+    rates, decays = {}, {}
+    changed = {"learning_rate": 0.001, "weight_decay": 0.5, "adam_beta2": 0.9}
+    for name, changes in {"before": {}, "after": changed}.items():
+        values["output"] = values["output"].removesuffix("before") + name
+        run = RunFolder(values["output"])
+        with monkeypatch.context() as patch:
+            interrupt_at(5, pipeline, patch)
+            with pytest.raises(KeyboardInterrupt):
+                go(values)
+        values["trainer"] |= changes
+        go(values, resume=True)
+        state = json.loads((run.last_checkpoint() / "trainer_state.json").read_text())
+        rates[name] = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+        groups = torch.load(run.last_checkpoint() / "optimizer.pt", weights_only=True)["param_groups"]
+        decays[name] = [(group["weight_decay"], group["betas"]) for group in groups]
+    assert rates["after"][:4] == rates["before"][:4]
+    assert rates["after"][4:] == pytest.approx([rate / 10 for rate in rates["before"][4:]])
+    assert max(decay for decay, _ in decays["after"]) == 0.5
+    assert {betas[1] for _, betas in decays["after"]} == {0.9}
+
+
+def test_another_optimizer_is_refused_when_a_run_goes_on(settings: Settings) -> None:
+    values = settings("trainer", max_steps=2)
+    go(values)
+    values["trainer"] |= {"max_steps": 4}
+    for name in ("sgd", "adafactor"):
+        with pytest.raises(ConfigError, match=r"^--resume: expected the optimizer .* trainer.optim asks for another"):
+            go({**values, "trainer": {**values["trainer"], "optim": name}}, resume=True)
+    assert go({**values, "trainer": {**values["trainer"], "optim": "adamw_torch"}}, resume=True)
+
+
 def test_what_a_killed_process_leaves_is_taken_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (tmp_path / "run").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,16 @@ def test_faults_are_found_before_anything_is_written(
     assert snapshot(folder) == before
 
 
+def test_files_that_are_missing_are_found_before_models_are_loaded(settings: Settings) -> None:
+    """All of them at once: what is retained, the text of a stage, the text and the examples for connections."""
+    values = broken(settings(), "data", "train", "none.jsonl")
+    values["model"] |= {"anchor": "no/such-model", "plain_text": "plain.txt", "development": "some.jsonl"}
+    values |= {"retain": {"text": "general.txt"}, "align": {"text": "stage.txt"}}
+    with pytest.raises(ConfigError, match=r"^The run has 5 faults: ") as caught:
+        go(values)
+    assert all(name in str(caught.value) for name in ("none", "general", "stage", "plain", "some"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -322,6 +333,20 @@ def test_a_finished_run_stays_as_it_is(kept: bool, best: bool, settings: Setting
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert snapshot(run.last_checkpoint()) == checkpoint
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 7}, {"num_train_epochs": 1}], ids=str)
+def test_a_finished_run_still_says_what_it_was(length: dict[str, Any], settings: Settings) -> None:
+    """Its card told of no steps, and its result of a loss of 0."""
+    values = settings(logging_steps=1, save_steps=1, **length)
+    composition = go(values)
+    card = (composition / "README.md").read_text()
+    assert "| training loss | " in card
+    lines: list[str] = []
+    result = train(parse_config(values), resume=True, report=lines.append)
+    assert (composition / "README.md").read_text() == card
+    assert math.isnan(result.loss)
+    assert sum("left to train" in line for line in lines) == 1
 
 
 def damage(path: Path) -> None:

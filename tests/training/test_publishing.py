@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from calmlm.errors import ConfigError
@@ -147,6 +148,33 @@ def test_settings_of_the_repository(backend: str, settings: Settings, hub: Hub) 
     go(values)
     assert hub.repository["id"] == Path(values["output"]).name
     assert (hub.repository["private"], hub.repository["token"]) == (True, "secret")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("published")
+def test_a_token_is_sent_and_never_written(backend: str, settings: Settings, hub: Hub, tmp_path: Path) -> None:
+    """Neither the run's folder nor the repository holds it, though trainers pickle their arguments into both."""
+    token = "hf_" + "SecretOfTheHub" * 2
+    values = settings(backend, max_steps=2, save_steps=1, push_to_hub=True, hub_token=token)
+    values |= {"align": {"text": str(tmp_path / "text"), "trainer": {"max_steps": 1}}}
+    (tmp_path / "text").write_text("1+2\n3+4\n")
+    sent: list[Any] = []
+    upload = hub.upload_folder
+
+    def noted(**options: Any) -> Any:
+        sent.append(options["token"])
+        return upload(**options)
+
+    hub.upload_folder = noted  # type: ignore[method-assign]
+    go(values)
+    assert hub.repository["token"] == token
+    assert sent == [token] * len(sent)
+    assert len(sent) == 3, "two checkpoints and the end"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    arguments = [path for path in files if path.name == "training_args.bin"]
+    assert len(arguments) > 3, "those of the checkpoints, of the stage and of the repository"
+    assert torch.load(arguments[0], weights_only=False).hub_token is None
+    assert not [path for path in files if token.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

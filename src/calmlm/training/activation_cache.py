@@ -175,7 +175,7 @@ class ActivationCache:
         return found
 
     def check_room(self, rows: Sequence[dict[str, Any]]) -> int:
-        """How many bytes the states of these examples take beside what is there, estimated from some of them.
+        """How many bytes the states of these texts take beside what is there, estimated from some of them.
 
         Raises:
             ConfigError: there is less room on the disk.
@@ -314,7 +314,7 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, 
 
     Args:
         model: the composed model.
-        rows: examples with ``input_ids`` and ``labels``.
+        rows: examples with ``input_ids`` and ``labels``, and texts with ``input_ids`` alone.
         dtype: in which states are kept; None for the models' own.
         anchor: whether the anchor's stream is kept as well.
     """
@@ -343,10 +343,12 @@ def bytes_needed(model: Any, rows: Sequence[dict[str, Any]], dtype: str | None, 
 
 
 def _read(model: Any, row: dict[str, Any], recorder: Any) -> None:
-    """Let a recorder see what the augmenting models would read of an example."""
-    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    """Let a recorder see what the augmenting models would read of an example, or of a text without labels."""
+    ids, prompt, told = torch.tensor([row["input_ids"]]), None, None
     names = [name for name in model.augmenting if model.config.augmenting[name]["reads"] != "inputs"]
-    prompt, told = (made.to(model.device) for made in (prompt_of(labels), given_of(labels, None)))
+    if "labels" in row:
+        labels = torch.tensor([row["labels"]])
+        prompt, told = (made.to(model.device) for made in (prompt_of(labels), given_of(labels, None)))
     inputs = Inputs(ids.to(model.device), None, None, prompt, None, told=told)
     before, model.slot.recorder = model.slot.recorder, recorder
     try:

@@ -32,6 +32,20 @@ OWNED = {
     "remove_unused_columns": "calmlm tokenizes the data itself",
 }
 
+# What trainers are given elsewhere, or were in earlier versions, and has no near name here: key -> what to do instead.
+FORMER = {
+    "batch_size": "set 'per_device_train_batch_size'",
+    "group_by_length": "set 'train_sampling_strategy' to group_by_length",
+    "lr": "set 'learning_rate'",
+    "max_seq_length": "set 'data.max_length'",
+    "no_cuda": "set 'use_cpu'",
+    "overwrite_output_dir": "use --overwrite",
+    "peft_config": "set 'model.adapters'",
+    "save_safetensors": "remove it, since nothing else is saved",
+    "tokenizer": "set 'tokenizer' at the top of the file",
+    "warmup_ratio": "set 'warmup_steps', which takes a share of all steps as well",
+}
+
 # What YAML may hold where the trainers' own annotations say less than they take.
 FORMS: dict[str, Any] = {
     "accelerator_config": Place | dict[str, Any] | None,
@@ -135,6 +149,8 @@ def read_arguments(backend: str, given: Mapping[str, Any], faults: list[str], pl
 def _unknown(key: str, known: Collection[str], backend: str, place: str) -> str:
     if backend == "trainer" and find_spec("trl") is not None and key in argument_types("sft"):
         return f"{place}.{key}: expected an argument of transformers' Trainer, but it is TRL's; set backend: sft."
+    if key in FORMER:
+        return f"'{key}' is no key in '{place}'; {FORMER[key]}."
     return unknown_key(key, known, place)
 
 

@@ -23,6 +23,7 @@ from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
+from calmlm.training.hub_token import KEY, UnwrittenToken
 from calmlm.training.lean_loss import lean
 from calmlm.training.named_reporters import PROJECT, check_reporters
 from calmlm.training.retaining import RetainingTrainer
@@ -33,6 +34,7 @@ from calmlm.training.whole_checkpoints import WholeCheckpoints
 __all__ = [
     "Rows",
     "argument_types",
+    "batches_of",
     "make_arguments",
     "make_trainer",
     "set_end",
@@ -75,6 +77,8 @@ def make_arguments(backend: str, arguments: Mapping[str, Any], folder: RunFolder
     merged = copy.deepcopy({**defaults, **arguments, "output_dir": str(folder.checkpoints)})
     if merged.get("push_to_hub") and not merged.get("hub_model_id"):
         merged["hub_model_id"] = folder.path.resolve().name  # or it would be "checkpoints"
+    if merged.get(KEY):
+        merged[KEY] = UnwrittenToken(merged[KEY])
     if merged["report_to"] is None:
         merged["report_to"] = "none"
     if backend == "sft":
@@ -160,6 +164,12 @@ def make_trainer(
     trainer.add_callback(FirstStep(trainer, reporters))
     trainer.run = folder
     return trainer
+
+
+def batches_of(trainer: Any) -> int:
+    """How many batches a trainer will have in memory one after the other, in all processes together."""
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return int(steps * trainer.args.gradient_accumulation_steps * trainer.args.world_size)
 
 
 def train_with(trainer: Any, checkpoint: Path | None) -> Any:

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from calmlm.errors import CalmError, ConfigError, first_line, is_full
 from calmlm.files.storage import write_text
+from calmlm.training.changed_rates import let_hold, settings_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -74,16 +75,26 @@ class ResumedTrainer(Trainer):
                 "last_logged": getattr(self, "_globalstep_last_logged", 0),
                 "metrics": {key: list(found) for key, found in self._measured().items()},
                 "tokens": getattr(self, "_total_train_tokens", 0),
+                "learning_rate": self.args.learning_rate,
             }
             write_text(Path(output_dir) / RUNNING, json.dumps(known))
         self.accelerator.wait_for_everyone()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both; a learning rate, a weight decay and so on that the run is given anew hold from here on."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        made = settings_of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before = _known(checkpoint).get("learning_rate")
+        let_hold(made, self.optimizer, self.lr_scheduler, before, self.args.learning_rate)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        path = Path(checkpoint or "") / RUNNING
-        if checkpoint is None or not path.is_file():  # of an older version
+        known = _known(checkpoint)
+        if not known:
             return
-        known = json.loads(path.read_text(encoding="utf-8"))
         # In place: the loop holds the tensor already.
         self._tr_loss += torch.tensor(known["loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
         self._total_loss_scalar -= known["loss"]  # the run's mean is over the steps of this call
@@ -97,6 +108,15 @@ class ResumedTrainer(Trainer):
         """What TRL's trainer measures between two logs."""
         found: dict[str, list[float]] = getattr(self, "_metrics", {}).get("train", {})
         return found
+
+
+def _known(checkpoint: str | None) -> dict[str, Any]:
+    """What the run knew when it wrote a checkpoint; nothing of one that an older version has written."""
+    path = Path(checkpoint or "") / RUNNING
+    if checkpoint is None or not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def highest(trainer: Trainer, value: int) -> int:

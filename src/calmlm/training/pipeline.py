@@ -25,6 +25,7 @@ from calmlm.training.activation_cache import ActivationCache
 from calmlm.training.align_stage import AlignStage
 from calmlm.training.backends import (
     Rows,
+    batches_of,
     make_arguments,
     make_trainer,
     set_end,
@@ -39,8 +40,16 @@ from calmlm.training.learned import learned
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.process_environment import environment_restored
 from calmlm.training.retaining import Retained
-from calmlm.training.run_checks import check_continues, check_ids, check_inputs, check_saving, check_views, in_one_go
-from calmlm.training.run_folder import RunFolder, best_of, steps_of
+from calmlm.training.run_checks import (
+    check_continues,
+    check_ids,
+    check_inputs,
+    check_saving,
+    check_views,
+    in_one_go,
+    texts_read,
+)
+from calmlm.training.run_folder import RunFolder, best_of, state_of, steps_of
 from calmlm.training.schema import ModelConfig, TrainingConfig
 from calmlm.training.whole_checkpoints import is_fsdp2
 from calmlm.training.yaml import dump_yaml
@@ -77,11 +86,12 @@ def train(
     """
     folder = RunFolder(config.output)
     evaluates = config.data.eval is not None
-    _, arguments, train_examples, eval_examples = in_one_go(
+    _, arguments, train_examples, eval_examples, *_ = in_one_go(
         lambda: folder.check(resume=resume, overwrite=overwrite),
         lambda: make_arguments(config.backend, config.trainer, folder, evaluates=evaluates),
         lambda: load_examples(_listed(config.data.train)),
         lambda: load_examples(_listed(config.data.eval)) if evaluates else None,
+        *texts_read(config, begun=resume and folder.last_checkpoint() is not None),
     )
     set_seed(arguments.seed)  # new connections draw their weights at random
     # A tokenizer that is named is settled before the models are aligned; otherwise compose finds it beside the anchor.
@@ -104,7 +114,7 @@ def train(
 
     cache = _cache(config, model, arguments, report)
     if cache is not None:
-        rows = _with_states(rows, eval_rows or [], cache, report)
+        rows = _with_states(rows, cache, report)
 
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
@@ -126,6 +136,10 @@ def train(
     stage = None
     if config.align is not None and checkpoint is None:
         stage = AlignStage(config, model, tokenizer, max_length, folder)
+    if cache is not None:
+        general = trainer.retained.rows_read(batches_of(trainer)) if trainer.retained is not None else []
+        plain = stage.rows if stage is not None else []
+        _check_room([*rows, *(eval_rows or []), *general, *plain], len(rows), cache, report)
 
     def start() -> None:
         kept = resume or (stage is not None and stage.begun)  # the stage lies in the folder
@@ -144,15 +158,20 @@ def train(
         if stage is not None:
             stage.run(start, resume=resume, report=report)
             set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
-        if checkpoint is not None and steps_of(checkpoint) >= arguments.max_steps > 0:
+        done = 0 if checkpoint is None else steps_of(checkpoint)
+        if checkpoint is not None and done >= arguments.max_steps > 0:
             report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
             trainer.begin()
             # Trainer would look at the limit behind one more step.
             take(model, best_of(checkpoint) if arguments.load_best_model_at_end else checkpoint)
-            steps, loss = steps_of(checkpoint), math.nan
+            trainer.state = state_of(checkpoint)  # of which the card and the pictures tell
+            steps, loss = done, math.nan
         else:
             outcome = train_with(trainer, checkpoint)
             steps, loss = outcome.global_step, outcome.training_loss
+            if steps == done:
+                report(f"All {steps} steps are done: nothing was left to train.")
+                loss = math.nan
     if cache is not None:
         report(cache.summary())
     if trainer.is_world_process_zero():
@@ -216,29 +235,44 @@ def _cache(config: TrainingConfig, model: Any, arguments: Any, report: Report) -
     return ActivationCache(settings, model, folder, report, precision)
 
 
-def _with_states(rows: Rows, others: Rows, cache: ActivationCache, report: Report) -> Rows:
-    """The examples that a run trains on, once it is sure that their states, and those of others, have room.
+def _with_states(rows: Rows, cache: ActivationCache, report: Report) -> Rows:
+    """The examples that a run trains on: where others are not wanted, those whose states are there.
 
     Raises:
-        ConfigError: they have not.
         DataError: none are left, where those without states are skipped; or some lack states, where none may.
     """
-    if cache.config.on_missing in ("skip", "raise"):
-        known = cache.known(rows)
-        missing = known.count(False)
-        if missing == len(rows) or (missing and cache.config.on_missing == "raise"):
-            raise DataError(
-                f"Expected the states of all {len(rows)} examples in {cache.folder}, but those of {missing} are "
-                f"missing: make them with activation_cache.on_missing=generate."
-            )
-        if missing:
-            report(f"{missing} of {len(rows)} examples are skipped: the activation cache lacks their states.")
-        return [row for row, there in zip(rows, known, strict=True) if there]
-    needed = cache.check_room([*rows, *others])
+    if cache.config.on_missing not in ("skip", "raise"):
+        return rows
+    known = cache.known(rows)
+    missing = known.count(False)
+    if missing == len(rows) or (missing and cache.config.on_missing == "raise"):
+        raise DataError(
+            f"Expected the states of all {len(rows)} examples in {cache.folder}, but those of {missing} are "
+            f"missing: make them with activation_cache.on_missing=generate."
+        )
+    if missing:
+        report(f"{missing} of {len(rows)} examples are skipped: the activation cache lacks their states.")
+    return [row for row, there in zip(rows, known, strict=True) if there]
+
+
+def _check_room(texts: Rows, examples: int, cache: ActivationCache, report: Report) -> None:
+    """Say what the states of all that a run reads take; there has to be room for them.
+
+    Args:
+        texts: the examples, what is evaluated, what is retained, and the text of a stage before.
+        examples: how many of them are examples.
+        cache: of the run.
+        report: takes a line.
+
+    Raises:
+        ConfigError: there is less room.
+    """
+    needed = cache.check_room(texts)
+    beside = f" and {len(texts) - examples} other texts" if len(texts) > examples else ""
     report(
-        f"The activation cache takes {needed / UNITS['MiB']:,.1f} MiB for {len(rows)} examples, as some of them say."
+        f"The activation cache takes {needed / UNITS['MiB']:,.1f} MiB for {examples} examples{beside}, as some of them "
+        f"say."
     )
-    return rows
 
 
 def _listen(model: Any, tokenizer: Any, rows: Rows, report: Report) -> None:

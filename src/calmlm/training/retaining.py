@@ -59,6 +59,10 @@ class Retained:
         )
         return {"input_ids": ids, "attention_mask": mask}, torch.tensor(columns)
 
+    def rows_read(self, batches: int) -> list[dict[str, list[int]]]:
+        """As many of the lines as so many batches read; which ones is settled when they do."""
+        return [{"input_ids": row} for row in self.rows[: batches * self.lines]]
+
     def _order(self, around: int) -> list[int]:
         """The order of a pass, drawn when it begins: there may be millions of lines."""
         if self._pass[0] != around:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from calmlm.data.jsonl import read_jsonl
+from calmlm.data.sources import read_lines
 from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.files.storage import portable_config
 from calmlm.training.backends import Rows
+from calmlm.training.schema import TrainingConfig
 
-__all__ = ["check_continues", "check_ids", "check_inputs", "check_same", "check_saving", "check_views", "in_one_go"]
+__all__ = [
+    "check_continues",
+    "check_ids",
+    "check_inputs",
+    "check_same",
+    "check_saving",
+    "check_views",
+    "in_one_go",
+    "texts_read",
+]
 
 LOOKED_AT = 32  # rows of which a view has to show something
 
@@ -33,6 +46,25 @@ def in_one_go(*steps: Callable[[], Any]) -> list[Any]:
     if faults:
         raise ConfigError(f"The run has {len(faults)} faults: " + " ".join(map(str, faults)))
     return found
+
+
+def texts_read(config: TrainingConfig, *, begun: bool) -> list[Callable[[], int]]:
+    """Functions that read a file beside the data each, so that one that is missing is found before models are loaded.
+
+    Args:
+        config: of the run.
+        begun: whether the run goes on behind its stage on plain text.
+    """
+    model, align = config.model, None if begun else config.align
+    named = [model.plain_text, align and align.text, config.retain and config.retain.text]
+    found: list[Callable[[], int]] = [
+        partial(_count, read_lines, path) for path in dict.fromkeys(path for path in named if path)
+    ]
+    return found if model.development is None else [*found, partial(_count, read_jsonl, model.development)]
+
+
+def _count(read: Callable[[str], list[Any]], path: str) -> int:
+    return len(read(path))
 
 
 def check_same(model: Any, saved: Path) -> None:

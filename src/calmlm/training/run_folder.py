@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from calmlm.errors import ConfigError
 from calmlm.files.paths import expanded
@@ -169,14 +170,15 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def steps_of(checkpoint: Path) -> int:
     """After how many steps a complete checkpoint was written."""
-    return int(_state(checkpoint).get("global_step", 0))
+    return int(state_of(checkpoint).global_step)
+
+
+def state_of(checkpoint: Path) -> TrainerState:
+    """What the trainer knew when it wrote a complete checkpoint: steps, logs, the best one so far."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def best_of(checkpoint: Path) -> Path:
     """The best checkpoint so far, as a checkpoint knows it; itself where that one is gone."""
-    best = checkpoint.parent / Path(_state(checkpoint).get("best_model_checkpoint") or checkpoint).name
+    best = checkpoint.parent / Path(state_of(checkpoint).best_model_checkpoint or checkpoint).name
     return best if (best / "trainer_state.json").is_file() else checkpoint
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from calmlm.files.paths import Place, expanded
 from calmlm.training.arguments import OWNED, read_arguments
 from calmlm.training.cache_settings import CacheConfig
 from calmlm.training.fields import read_fields, read_what_fits, show, unknown_key
+from calmlm.training.hub_token import KEY
 from calmlm.training.yaml import parse_yaml
 
 __all__ = [
@@ -282,7 +283,10 @@ class TrainingConfig:
         return found if isinstance(found, CacheConfig) else CacheConfig(found)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The file's values, without a token: a run writes them down, and its folder is given away."""
+        values = dataclasses.asdict(self)
+        values["trainer"].pop(KEY, None)
+        return values
 
 
 def connector_options() -> list[str]:

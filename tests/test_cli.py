@@ -28,6 +28,8 @@ import calmlm
 from calmlm.cli import main
 from calmlm.commands.options import standard_input
 from calmlm.data.sources import read_lines
+from calmlm.files.inspection import describe
+from compositions import tiny_composition
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers_tiny import tokenizer
 
@@ -404,6 +406,27 @@ def test_inspect(composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MistralForCausalLM" in lines["augmenting"]
     trainable, _ = calmlm.CalmForCausalLM.from_pretrained(composition).get_nb_trainable_parameters()
     assert lines["parameters"] == f"{trainable:,}"
+
+
+GRAFTED: dict[str, Any] = {
+    "connector": "graft",
+    "init": "aligned",
+    "plain_text": ["a fox and a dog, 12 + 34"] * 8,
+    "tokenizer": tiny_tokenizer(),
+}
+
+
+@pytest.mark.parametrize("options", [GRAFTED, {}, {"train_map": True}], ids=["graft", "words", "trained words"])
+def test_inspect_counts_maps_that_are_not_trained_apart(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = tiny_composition("llama", "gpt2", 1, words="map", **options)
+    model.save_pretrained(tmp_path)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sizes = {name: tensor.numel() for name, tensor in model.composition_tensors().items()}
+    learned = sum(size for name, size in sizes.items() if name in trained)
+    rest = sum(sizes.values()) - learned
+    assert (rest == 0) == ("train_map" in options)
+    told = f", and {rest:,} of maps that are not trained" if rest else ""
+    assert dict(describe(str(tmp_path)))["parameters"] == f"{learned:,}{told}"
 
 
 def test_inspect_looks_into_an_answer(composition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
+import calmlm
 from calmlm.baselines.given import losses_of
 from calmlm.comparison.contract import GRAFTS
 from calmlm.comparison.domains.own import OwnModels, _size
@@ -309,6 +310,22 @@ def test_faults_are_found_before_anything_runs(
     place[path[-1]] = value
     with pytest.raises(ConfigError, match=mentions):
         config_of(tmp_path, values)
+
+
+@pytest.mark.parametrize("path", [("model", "anchor"), ("model", "augmenting"), ("vanilla",), ("twin",)], ids="/".join)
+def test_compositions_and_adapters_are_no_models_to_compare(
+    tmp_path: Path, values: dict[str, Any], path: tuple[str, ...]
+) -> None:
+    place = own(values)
+    for key in path[:-1]:
+        place = place[key]
+    composition = tmp_path / "composition"
+    calmlm.compose(tmp_path / "anchor", tmp_path / "small", 1).save_pretrained(composition)
+    write(tmp_path / "adapter_config.json", [{}])
+    for folder, mentions in ((composition, "is a composition"), (tmp_path, "without adapters")):
+        place[path[-1]] = str(folder)
+        with pytest.raises(ConfigError, match=mentions):
+            config_of(tmp_path, values)
 
 
 def test_the_shipped_file_can_be_filled_in(tmp_path: Path, values: dict[str, Any], monkeypatch: Any) -> None:

@@ -68,6 +68,15 @@ def test_probabilities_by_hand(kind: str) -> None:
         assert (plain[0, -1] - logits[0, -1]).abs().max() > 1e-3
 
 
+def test_a_text_that_ends_in_the_token_of_padding_is_no_other() -> None:
+    """The harness fills rows up with zeros: each text is found once, the longer one first, as rows come."""
+    wrapped = composed("own")
+    texts = {(5, 6, 0): "longer", (5, 6): "shorter"}
+    wrapped._expect([(None, [*text], [7]) for text in texts])
+    assert [wrapped._text_of([5, 6, 0, 0], texts) for _ in texts] == list(texts)
+    assert wrapped._text_of([5, 7, 0], texts) is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_by_hand(kind: str) -> None:
     wrapped = composed(kind)

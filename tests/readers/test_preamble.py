@@ -15,7 +15,8 @@ import calmlm
 from calmlm.errors import CheckpointError, ConfigError, DataError
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
-from compositions import assert_close, logits_of, pad, tiny_composition
+from compositions import assert_close, assert_helpful, greedy_without_cache, logits_of, pad, tiny_composition
+from equalities import GREEDY
 from tiny import FAMILIES, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import with_beginning
 
@@ -25,6 +26,10 @@ OPENED: dict[str, Any] = {
     "augmenting_prefix": "a fox:",
 }
 WINDOWS = {"mistral": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4}, "gemma2": {"sliding_window": 4}}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "lfm2": FAMILIES["llama"] | {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"]},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8},
+}
 OPENING = [1, *tiny_tokenizer()("a fox:", add_special_tokens=False).input_ids]
 ROWS = [tiny_tokens(1, length, seed=length)[0] for length in (9, 3, 6)]
 
@@ -61,6 +66,37 @@ def test_states_are_those_behind_the_opening(family: str, side: str) -> None:
         expected = states_alone(model, alone, sorted(hidden))
         for layer, states in hidden.items():
             assert_close(states[row, mask[row].bool()], expected[layer], 1e-4)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own tokens", "shared ids"])
+@pytest.mark.parametrize("family", RECURRENT)
+def test_models_that_keep_a_state_read_it_with_each_text(family: str, own: bool, monkeypatch: Any) -> None:
+    """Right before each text, whose rows may differ in length; they are decoded without a cache."""
+    monkeypatch.setitem(FAMILIES, family, RECURRENT[family])
+    model = tiny_composition("llama", family, **(OPENED if own else {}))
+    model.model.change_prefix("augmenting", OPENING[own:])
+    reader = model.model.reader("augmenting")
+    for side in ("left", "right"):
+        ids, mask = pad(ROWS, side)
+        hidden = reader.read(Inputs(ids, mask, None, None, None), Past()).hidden
+        for row, alone in enumerate(ROWS):
+            expected = states_alone(model, alone, sorted(hidden))
+            for layer, states in hidden.items():
+                assert_close(states[row, mask[row].bool()], expected[layer], 1e-4)
+    ids, mask = pad(ROWS, "left")
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=4, **GREEDY)
+    assert torch.equal(found, greedy_without_cache(model, ids, 4, mask))
+    model.model.change_prefix("augmenting", [])
+    assert model.model.can_cache is not own  # a beginning is left to the one with tokens of its own
+
+
+def test_a_mask_that_does_not_say_where_a_text_begins_is_refused_by_them(monkeypatch: Any) -> None:
+    monkeypatch.setitem(FAMILIES, "lfm2", RECURRENT["lfm2"])
+    model = tiny_composition("llama", "lfm2")
+    model.model.change_prefix("augmenting", OPENING)
+    with pytest.raises(DataError) as error:
+        model(input_ids=tiny_tokens(1, 9), attention_mask=torch.ones((1, 1, 9, 9)).tril().bool())
+    assert_helpful(error.value, "(batch, length)", "Lfm2Model")
 
 
 def test_a_damaged_opening_is_refused(tmp_path: Path) -> None:
@@ -111,8 +147,12 @@ def test_the_anchor_reads_nothing_of_it() -> None:
         assert torch.equal(logits_of(with_it, ids), logits_of(without, ids))
 
 
-def test_a_model_that_counts_padding_behind_it_reads_one_row_at_a_time() -> None:
-    model = tiny_composition("llama", "mpt", **OPENED)
+@pytest.mark.parametrize("family", ["mpt", "llama4_text"])
+def test_a_model_that_counts_padding_behind_it_reads_one_row_at_a_time(family: str, monkeypatch: Any) -> None:
+    """Llama 4 counts it in the chunks that its layers look at, which are longer than any trial."""
+    chunks = FAMILIES["llama"] | {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 32}
+    monkeypatch.setitem(FAMILIES, "llama4_text", chunks)
+    model = tiny_composition("llama", family, **OPENED)
     ids, mask = pad(ROWS, "left")
     with pytest.raises(DataError, match="one row at a time"):
         model(input_ids=ids, attention_mask=mask)

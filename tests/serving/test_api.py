@@ -15,10 +15,11 @@ import openai
 import pytest
 import torch
 
+import calmlm
 from calmlm.serving.catalogue import Catalogue
 from calmlm.serving.engine import Engine
 from calmlm.serving.grammar import SchemaWriter
-from compositions import own, tiny_composition
+from compositions import assert_helpful, own, tiny_composition
 from served import PROMPTS, catalogue, expected, running, serving, wait
 from tokenizers_tiny import AWKWARD, tokenizer
 
@@ -254,6 +255,22 @@ def test_json_that_follows_a_schema() -> None:
             client.completions.create(**given, extra_body={"response_format": form})
 
 
+def test_schemas_that_never_come_to_an_end_are_refused_and_give_no_half_answer() -> None:
+    """At once where nothing at all can be written, else where nothing can follow."""
+    words = tokenizer("bytes-large")
+    writer = SchemaWriter(words, len(words), {words.eos_token_id})
+    for schema in ({"$ref": "#"}, {"allOf": [{"$ref": "#"}]}):
+        with pytest.raises(calmlm.ConfigError) as error:
+            writer.grammar(schema)
+        assert_helpful(error.value, "JSON schema that can be followed")
+    inner = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "required": ["a"]}
+    grammar = writer.grammar({**inner, "$defs": {"b": {"$ref": "#/$defs/b"}}})
+    with pytest.raises(calmlm.ConfigError) as error:
+        while not grammar.ended:
+            grammar.take(int(grammar.allowed(len(words)).int().argmax()))
+    assert_helpful(error.value, "JSON schema that can be followed")
+
+
 def test_json_where_the_tokenizer_has_more_tokens_than_its_model() -> None:
     """As Gemma's has one for pictures: it is never written."""
     words = copy.deepcopy(tokenizer("bytes-large"))
@@ -274,6 +291,7 @@ def test_tokenize_health_and_metrics(server: tuple[str, Engine], client: openai.
     told = client.chat.completions.create(model="one", messages=said, max_tokens=1)  # type: ignore[arg-type]
     assert told.usage and chat["count"] == told.usage.prompt_tokens
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.head(f"{url}/health").status_code == 200  # as some probes ask
     page = httpx.get(f"{url}/metrics").text
     for name in (
         "num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total generation_tokens_total "

@@ -260,7 +260,10 @@ class Backbone:
     @cached_property
     def skips_gaps(self) -> bool:
         """Whether padding within a text leaves what the model reads behind it as it is; tried out once."""
-        if not self.pads_left:
+        config: Any = self.decoder.config
+        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+        # Chunks of attention are counted in columns, and are longer than any trial.
+        if not self.pads_left or "chunked_attention" in kinds:
             return False
         ids = torch.arange(5, device=execution_device(self.decoder))[None] % self.vocab_size
         gap = torch.tensor([[1, 1, 0, 0, 1, 1, 1]], device=ids.device)

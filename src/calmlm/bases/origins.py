@@ -66,6 +66,16 @@ def check_folder(source: str, role: str) -> None:
         raise _composed(role, source)
 
 
+def check_config(config: Any, source: str, role: str) -> None:
+    """Raise where a configuration is a composition's.
+
+    Raises:
+        ModelError: for such a configuration.
+    """
+    if config.model_type == CalmConfig.model_type:
+        raise _composed(role, source)
+
+
 def _adapted(role: str, name: str) -> ModelError:
     return ModelError(
         f"The {role} must be a model without adapters, but {name!r} has some (PEFT): merge them with "

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from calmlm.bases.forms import Form
 from calmlm.bases.opening import saved_config
+from calmlm.bases.origins import check_config, check_folder
 from calmlm.data.context import stated_length
 from calmlm.data.labels import LossOn
 from calmlm.data.sources import HubDataset
@@ -178,10 +179,13 @@ class Own:
         """The configurations of the models that are named, by id or folder.
 
         Raises:
-            ModelError: one of them cannot be read.
+            ModelError: one of them cannot be read, or is a composition or an adapter.
         """
         found = {}
-        for source in dict.fromkeys(each for each in (self.anchor, self.augmenting, self.vanilla, self.twin) if each):
+        named = {"anchor": self.anchor, "augmenting model": self.augmenting, "vanilla model": self.vanilla}
+        roles = {source: role for role, source in reversed((named | {"twin": self.twin}).items()) if source}
+        for source, role in reversed(roles.items()):
+            check_folder(source, role)
             try:
                 found[source] = saved_config(
                     source, revision=self.revisions.get(source), trust_remote_code=self.model.trust_remote_code
@@ -191,6 +195,7 @@ class Own:
                     f"Expected the id or folder of a model, but {source!r} cannot be read ({first_line(error)}): check "
                     f"the name, the revision and your access to it."
                 ) from error
+            check_config(found[source], source, role)
         return found
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +43,7 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             max_length=context_length(model),
         )
         self._given: dict[tuple[int, ...], int] = {}  # how many tokens of what is scored were given
+        self._coming: Counter[tuple[int, ...]] = Counter()  # how many rows of it the harness has not asked for yet
         # A token that stands before what is decoded: some decoders take a space from the beginning of a text.
         self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
@@ -104,8 +106,8 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             for request, part in zip(requests, parts, strict=True)
             for window in part
         ]
-        self._note(keyed)
         with self._row_by_row(contexts, split=len(keyed) > len(parts)):
+            self._note(keyed)
             scores = iter(super()._loglikelihood_tokens(keyed, *arguments, **options))
         found = [[next(scores) for _ in part] for part in parts]
         return [(sum(score for score, _ in each), all(greedy for _, greedy in each)) for each in found]
@@ -113,23 +115,43 @@ class ComposedLM(HFLM):  # type: ignore[misc]
     def _note(self, requests: Any) -> None:
         """Keep how much of each text is given, for ``_model_call``, which the harness does not tell."""
         self._given.clear()
+        self._expect(requests)
         if self.model.model.enabled and self.model.model.wants_prompts:
             for _, before, scored in requests:
-                whole = tuple([*before, *scored][-(self.max_length + 1) : -1])
+                whole = self._whole(before, scored)
                 count = max(0, len(whole) - len(scored) + 1)
                 self._given[whole] = min(count, self._given.get(whole, count))
+
+    def _whole(self, before: Sequence[int], scored: Sequence[int]) -> tuple[int, ...]:
+        """What the harness has a model read of a request."""
+        return tuple([*before, *scored][-(self.max_length + 1) : -1])
+
+    def _expect(self, requests: Any) -> None:
+        """Count the rows that will come; requests that differ in their last token alone come as one, as a rule."""
+        texts = [(tuple([*before, *scored][:-1]), self._whole(before, scored)) for _, before, scored in requests]
+        self._coming = Counter(dict(texts).values() if self.logits_cache else [whole for _, whole in texts])
+
+    def _text_of(self, row: Sequence[int], known: Mapping[tuple[int, ...], Any]) -> tuple[int, ...] | None:
+        """The text of a row among those that are known; None where it is none of them.
+
+        The harness fills rows up with zeros, and does not say from where on. Longer texts come first.
+        """
+        lengths = sorted({len(ids) for ids in known}, reverse=True)
+        texts = (tuple(row[:length]) for length in lengths if not any(row[length:]))
+        found = [text for text in texts if text in known]
+        whole = next((text for text in found if self._coming[text] > 0), found[0] if found else None)
+        if whole is not None:
+            self._coming[whole] -= 1
+        return whole
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """What stands before the scored tokens was given as a whole: a model with tokens of its own reads it so."""
         if not self._given:
             return super()._model_call(inps, *arguments, **options)
         told = torch.zeros_like(inps, dtype=torch.bool)
-        lengths = sorted({len(ids) for ids in self._given}, reverse=True)
         for row, ids in enumerate(inps.tolist()):
-            # The harness fills rows up with zeros, and does not say from where on.
-            found = (tuple(ids[:length]) for length in lengths if not any(ids[length:]))
-            count = next((self._given[key] for key in found if key in self._given), 0)
-            told[row, :count] = True
+            whole = self._text_of(ids, self._given)
+            told[row, : 0 if whole is None else self._given[whole]] = True
         with torch.no_grad():
             return self.model(inps, prompt_mask=told).logits
 

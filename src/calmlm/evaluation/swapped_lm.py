@@ -76,6 +76,7 @@ class SwappedLM(ComposedLM):
     def _note(self, requests: Any) -> None:
         """Keep, for ``_model_call``, what is read in place of each text."""
         self._read.clear()
+        self._expect(requests)
         limits = own_contexts(self.model)
         encoded = {key[0]: before for key, before, _ in requests if key is not None}
         for key, before, scored in requests:
@@ -86,18 +87,16 @@ class SwappedLM(ComposedLM):
                 )
             other = kept(limits, encoded[self._contexts[key[0]]], len(scored))
             other = other[-max(1, self.max_length + 1 - len(scored)) :]
-            whole = tuple([*before, *scored][-(self.max_length + 1) : -1])
+            whole = self._whole(before, scored)
             self._read.setdefault(whole, ([*other, *scored[:-1]][-self.max_length :], len(scored) - 1))
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         """The logits of rows that are padded on the right, from rows that stand beside what is read in their place."""
         rows: list[Sequence[int]] = []
         others, told = [], []
-        lengths = sorted({len(ids) for ids in self._read}, reverse=True)
         for ids in inps.tolist():
-            # The harness fills rows up with zeros, and does not say from where on.
-            found = (tuple(ids[:length]) for length in lengths if not any(ids[length:]))
-            whole = next(key for key in found if key in self._read)
+            whole = self._text_of(ids, self._read)
+            assert whole is not None
             other, scored = self._read[whole]
             rows.append(whole)
             others.append(other)

@@ -8,11 +8,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from calmlm.config import ConnectorConfig, opening_of
+from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.errors import CheckpointError
 from calmlm.files import storage
 from calmlm.files.fetching import fetch
 from calmlm.files.loading import read_config
+
+PREFIX = "model.connectors."  # of the names of a composition's tensors
 
 
 def describe(source: str) -> list[tuple[str, str]]:
@@ -44,7 +46,7 @@ def describe(source: str) -> list[tuple[str, str]]:
             lines.append(("adapters", f"rank {adapters['rank']}, beside {len(adapters['targets'])} maps of the anchor"))
     alignments = [weights.parent / storage.alignment_name(name) for name in config.augmenting or {}]
     size = sum(path.stat().st_size for path in (weights, *alignments) if path.is_file())
-    return [*lines, ("parameters", f"{_parameters(weights):,}"), ("size", f"{size / 1e6:,.1f} MB")]
+    return [*lines, ("parameters", _parameters(weights, config)), ("size", f"{size / 1e6:,.1f} MB")]
 
 
 def _connector(options: dict[str, Any]) -> str:
@@ -85,12 +87,29 @@ def _base(entry: dict[str, Any], config: Any = None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _parameters(weights: Path) -> int:
+def _parameters(weights: Path, config: CalmConfig) -> str:
+    """How many train, and how many more stay as they were computed."""
+    kept = _kept(config)
     try:
         with safe_open(weights, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
             f"Expected a readable {weights.name} in {weights.parent}, but it is damaged or cut short ({error}); save "
             f"the composition again or fetch it anew."
         ) from error
+    fixed = sum(size for name, size in sizes.items() if name.startswith(kept))
+    return f"{sum(sizes.values()) - fixed:,}" + (f", and {fixed:,} of maps that are not trained" if fixed else "")
+
+
+def _kept(config: CalmConfig) -> tuple[str, ...]:
+    """The beginnings of the names of tensors that training leaves as they are."""
+    found = []
+    for name, entry in config.augmenting.items():
+        places = range(len(entry["connections"])) if entry["connector"].get("kind") == "graft" else ()
+        found += [f"{place}.{part}" for place in places for part in ("map.", "mean", "deviation")]
+        words = entry.get("words") or {}
+        if words and words.get("kind") != "pointer" and not words.get("train_map"):
+            found.append(f"{len(entry['connections'])}.map.")
+        found = [part if part.startswith(PREFIX) else f"{PREFIX}{name}.{part}" for part in found]
+    return tuple(found)

@@ -51,16 +51,17 @@ class Abilities:
         return sorted({backbone.turns_at for _, backbone in self._advancing if backbone.turns_at is not None})
 
 
-def can_cache(backbone: Backbone, model: PreTrainedModel, reads: str) -> bool:
+def can_cache(backbone: Backbone, model: PreTrainedModel, reads: str, opened: bool) -> bool:
     """Whether one model can carry its past in a cache.
 
     Args:
         backbone: of the model.
         model: the anchor or an augmenting model.
         reads: what it reads; the anchor reads ``"tokens"``.
+        opened: whether it reads something before each text, from which only keys and values let it go on.
     """
     if reads == "tokens":
-        return backbone.cache_argument is not None
+        return backbone.cache_argument is not None and not (opened and not moves(text_config(model)))
     if reads != "text":
         return True  # it reads once
     # Of tokens of its own nobody could read again what turns otherwise later.

@@ -120,11 +120,14 @@ class CalmModel(CalmPreTrainedModel):
             find = Backbone.of_encoder if entry["reads"] == "inputs" else Backbone.of
             self._backbones[name] = find(model, "augmenting model", entry.get("layers_path"))
 
-        reads = {name: self.config.augmenting[name]["reads"] for name in self.augmenting}
-        self._cacheable = {
-            name: can_cache(backbone, self.augmenting[name] if name else self.anchor, reads.get(name, "tokens"))  # type: ignore[arg-type]
-            for name, backbone in self._backbones.items()
-        }
+        self._cacheable = {name: self._can_cache(name) for name in self._backbones}
+
+    def _can_cache(self, name: str) -> bool:
+        """Whether the augmenting model ``name``, or the anchor, can carry its past in a cache."""
+        if not name:
+            return can_cache(self._backbones[""], self.anchor, "tokens", opened=False)
+        entry = self.config.augmenting[name]
+        return can_cache(self._backbones[name], self.augmenting[name], entry["reads"], bool(opening_of(entry)))  # type: ignore[arg-type]
 
     def change_prefix(self, name: str, ids: Sequence[int]) -> None:
         """Let an augmenting model read these tokens before each text that begins from now on.
@@ -141,6 +144,7 @@ class CalmModel(CalmPreTrainedModel):
         entry.pop("prefix", None)
         entry |= {"prefix": list(ids)} if ids else {}
         self._openings[name].change(opening_of(entry))
+        self._cacheable[name] = self._can_cache(name)
 
     def _make_readers(self) -> None:
         self._readers: dict[str, Reader] = {}

@@ -102,11 +102,13 @@ class Common:
         return None
 
     def _run(self, stream: Stream, head: bool, arguments: dict[str, Any]) -> Tensor | None:
+        arguments, before = self.opening.with_text(arguments)
         self.slot.call = Call({self.name: stream})
         try:
             with torch.no_grad():
                 if self.first.reads_distribution:
-                    logits = self.model(**arguments).logits
+                    logits = self.model(**arguments).logits[:, before:]
+                    stream.cut(before)
                     stream.hidden.update(dict.fromkeys(self.layers, self.said(logits)))
                 elif head:
                     if accepts(self.model, "logits_to_keep"):
@@ -114,6 +116,7 @@ class Common:
                     logits = self.model(**arguments).logits
                 else:
                     self.backbone.decoder(**arguments)
+                    stream.cut(before)
                     return None
         finally:
             self.slot.call = None

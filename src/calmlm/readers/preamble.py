@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.placement import execution_device
 from calmlm.bases.trees import has_window, padded_mask, takes_trees
-from calmlm.state.cache import length_in, text_cache
+from calmlm.errors import DataError
+from calmlm.state.cache import length_in, moves, text_cache
 from calmlm.state.past import Past
 
 
 class Opening:
     """Tokens that a model reads once; every text goes on from there.
 
-    Their keys and values stand at the beginning of the model's own cache. The anchor does not look at them.
+    Their keys and values stand at the beginning of the model's own cache. The anchor does not look at them. A model
+    that keeps its past in another form, such as a state, reads them with each text, right before it.
 
     Args:
         ids: of the tokens.
@@ -35,6 +38,11 @@ class Opening:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def comes_with_text(self) -> bool:
+        """Whether there is an opening, and the model has no keys and values by which to go on from it."""
+        return bool(self.ids) and not keeps_columns(self.backbone, text_config(self.model))  # type: ignore[arg-type]
+
     def change(self, ids: Sequence[int]) -> None:
         """Read other tokens from the next text on."""
         self.ids, self._read = tuple(ids), None
@@ -46,6 +54,8 @@ class Opening:
         """
         if not self.ids:
             return past
+        if self.comes_with_text:
+            return dataclasses.replace(past, opening=len(self.ids))
         config = text_config(self.model)  # type: ignore[arg-type]
         own = past.own if past.own is not None else text_cache(DynamicCache(config=config), config)
         self.fill(own, rows)
@@ -79,6 +89,8 @@ class Opening:
         Raises:
             DataError: for a model that would count such padding.
         """
+        if self.comes_with_text:  # see ``with_text``
+            return mask
         longer = self.mask(mask)
         if not self.ids or not isinstance(longer, Tensor) or longer.ndim != 2:
             return longer
@@ -91,6 +103,38 @@ class Opening:
     def positions(self, positions: Tensor | None) -> Tensor | None:
         """Positions of the text behind the opening."""
         return positions if positions is None or not self.ids else positions + len(self.ids)
+
+    def with_text(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """A call of the model, with the opening right before each text where it has to come with it.
+
+        Args:
+            arguments: of the model, for whole texts.
+
+        Returns:
+            the arguments, and how many columns more they have.
+
+        Raises:
+            DataError: for a mask that does not say where a text begins.
+        """
+        if not self.comes_with_text:
+            return arguments, 0
+        ids, mask, count = arguments["input_ids"], arguments.get("attention_mask"), len(self.ids)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise DataError(
+                f"The attention_mask must be of shape (batch, length), because {type(self.backbone.decoder).__name__} "
+                f"reads a beginning or prefix right before each text, but got another: pass such a mask, or none."
+            )
+        mask = mask if mask is None else mask.to(ids.device)
+        begin = ids.new_zeros((len(ids), 1)) if mask is None else mask.bool().long().argmax(1, keepdim=True)
+        where = begin + torch.arange(count, device=ids.device)
+        read = ids.new_tensor(self.ids).expand(len(ids), -1)
+        longer = {"input_ids": nn.functional.pad(ids, (count, 0)).scatter(1, where, read)}
+        if mask is not None:
+            longer["attention_mask"] = nn.functional.pad(mask, (count, 0)).scatter(1, where, mask.new_ones(where.shape))
+        if "position_ids" in arguments:
+            real = longer.get("attention_mask", torch.ones_like(longer["input_ids"]))
+            longer["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0) + self.backbone.first_position
+        return arguments | longer, count
 
     def _states(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the opening in each layer, (1, heads, length, width); read once on each device."""
@@ -110,3 +154,8 @@ class Opening:
                 self.backbone.decoder(input_ids=ids, **given)
             self._read = where, [(layer.keys, layer.values) for layer in cache.layers]
         return self._read[1]
+
+
+def keeps_columns(backbone: Backbone, config: PreTrainedConfig) -> bool:
+    """Whether a model carries its past as keys and values alone, column by column."""
+    return backbone.cache_argument is not None and moves(config)

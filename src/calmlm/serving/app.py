@@ -62,6 +62,7 @@ def make_app(desk: Desk, *, api_key: str | None = None, max_body: int = 2**20) -
     )
     begun = int(time.time())
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """Whether requests are taken."""

@@ -57,11 +57,10 @@ class SchemaWriter:
         except Exception as error:
             fault = first_line(error)
         if fault:
-            raise ConfigError(
-                f"response_format must hold a JSON schema that can be followed, but this one cannot "
-                f"({fault.splitlines()[0].rstrip('. ')}): change it."
-            )
-        return JsonGrammar(LLMatcher(self._tokenizer, made), self._vocabulary)
+            raise _unfit(fault)
+        found = JsonGrammar(LLMatcher(self._tokenizer, made), self._vocabulary)
+        found.allowed(self._vocabulary)  # which tells whether anything can be written at all
+        return found
 
 
 class JsonGrammar:
@@ -76,10 +75,18 @@ class JsonGrammar:
         self._matcher, self._known = matcher, known
 
     def allowed(self, vocabulary: int) -> Tensor:
-        """Which tokens may follow, (vocabulary,) bool."""
+        """Which tokens may follow, (vocabulary,) bool.
+
+        Raises:
+            ConfigError: none may, and the answer is not whole: the schema asks for itself without end, say.
+        """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        if self._matcher.is_stopped() and self._matcher.get_error():  # which is told only to those who ask for both
+            raise _unfit(self._matcher.get_error())
         found, bits = np.zeros(vocabulary, dtype=bool), bits[: min(vocabulary, self._known)]
         found[: len(bits)] = bits.astype(bool)
+        if not found.any():
+            raise _unfit("the model has no token for what must follow")
         return torch.from_numpy(found)
 
     def take(self, token: int) -> None:
@@ -91,3 +98,11 @@ class JsonGrammar:
     def ended(self) -> bool:
         """Whether nothing may follow."""
         return bool(self._matcher.is_stopped())
+
+
+def _unfit(fault: str) -> ConfigError:
+    """A schema that cannot be followed, or not to an end."""
+    return ConfigError(
+        f"response_format must hold a JSON schema that can be followed, but this one cannot "
+        f"({fault.splitlines()[0].rstrip('. ')}): change it."
+    )

@@ -55,6 +55,11 @@ class Stream:
     owner: tuple[Tensor, int] | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
+    def cut(self, count: int) -> None:
+        """Forget the first ``count`` columns of what the model's layers gave."""
+        if count:
+            self.hidden = {layer: states[:, count:] for layer, states in self.hidden.items()}
+
 
 @dataclass
 class Pointed:

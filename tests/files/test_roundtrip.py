@@ -85,6 +85,17 @@ def test_auto_classes_load_it(saved: Path) -> None:
     assert torch.equal(logits_of(model, IDS), expected)
 
 
+def test_two_compositions_of_one_configuration_share_nothing(saved: Path) -> None:
+    """As of every model of transformers, the configuration that is given is copied."""
+    config = AutoConfig.from_pretrained(saved)
+    before = config.to_dict()
+    one, other = (AutoModelForCausalLM.from_pretrained(saved, config=config) for _ in range(2))
+    assert one.config is not other.config
+    one.model.change_prefix("augmenting", [5, 6])
+    assert "prefix" not in other.config.augmenting["augmenting"]
+    assert config.to_dict() == before
+
+
 def test_options_reach_the_bases(saved: Path) -> None:
     model = CalmForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, attn_implementation="sdpa")
     for base in model.model.bases():

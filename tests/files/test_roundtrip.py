@@ -570,6 +570,29 @@ def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest
     assert pushed == [(("someone/other",), {"private": True})]
     model.save_pretrained(models / "mine", push_to_hub=True)
     assert pushed[-1] == (("mine",), {})
+    # What says how other models are saved goes to no upload, which takes none of it.
+    model.save_pretrained(models / "mine", push_to_hub=True, max_shard_size="1GB", safe_serialization=True)
+    assert pushed[-1] == (("mine",), {})
+
+
+def test_pushing_uploads_the_tensors_that_were_given(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average of the weights, say, or what a trainer has gathered: the same in the folder and on the hub."""
+    uploaded: dict[str, torch.Tensor] = {}
+
+    def upload(folder_path: str, **_: Any) -> str:
+        uploaded.update(load_file(f"{folder_path}/model.safetensors"))
+        return "done"
+
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name), upload_folder=upload)
+    monkeypatch.setattr(publishing, "HfApi", lambda token=None: api)
+    model = from_folders(models)
+    model.config.anchor["id"], model.config.augmenting["augmenting"]["id"] = "someone/anchor", "someone/augmenting"
+    given = {name: tensor + 1 for name, tensor in model.composition_tensors().items()}
+    model.save_pretrained(models / "mine", state_dict=given, push_to_hub=True)
+    written = load_file(models / "mine" / "model.safetensors")
+    for name, tensor in given.items():
+        assert torch.equal(uploaded[name], tensor)
+        assert torch.equal(written[name], tensor)
 
 
 def test_a_base_is_not_overwritten(models: Path) -> None:

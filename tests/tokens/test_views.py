@@ -284,6 +284,27 @@ def test_a_message_without_content_is_passed_over() -> None:
     assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == CONVERSATION[0]["content"]
 
 
+def test_a_system_message_that_says_nothing_is_none() -> None:
+    """Llama 3 opens one for a date of its own; the augmenting model's template may have a default, or no such role."""
+    ours = chatty("bytes", "headers")
+    ours.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] %}{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{{ bos_token "
+        "+ '<|header|>system<|/header|>\n\nToday Date: 26 Jul\n\n' + first + '<|eot|>' }}"
+        "{% for m in rest %}{{ '<|header|>' + m['role'] + '<|/header|>\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+    )
+    for own in ("chatml with a default system message", "instructions", "system text within the user's turn"):
+        theirs = chatty("bytes-large", own)
+        writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+        for said in ([], [{"role": "system", "content": "be brief"}]):
+            talk = [*said, *CONVERSATION[:2]]
+            if said and own == "instructions":  # which has none
+                continue
+            written = theirs.decode([index for index, _ in writer.write(rendered(ours, talk))])
+            assert written.strip() == theirs.decode(rendered(theirs, talk)).strip()
+
+
 def test_what_is_generated_is_content() -> None:
     ours, theirs = chatty("bytes", "chatml"), tokenizer("bytes-large")
     writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))

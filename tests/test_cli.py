@@ -98,7 +98,9 @@ class TestProgram:
 
         monkeypatch.setattr("calmlm.training.pipeline.train", interrupted)
         assert main(["train", str(config)]) == 130
-        assert "Traceback" not in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.splitlines()[-1] == "Interrupted."
 
     @pytest.mark.parametrize("write", ["text", "tensors", "pickled"])
     def test_a_full_disk(

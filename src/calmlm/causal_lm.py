@@ -46,6 +46,8 @@ from calmlm.tokens.transcoding import Transcoder
 
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+# Arguments that other models are saved with, which an upload does not take: a composition is one file of safetensors.
+SAVING_ARGUMENTS = ("max_shard_size", "safe_serialization", "save_original_format", "save_peft_format", "variant")
 
 
 class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
@@ -423,7 +425,9 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             warn_of_changes([("anchor", self.anchor, self.config.anchor), *told])
         saving.save_composition(folder, self.config, tensors, self.generation_config, self.model.alignments)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+            given = {key: value for key, value in kwargs.items() if key not in SAVING_ARGUMENTS}
+            given |= {} if state_dict is None else {"state_dict": state_dict}
+            self.push_to_hub(given.pop("repo_id", folder.name), **given)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> CalmForCausalLM:

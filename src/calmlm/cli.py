@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        if result == INTERRUPTED:  # the parser makes a status of it, without a word
+            say("Interrupted.")
         return result if isinstance(result, int) else 0
     except CalmError as error:
         say(f"error: {error}")

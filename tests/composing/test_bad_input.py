@@ -200,6 +200,28 @@ def test_embeddings_in_place_of_ids() -> None:
         assert torch.equal(model(inputs_embeds=embeddings).logits, model(tiny_tokens()).logits)
 
 
+def test_embeddings_stay_the_anchors_own() -> None:
+    """What is refused changes nothing, and the size that they have is no change."""
+    model = tiny_composition()
+    expected, embeddings, head = logits_of(model, tiny_tokens()), model.get_input_embeddings(), model.lm_head
+    for ask in (
+        lambda: model.resize_token_embeddings(VOCAB_SIZE + 8),
+        lambda: model.resize_token_embeddings(pad_to_multiple_of=64),
+        lambda: model.model.resize_token_embeddings(VOCAB_SIZE - 8),
+        lambda: model.set_input_embeddings(torch.nn.Embedding(VOCAB_SIZE, 48)),
+        lambda: model.set_output_embeddings(torch.nn.Linear(48, VOCAB_SIZE)),
+    ):
+        with pytest.raises(calmlm.ModelError) as error:
+            ask()
+        assert_helpful(error.value, "the anchor's own", "before composing")
+    assert model.get_input_embeddings() is embeddings
+    assert embeddings.weight.shape[0] == embeddings.num_embeddings == VOCAB_SIZE
+    assert model.lm_head is head and "lm_head" not in dict(model.named_children())
+    for size in (None, VOCAB_SIZE):
+        assert model.resize_token_embeddings(size) is embeddings
+    assert torch.equal(logits_of(model, tiny_tokens()), expected)
+
+
 def test_a_cache_that_another_model_filled() -> None:
     model = tiny_composition()
     foreign = DynamicCache(config=model.anchor.config)

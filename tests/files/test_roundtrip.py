@@ -85,6 +85,17 @@ def test_auto_classes_load_it(saved: Path) -> None:
     assert torch.equal(logits_of(model, IDS), expected)
 
 
+def test_two_compositions_of_one_configuration_share_nothing(saved: Path) -> None:
+    """As of every model of transformers, the configuration that is given is copied."""
+    config = AutoConfig.from_pretrained(saved)
+    before = config.to_dict()
+    one, other = (AutoModelForCausalLM.from_pretrained(saved, config=config) for _ in range(2))
+    assert one.config is not other.config
+    one.model.change_prefix("augmenting", [5, 6])
+    assert "prefix" not in other.config.augmenting["augmenting"]
+    assert config.to_dict() == before
+
+
 def test_options_reach_the_bases(saved: Path) -> None:
     model = CalmForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, attn_implementation="sdpa")
     for base in model.model.bases():
@@ -559,6 +570,29 @@ def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest
     assert pushed == [(("someone/other",), {"private": True})]
     model.save_pretrained(models / "mine", push_to_hub=True)
     assert pushed[-1] == (("mine",), {})
+    # What says how other models are saved goes to no upload, which takes none of it.
+    model.save_pretrained(models / "mine", push_to_hub=True, max_shard_size="1GB", safe_serialization=True)
+    assert pushed[-1] == (("mine",), {})
+
+
+def test_pushing_uploads_the_tensors_that_were_given(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average of the weights, say, or what a trainer has gathered: the same in the folder and on the hub."""
+    uploaded: dict[str, torch.Tensor] = {}
+
+    def upload(folder_path: str, **_: Any) -> str:
+        uploaded.update(load_file(f"{folder_path}/model.safetensors"))
+        return "done"
+
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name), upload_folder=upload)
+    monkeypatch.setattr(publishing, "HfApi", lambda token=None: api)
+    model = from_folders(models)
+    model.config.anchor["id"], model.config.augmenting["augmenting"]["id"] = "someone/anchor", "someone/augmenting"
+    given = {name: tensor + 1 for name, tensor in model.composition_tensors().items()}
+    model.save_pretrained(models / "mine", state_dict=given, push_to_hub=True)
+    written = load_file(models / "mine" / "model.safetensors")
+    for name, tensor in given.items():
+        assert torch.equal(uploaded[name], tensor)
+        assert torch.equal(written[name], tensor)
 
 
 def test_a_base_is_not_overwritten(models: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import calmlm
 from calmlm.tokens.alignment import LOOKBACK, Alignment
+from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Transcoder
@@ -226,22 +227,45 @@ def test_an_answer_within_the_users_message_is_a_part_of_it() -> None:
     assert written == "12 + 34?\nlet me see\n<answer>\nit is 46\n</answer>\n46."
 
 
+# Of Mistral's kind: an assistant has no mark of its own, and speaks where the message before is closed.
+UNMARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}{{ '[RESULTS] ' + m['content'] + '[/RESULTS]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+)
+
+
+def unmarked() -> Any:
+    made = copy.deepcopy(tokenizer("bytes"))
+    made.chat_template = UNMARKED
+    made.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[RESULTS]", "[/RESULTS]"]})
+    return made
+
+
 def test_who_has_no_mark_speaks_behind_a_tool_as_well() -> None:
     """Where an assistant speaks is told by what closes the message before, which is another thing behind a tool's."""
-    ours, theirs = copy.deepcopy(tokenizer("bytes")), tokenizer("bytes-large")
-    ours.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
-        "{% elif m['role'] == 'tool' %}{{ '[RESULTS] ' + m['content'] + '[/RESULTS]' }}"
-        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
-        "{% else %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-    )
-    ours.add_special_tokens({"additional_special_tokens": ["[INST]", "[/INST]", "[RESULTS]", "[/RESULTS]"]})
+    ours, theirs = unmarked(), tokenizer("bytes-large")
     writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
     said = "\n".join(message["content"] for message in TALK)
     assert theirs.decode([index for index, _ in writer.write(rendered(ours, TALK))]) == said
     answering = rendered(ours, TALK[:3]) + ours("it is", add_special_tokens=False).input_ids
     expected = "\n".join([*(message["content"] for message in TALK[:3]), "it is"])
     assert theirs.decode([index for index, _ in writer.write(answering)]) == expected
+
+
+@pytest.mark.parametrize("method", ["transcode", "own"])
+def test_who_has_no_mark_is_silent_where_another_speaks_at_once(method: str) -> None:
+    """Two tools answer one after the other, or a user goes on: nothing of the template is taken for an answer."""
+    ours, theirs = unmarked(), tokenizer("bytes-large")
+    writer = writer_of(Rewriting.between(ours, theirs, method, "bare"))
+    other = {"role": "tool", "content": "and 47"}
+    for talk in ([*TALK[:3], other, TALK[3]], [TALK[0], {"role": "user", "content": "fox"}, *TALK[1:]]):
+        expected = "\n".join(message["content"] for message in talk)
+        assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == expected
+    # What only begins like the mark of another is said.
+    ids = rendered(ours, TALK[:3]) + ours("[RESULT", add_special_tokens=False).input_ids
+    assert theirs.decode([index for index, _ in writer.write(ids)]).endswith("it is 46\n[RESULT")
 
 
 def test_an_answer_in_the_own_template() -> None:
@@ -258,6 +282,27 @@ def test_a_message_without_content_is_passed_over() -> None:
     writer = Rewriter(Rewriting.between(ours, theirs, "transcode", "bare"))
     talk = [{"role": "system", "content": ""}, CONVERSATION[0]]
     assert theirs.decode([index for index, _ in writer.write(rendered(ours, talk))]) == CONVERSATION[0]["content"]
+
+
+def test_a_system_message_that_says_nothing_is_none() -> None:
+    """Llama 3 opens one for a date of its own; the augmenting model's template may have a default, or no such role."""
+    ours = chatty("bytes", "headers")
+    ours.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] %}{% set rest = messages[1:] %}"
+        "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{{ bos_token "
+        "+ '<|header|>system<|/header|>\n\nToday Date: 26 Jul\n\n' + first + '<|eot|>' }}"
+        "{% for m in rest %}{{ '<|header|>' + m['role'] + '<|/header|>\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+    )
+    for own in ("chatml with a default system message", "instructions", "system text within the user's turn"):
+        theirs = chatty("bytes-large", own)
+        writer = Rewriter(Rewriting.between(ours, theirs, "retokenize", "template"))
+        for said in ([], [{"role": "system", "content": "be brief"}]):
+            talk = [*said, *CONVERSATION[:2]]
+            if said and own == "instructions":  # which has none
+                continue
+            written = theirs.decode([index for index, _ in writer.write(rendered(ours, talk))])
+            assert written.strip() == theirs.decode(rendered(theirs, talk)).strip()
 
 
 def test_what_is_generated_is_content() -> None:

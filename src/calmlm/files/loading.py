@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -59,7 +60,8 @@ def load_composition(
     """
     hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
     hub |= {"revision": revision, "subfolder": subfolder}
-    config = config if isinstance(config, CalmConfig) else read_config(source, hub)
+    # A copy, as of every model: what is done to this composition is done to no other that was loaded by it.
+    config = copy.deepcopy(config) if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
     folder = weights.parent
     fetch_inside(source, config, folder, hub)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResultEntry, HfApi
+from torch import Tensor
 
 from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError, first_line
@@ -63,6 +64,7 @@ class Published:
         create_pr: bool = False,
         datasets: Sequence[str] = (),
         results: Sequence[EvalResultEntry] = (),
+        state_dict: dict[str, Tensor] | None = None,
     ) -> str:
         """Upload the composition's tensors, configuration and model card to a repository, made if needed.
 
@@ -78,6 +80,7 @@ class Published:
             create_pr: whether to open a pull request instead.
             datasets: ids of the data sets that it was trained on, for a card that is written now.
             results: of benchmarks, for the card and for the hub's leaderboards (``.eval_results/*.yaml``).
+            state_dict: tensors to upload instead of the model's own, as of ``save_pretrained``.
 
         Returns:
             the address of the commit.
@@ -93,7 +96,7 @@ class Published:
             if datasets and not (Path(folder) / CARD_NAME).exists():
                 config = portable_config(self.config, Path(folder))
                 write_text(Path(folder) / CARD_NAME, model_card(config, Learned(datasets)))
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, state_dict=state_dict)
             if results:
                 write_results(folder, results)
             api = HfApi(token=token)

@@ -323,12 +323,6 @@ class CalmModel(CalmPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.anchor.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        raise ModelError(
-            "The embeddings of a composition must stay the anchor's own, but a replacement was given: "
-            "change the anchor before composing."
-        )
-
     def train(self, mode: bool = True) -> CalmModel:
         """As in torch, except that the frozen bases stay in evaluation mode.
 

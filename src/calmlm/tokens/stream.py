@@ -169,7 +169,7 @@ class TextStream:
         """Write what the augmenting model reads where a message begins and ends.
 
         In its own template it is told who speaks before anything is said; of bare content, a message without any is
-        passed over.
+        passed over. So is a system message without content: a template may open one for a date of its own alone.
         """
         given, run = self.rewriter.alignment, self.run
         own, role = given.own_template, event.role
@@ -178,11 +178,12 @@ class TextStream:
         if own is not None:
             # A template without a role for tools reads their answers as the user's, and so on.
             speaker = role if role in own.closings else STAND_INS.get(role, role)
-            if event.kind == "enter":
+            begins, ends = ("open", "close") if role == "system" else ("enter", "leave")
+            if event.kind == begins:
                 run.flush()
                 run.enter(self.rewriter.opening(own, speaker, self.speaker))
                 self.speaker = speaker
-            elif event.kind == "leave":
+            elif event.kind == ends:
                 run.enter(own.closings.get(speaker, ()))
         elif event.kind == "open":
             if self.opened:

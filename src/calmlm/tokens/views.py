@@ -212,6 +212,7 @@ class Reading:
         self.template = template
         self.role: str | None = None
         self.opened = False  # whether the message has shown any content
+        self.marks: list[Symbols] = []  # of other roles, that may still come in the place of the content
         self.tails: list[Symbols] = []  # that may still stand before the content
         self.seen: list[int] = []  # of the template since content last ended
         self.held: list[int] = []  # of content, may be the start of a closing or of a tail
@@ -243,6 +244,17 @@ class Reading:
             self.seen = [*self.seen, symbol][-self.longest :]
             return self._enter()
         self.held.append(symbol)
+        if self.marks:
+            held = tuple(self.held)
+            self.marks = [mark for mark in self.marks if mark[: len(held)] == held]
+            if held in self.marks:
+                left, self.seen, self.held, self.marks = self.role, self.held[-self.longest :], [], []
+                self.role = None
+                return [("leave", left), *self._enter()]
+            if self.marks:
+                return []
+            self.held = []
+            return [part for one in held for part in self._take(one)]
         if self.tails:
             kept = [tail for tail in self.tails if tail[: len(self.held)] == tuple(self.held)]
             if kept:
@@ -281,6 +293,9 @@ class Reading:
         name = max(found)[1]
         self.role, self.opened = speaker_of(name), False
         self.tails = list(self.template.tails.get(name, ()))
+        # Who has no mark of its own speaks unless the mark of another comes at once, as of the second of two tools.
+        openings = self.template.openings.items() if name != self.role else ()
+        self.marks = [mark for other, mark in openings if speaker_of(other) == other]
         return [("enter", self.role)]
 
 

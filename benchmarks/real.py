@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -150,10 +151,10 @@ def compile_models(pair: Pair, made: dict[str, calmlm.CalmForCausalLM]) -> None:
         module.compile(dynamic=True)
 
 
-def made_of(pair: Pair, trained: dict[str, Path]) -> dict[str, calmlm.CalmForCausalLM]:
+def made_of(pair: Pair, alignments: list[str], trained: dict[str, Path]) -> dict[str, calmlm.CalmForCausalLM]:
     """The compositions of these models, each with copies of its own; ``trained``: folders of some, by name."""
     made = {}
-    for name in ALIGNMENTS:
+    for name in alignments:
         copies = copy.deepcopy((pair.anchor, pair.augmenting))
         tokenizers = {"tokenizer": pair.tokenizer, "augmenting_tokenizer": pair.augmenting_tokenizer}
         made[name] = calmlm.compose(*copies, alignment=name, **tokenizers)
@@ -201,10 +202,15 @@ def works_of(
 
 
 def cases_of(
-    pair: Pair, rounds: int, batch: int, new: int, trained: dict[str, Path], what: list[str], modes: list[str]
+    pair: Pair,
+    made: dict[str, calmlm.CalmForCausalLM],
+    rounds: int,
+    batch: int,
+    new: int,
+    what: list[str],
+    modes: list[str],
 ) -> list[dict[str, Any]]:
-    """All cases; see ``made_of``."""
-    made = made_of(pair, trained)
+    """All cases of these compositions."""
     cases = []
     for mode in modes:
         if mode == "compiled":
@@ -227,15 +233,16 @@ def timed_cases(
     """One work of all compositions and the floor, in turn."""
     cases = []
     seconds = take_turns(turns, rounds)
+    base = seconds[list(made).index("transcode")] if "transcode" in made else None
     for place, (name, model) in enumerate(made.items()):
-        against, spread = ratio(seconds[place], seconds[1])
+        times, spread = ratio(seconds[place], seconds[-1])
         case = {
             "what": what,
             **where,
             "alignment": name,
             "seconds": round(statistics.median(seconds[place]), 3),
-            "time_x_floor": round(ratio(seconds[place], seconds[-1])[0], 3),
-            "time_x_transcode": round(against, 3),
+            "time_x_floor": round(times, 3),
+            "time_x_transcode": round(ratio(seconds[place], base)[0], 3) if base else None,
             "quartile_distance": round(spread, 3),
         }
         if what == "training step":
@@ -279,6 +286,7 @@ def main() -> None:
     parser.add_argument("--augmenting", type=Path, default=AUGMENTING)
     parser.add_argument("--what", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES)
+    parser.add_argument("--alignments", nargs="*", default=list(ALIGNMENTS), choices=ALIGNMENTS, help="of default ones")
     parser.add_argument("--compositions", nargs="+", default=[], metavar="NAME=FOLDER", help="trained ones of the two")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"real_{device()}.json")
     options = parser.parse_args()
@@ -289,7 +297,7 @@ def main() -> None:
     pair = Pair(*map(load, places), *map(find_tokenizer, places))
     sizes = options.rounds, options.batch, options.new
     trained = {name: Path(folder) for name, _, folder in (given.partition("=") for given in options.compositions)}
-    cases = cases_of(pair, *sizes, trained, options.what, options.modes)
+    cases = cases_of(pair, made_of(pair, options.alignments, trained), *sizes, options.what, options.modes)
     result = {
         "benchmark": "real",
         "anchor": options.anchor.stem,
@@ -299,7 +307,7 @@ def main() -> None:
         "rounds": options.rounds,
         "batch": options.batch,
         "cases": cases,
-        **origin("python benchmarks/real.py"),
+        **origin(" ".join(["python benchmarks/real.py", *sys.argv[1:]])),
     }
     keep(result, options.output)
 

@@ -210,6 +210,28 @@ def real(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+KINDS = {
+    "own": "four cross-attentions, untrained",
+    "map": "graft, adapters and map of words, trained",
+    "pointer": "graft, adapters and pointer, trained",
+}
+
+
+def real_decoding(result: dict[str, Any]) -> str:
+    """What a token costs that a composition of real models writes, as the benchmark measured it."""
+    lines = ["| | completion | both models | relative to both alone |", "|---|---|---|---|"]
+    for case in result["cases"]:
+        title = KINDS[case["alignment"]]
+        lines.append(f"| {title} | {case['completion']} | {case['mode']} | {case['time_x_floor']:.2f} |")
+    lines += [
+        "",
+        f"{result['augmenting']} inside {result['anchor']} in {result['dtype']}, one text, token by token. Medians of "
+        f"{result['rounds']} rounds in one process, all in turn, {measured(result)}. Both models alone decode the same "
+        "tokens, m_A without its head.",
+    ]
+    return "\n".join(lines)
+
+
 def training(result: dict[str, Any]) -> str:
     """What a training step costs, as the benchmark measured it."""
     lines = [
@@ -349,6 +371,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
     ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),
+    ("docs/real-models.md", "real-decoding", "benchmarks/results/real_decoding_cpu.json", real_decoding),
     ("docs/any-two-models.md", "listening", "benchmarks/results/listening.json", listening),
     ("docs/training.md", "steps", "benchmarks/results/train_cpu.json", training),
     ("docs/training.md", "quality", "benchmarks/results/quality.json", quality),

@@ -219,7 +219,7 @@ KINDS = {
 
 def real_decoding(result: dict[str, Any]) -> str:
     """What a token costs that a composition of real models writes, as the benchmark measured it."""
-    lines = ["| | completion | both models | relative to both alone |", "|---|---|---|---|"]
+    lines = ["| | completion | mode | relative to both models alone |", "|---|---|---|---|"]
     for case in result["cases"]:
         title = KINDS[case["alignment"]]
         lines.append(f"| {title} | {case['completion']} | {case['mode']} | {case['time_x_floor']:.2f} |")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from calmlm.bases.families import Backbone, text_config
@@ -41,7 +41,12 @@ class Opening:
     @property
     def comes_with_text(self) -> bool:
         """Whether there is an opening, and the model has no keys and values by which to go on from it."""
-        return bool(self.ids) and not keeps_columns(self.backbone, text_config(self.model))  # type: ignore[arg-type]
+        return bool(self.ids) and not self._keeps_columns
+
+    @cached_property
+    def _keeps_columns(self) -> bool:
+        """Whether the model carries its past as keys and values alone, column by column; found out once."""
+        return self.backbone.cache_argument is not None and moves(text_config(self.model))  # type: ignore[arg-type]
 
     def change(self, ids: Sequence[int]) -> None:
         """Read other tokens from the next text on."""
@@ -154,8 +159,3 @@ class Opening:
                 self.backbone.decoder(input_ids=ids, **given)
             self._read = where, [(layer.keys, layer.values) for layer in cache.layers]
         return self._read[1]
-
-
-def keeps_columns(backbone: Backbone, config: PreTrainedConfig) -> bool:
-    """Whether a model carries its past as keys and values alone, column by column."""
-    return backbone.cache_argument is not None and moves(config)

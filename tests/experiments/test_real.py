@@ -89,34 +89,48 @@ def test_no_sentence_stands_in_two_parts_in_any_language(world: World) -> None:
     def english(items: list[Item]) -> set[str]:
         return {item.target for item in items}
 
-    trained = english(world.composition) | english(world.examples) | set(world.lines(1000))
+    trained = english(world.composition()) | english(world.examples) | set(world.lines(1000))
     chosen, asked = english(world.weighed), english(world.tested) | english(world.english) | english(world.written)
     assert not trained & chosen
     assert not trained & asked
     assert not chosen & asked
-    shown = {item.prompt for item in [*world.composition, *world.examples] if item.prompt}
+    shown = {item.prompt for item in [*world.composition(), *world.examples] if item.prompt}
     assert not shown & {item.prompt for item in [*world.tested, *world.weighed]}
-    assert not english(world.examples) & english(world.composition)
+    assert not english(world.examples) & english(world.composition())
 
 
 def test_the_split_is_the_same_for_all_seeds_and_d_c_is_not(world: World) -> None:
     again, other = World(TINY, 0, sentences()), World(TINY, 1, sentences())
-    assert again.composition == world.composition
-    assert other.composition != world.composition
+    assert again.composition() == world.composition()
+    assert other.composition() != world.composition()
     assert other.tested == world.tested
     assert other.weighed == world.weighed
 
 
 def test_d_c_spreads_over_its_varieties(world: World) -> None:
-    pairs = [item for item in world.composition if item.prompt]
-    assert len(world.composition) == 11
-    assert len({item.target for item in world.composition}) == 11
+    pairs = [item for item in world.composition() if item.prompt]
+    assert len(world.composition()) == 11
+    assert len({item.target for item in world.composition()}) == 11
     for variety in VARIETIES.inside:
         assert sum(item.variety == variety for item in pairs) == 4
     prompts = {item.prompt: item.variety for item in pairs}
     for item in pairs:
         assert prompts[item.other] == item.variety
         assert item.other != item.prompt
+
+
+def test_a_larger_d_c_adds_sentences_that_are_short_where_they_are_shown() -> None:
+    long = [row | {VARIETIES.inside[number % 2]: "long " * 80} for number, row in enumerate(sentences(50)[40:])]
+    world = World(TINY, 0, [*sentences(), *long])
+    assert world.test == World(TINY, 0, sentences()).test
+    some, more = world.composition(), world.composition(18)
+    assert [item.target for item in some] == [item.target for item in World(TINY, 0, sentences()).composition()]
+    added = [item for item in more if item.target not in {item.target for item in some}]
+    assert len(added) == len({item.target for item in added}) == 10
+    assert {item.target for item in added} == {row["eng_Latn"] for row in long}
+    assert not any(item.prompt.startswith("long") or item.other in ("", item.prompt) for item in added)
+    with pytest.raises(DataError, match="xx_Latn has none after 10"):
+        world.composition(20)
 
 
 def test_a_model_alone_can_read_examples_in_the_variety_that_is_asked() -> None:
@@ -505,7 +519,7 @@ def test_the_cascade_shows_the_draft(pair: Pair, world: World) -> None:
 
 
 def test_rows_end_and_plain_text_counts_whole(pair: Pair, world: World) -> None:
-    items = world.composition
+    items = world.composition()
     rows = rows_of(items, pair.tokenizer, others=True)
     for item, row in zip(items, rows, strict=True):
         learned = [token for token in row["labels"] if token != IGNORE]

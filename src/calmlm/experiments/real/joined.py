@@ -173,7 +173,7 @@ def train_composition(pair: Pair, method: Method, world: World) -> Trained:
     """Compose and train on D_C."""
     model = composed(pair, method, world)
     others = method.reads == "other"
-    rows = rows_of(world.composition, pair.tokenizer, others)
+    rows = rows_of(world.composition(method.pairs), pair.tokenizer, others)
     collate = reading_others(pad_id(pair.tokenizer)) if others else None
     holding = {"trainer_class": held_to(pair, method, world)} if method.retain else {}
     return _trained(model, rows, pair, method, world.seed, collate, **holding)
@@ -246,13 +246,13 @@ def with_lora(pair: Pair, method: Method, world: World) -> Trained:
     set_seed(world.seed)
     settings = LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, settings)  # the matrices live inside `model`, which is what trains and writes
-    return _trained(model, rows_of(world.composition, pair.tokenizer), pair, method, world.seed)
+    return _trained(model, rows_of(world.composition(method.pairs), pair.tokenizer), pair, method, world.seed)
 
 
 def fine_tuned(pair: Pair, method: Method, world: World) -> Trained:
     """Train all weights of m_B: in float32, or most steps would be rounded away, computing in the pair's dtype."""
     model = copy.deepcopy(pair.anchor).float().requires_grad_(True)
-    rows = rows_of(world.composition, pair.tokenizer)
+    rows = rows_of(world.composition(method.pairs), pair.tokenizer)
     found = _trained(model, rows, pair, method, world.seed, bf16=pair.anchor.dtype == torch.bfloat16)
     model.to(pair.anchor.dtype)
     return found

@@ -48,6 +48,8 @@ class Method:
         rank: of LoRA's matrices.
         steps, learning_rate, batch_size: of the training; no steps for what is not trained.
         rows_at_once: how many rows of a batch are in memory together; all by default.
+        pairs: of its D_C, where it has more than the others': theirs, and sentences that are too long in some variety,
+            each in one where it is not.
         retain: weight of a loss that holds the composition to what m_B alone says on plain English outside D_C; none by
             default.
         of: a composition's row: this one trains nothing and measures that composition, while m_A reads the examples
@@ -65,6 +67,7 @@ class Method:
     learning_rate: float = 0.0
     batch_size: int = 16
     rows_at_once: int | None = None
+    pairs: int | None = None
     retain: float | None = None
     of: str | None = None
 
@@ -196,14 +199,12 @@ class Settings:
         later = {key: value for key, value in LATER.items() if getattr(self, key) == value}
         left_out = {"methods", "name", "headline", *later}
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
-        own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
-        for key in ("rows_at_once", "retain", "of"):  # as in cells that were stored without them
+        own = _asked(self.methods[name])
+        for key in ("rows_at_once", "of"):  # as in cells that were stored without them
             if own[key] is None:
                 del own[key]
         if (of := self.methods[name].of) is not None:
-            own["of"] = {key: value for key, value in dataclasses.asdict(self.methods[of]).items() if key != "title"}
-            if own["of"]["retain"] is None:
-                del own["of"]["retain"]
+            own["of"] = _asked(self.methods[of])
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
 
     def faults(self) -> list[str]:
@@ -216,6 +217,8 @@ class Settings:
                 found.append(f"methods.{name}.learning_rate: expected more than 0, but got {method.learning_rate}.")
             if method.rows_at_once is not None and method.batch_size % max(1, method.rows_at_once):
                 found.append(f"methods.{name}.rows_at_once: expected a part of {method.batch_size} rows.")
+            if method.pairs is not None and not (method.pairs > self.pairs and method.steps):
+                found.append(f"methods.{name}.pairs: expected more than {self.pairs}, for what is trained.")
             if method.retain is not None and not (method.retain > 0 and method.system == "composed" and method.steps):
                 found.append(f"methods.{name}.retain: expected more than 0, for a composition that is trained.")
             if method.of is not None:
@@ -238,6 +241,12 @@ class Settings:
             if not 2 <= getattr(self, measure) <= most:
                 found.append(f"{measure}: expected 2 to {most}, but got {getattr(self, measure)}.")
         return found
+
+
+def _asked(method: Method) -> dict[str, Any]:
+    """What a method's cells depend on; what came later counts where it is given."""
+    given = {key: value for key, value in dataclasses.asdict(method).items() if key != "title"}
+    return {key: value for key, value in given.items() if key not in ("retain", "pairs") or value is not None}
 
 
 def load_settings(path: str | Path) -> Settings:

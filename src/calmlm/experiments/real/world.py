@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -164,7 +165,14 @@ class World:
         # A few stand there twice; of those in two parts, the part that is asked keeps them.
         whole.sort(key=lambda row: PARTS.index(row.get(PART, PARTS[0])))
         by_english = {str(row[settings.english]): row for row in whole}
-        kept = [row for row in by_english.values() if max(len(str(row[key])) for key in keys) <= settings.longest]
+        texts = {english: {key: str(row[key]) for key in keys} for english, row in by_english.items()}
+        short = {english for english, text in texts.items() if max(map(len, text.values())) <= settings.longest}
+        self.longer = [
+            text
+            for english, text in texts.items()
+            if english not in short and by_english[english].get(PART, PARTS[0]) == PARTS[0]
+        ]
+        kept = [row for english, row in by_english.items() if english in short]
         self.left_out = len(by_english) - len(kept)
         random.Random("split").shuffle(kept)
         if settings.splits:
@@ -175,7 +183,7 @@ class World:
                 f"Expected at least {needed} sentences in all varieties, but got {len(kept)}: lower pairs, plain, test "
                 f"or development."
             )
-        kept = [{key: str(row[key]) for key in keys} for row in kept]
+        kept = [texts[str(row[settings.english])] for row in kept]
         self.test, rest = kept[: settings.test], kept[settings.test :]
         self.development, self.training = rest[: settings.development], rest[settings.development :]
 
@@ -186,24 +194,47 @@ class World:
         random.Random(f"drawn-{self.seed}").shuffle(found)
         return found
 
-    @property
-    def composition(self) -> list[Item]:
-        """D_C, in its order: pairs of its varieties, and plain English."""
+    def composition(self, pairs: int | None = None) -> list[Item]:
+        """D_C, in its order: pairs of its varieties, and plain English.
+
+        Args:
+            pairs: how many; those of the settings by default. Any above these are sentences that are too long in some
+                variety, each in one where it is not.
+
+        Raises:
+            DataError: there are not so many.
+        """
         settings, varieties = self.settings, self.settings.varieties.inside
-        pairs = [
-            self._item(sentence, varieties[index % len(varieties)], index)
-            for index, sentence in enumerate(self.drawn[: settings.pairs])
-        ]
-        others = {variety: [item.prompt for item in pairs if item.variety == variety] for variety in varieties}
-        pairs = [
-            Item(p.prompt, p.target, p.variety, p.sentence, others[p.variety][(i // len(varieties)) - 1])
-            for i, p in enumerate(pairs)
+        count = settings.pairs if pairs is None else pairs
+        in_turn = [varieties[index % len(varieties)] for index in range(count)]
+        sentences = [*self.drawn[: settings.pairs], *self._further(in_turn[settings.pairs :])]
+        items = [self._item(*item, index) for index, item in enumerate(zip(sentences, in_turn, strict=True))]
+        others = {variety: [item.prompt for item in items if item.variety == variety] for variety in varieties}
+        items = [
+            dataclasses.replace(item, other=others[item.variety][(index // len(varieties)) - 1])
+            for index, item in enumerate(items)
         ]
         lines = self.drawn[settings.pairs : settings.pairs + settings.plain]
-        plain = [self._plain(sentence, settings.pairs + index) for index, sentence in enumerate(lines)]
-        mixed = [*pairs, *plain]
+        plain = [self._plain(sentence, count + index) for index, sentence in enumerate(lines)]
+        mixed = [*items, *plain]
         random.Random(f"order-{self.seed}").shuffle(mixed)
         return mixed
+
+    def _further(self, varieties: Sequence[str]) -> list[Sentence]:
+        """A sentence for each variety, short enough in it and in English, of those too long in another."""
+        english, longest = self.settings.english, self.settings.longest
+        left = [sentence for sentence in self.longer if len(sentence[english]) <= longest]
+        random.Random(f"further-{self.seed}").shuffle(left)
+        found = []
+        for variety in varieties:
+            place = next((place for place, sentence in enumerate(left) if len(sentence[variety]) <= longest), None)
+            if place is None:
+                raise DataError(
+                    f"Expected {len(varieties)} further sentences of at most {longest} characters, but {variety} has "
+                    f"none after {len(found)}: lower a method's pairs."
+                )
+            found.append(left.pop(place))
+        return found
 
     def examples_in(self, varieties: Sequence[str]) -> list[Item]:
         """Examples for a prompt, which D_C does not hold in any language: short ones in these varieties in turn."""

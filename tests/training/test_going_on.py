@@ -113,15 +113,19 @@ def test_another_optimizer_is_refused_when_a_run_goes_on(settings: Settings) -> 
 def test_what_a_killed_process_leaves_is_taken_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.yaml.abc").write_text("half")
+    (tmp_path / "run" / ".config.yaml.abcdef_1").write_text("half")
     run.check(resume=False, overwrite=False)  # nothing that one could miss
+    for place in (".loss.png.abcdef_1", "align/.own", "align/checkpoints/.running.json.abcdef_1"):
+        (run.path / place).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / place).write_text("half")
     for name in (".composition.77.old", ".composition.78.new", ".earlier.checkpoints"):
         (tmp_path / "run" / name).mkdir()
         (tmp_path / "run" / name / "x").write_text(name)
     run.start("x: 1", resume=True)
     with pytest.raises(KeyboardInterrupt), replacing_folder(run.composition):
         raise KeyboardInterrupt
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "composition"}
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "composition", "align"}
+    assert [path.name for path in run.align.rglob("*")] == ["checkpoints", ".own"], "files that others made stay"
     assert (run.composition / "x").read_text() == ".composition.77.old", "the result that was being replaced"
 
 

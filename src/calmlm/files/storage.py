@@ -53,6 +53,15 @@ def write_together(folder: Path, writers: dict[str, Writer]) -> None:
         raise
 
 
+TEMPORARY = re.compile(r"\..+\.(json|yaml|png|md|safetensors|arrow)\.[a-z0-9_]{8}")
+"""The names of the files that ``write_together`` fills before it moves them."""
+
+
+def temporaries_in(folder: Path) -> list[Path]:
+    """Files in a folder, and in all below, that a process was writing with ``write_together`` when it was killed."""
+    return sorted(path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name) and path.is_file())
+
+
 def write_atomically(path: Path, write: Writer) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
     write_together(path.parent, {path.name: write})

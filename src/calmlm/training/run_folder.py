@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from calmlm.errors import ConfigError
 from calmlm.files.paths import expanded
-from calmlm.files.storage import WEIGHTS_NAME, probe_place, write_text
+from calmlm.files.storage import WEIGHTS_NAME, probe_place, temporaries_in, write_text
 
 PREFIX = "checkpoint-"
 SPREAD = ("*_fsdp*", "global_step*")
@@ -59,7 +59,9 @@ class RunFolder:
                 f"Expected a folder for the output that can be written to, but {self.path} is none ({error}); name "
                 f"another output."
             ) from None
-        if not any(path.is_file() and not self._is_passing(path) for path in self.path.rglob("*")):
+        passing = set(temporaries_in(self.path))  # no results: nor is the batch that a run has stopped at
+        found = (path for path in self.path.rglob("*") if path.is_file() and path not in passing)
+        if all(self.stopped in path.parents for path in found):
             return
         if not resume and not overwrite:
             raise ConfigError(
@@ -72,10 +74,6 @@ class RunFolder:
                 f"name another output."
             )
 
-    def _is_passing(self, path: Path) -> bool:
-        """Whether a file is no result: one that was being written when a run was killed, or the batch it stopped at."""
-        return self.stopped in path.parents or (path.parent == self.path and path.name.startswith(".config.yaml."))
-
     def _is_run(self) -> bool:
         """Whether `calmlm train` has written the configuration that lies here."""
         try:
@@ -85,14 +83,16 @@ class RunFolder:
         return isinstance(found, dict) and {"output", "model", "data", "trainer"} <= found.keys()
 
     def start(self, config_text: str, *, resume: bool) -> None:
-        """Make the folder.
+        """Make the folder, without the files that a killed process was writing.
 
         Unless resumed, what an earlier run left on its way goes; its result stays for now. Where a run is resumed,
         checkpoints behind the last whole one go: Trainer would count them among those that it keeps.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in (*self.path.glob(".config.yaml.*"), *self.path.glob(".earlier.*")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in temporaries_in(self.path):
+            left.unlink()
+        for earlier in self.path.glob(".earlier.*"):
+            shutil.rmtree(earlier)
         if resume:
             last = self.last_checkpoint()
             for number, folder in self._numbered():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import calmlm
 from calmlm.readers import Inputs, in_place
-from calmlm.state.hooks import Stream
+from calmlm.state.call import Stream
 from calmlm.state.past import Past
 from compositions import assert_close, assert_helpful, awaken, logits_of, pad
 from tiny import tiny_model

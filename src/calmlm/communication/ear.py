@@ -14,7 +14,7 @@ from calmlm.bases.structure import accepts
 from calmlm.communication.excerpts import Row
 from calmlm.communication.tokenwise import token_nats
 from calmlm.readers import Inputs
-from calmlm.state.hooks import Call, Stream
+from calmlm.state.call import Call, Stream
 from calmlm.state.past import Past
 
 __all__ = ["Ear"]

@@ -19,8 +19,8 @@ from calmlm.connectors.gate import ConvexGate
 from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
 from calmlm.readers import Inputs
+from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY
-from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
 __all__ = ["Probe"]

@@ -53,7 +53,8 @@ from calmlm.readers import (
     texts_of,
 )
 from calmlm.state.cache import CalmCache
-from calmlm.state.hooks import Call, Pointed, Slot, attach, attach_adapters, attach_words, checkpoint_frozen, detach
+from calmlm.state.call import Call, Pointed, Slot
+from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues

@@ -11,7 +11,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from calmlm.connectors.gate import shares
 from calmlm.connectors.pointer import point
-from calmlm.state.hooks import Pointed
+from calmlm.state.call import Pointed
 
 AT_ONCE = 2**24  # probabilities of an augmenting model that are held at a time
 

@@ -20,7 +20,7 @@ from calmlm.connectors.gate import ConvexGate
 from calmlm.readers.inputs import Inputs
 from calmlm.readers.kept_states import Reading, Recorder, gathered, placed
 from calmlm.readers.preamble import Opening
-from calmlm.state.hooks import Call, Slot, Stream
+from calmlm.state.call import Call, Slot, Stream
 from calmlm.state.past import Past
 
 

@@ -15,8 +15,8 @@ from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, padded_since, real_tokens
 from calmlm.readers.kept_states import Reading, reading
 from calmlm.readers.packing import Texts
+from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY, Frontier
-from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
 MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")

@@ -17,8 +17,8 @@ from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.readers.kept_states import Reading, reading
 from calmlm.readers.packing import read_apart
+from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY, Frontier, Shift
-from calmlm.state.hooks import Stream
 from calmlm.state.past import Announced, Past, crop_cache
 from calmlm.tokens.live_text import OwnWriter, Token
 from calmlm.tokens.stream import KEPT, LATEST

@@ -12,8 +12,8 @@ from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, catch_up
 from calmlm.readers.kept_states import readings
 from calmlm.readers.packing import read_apart
+from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY
-from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 from calmlm.tokens.stream import Rewriter
 from calmlm.tokens.transcoding import Block, Transcoder

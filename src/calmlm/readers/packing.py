@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from calmlm.connectors.cross_attention import Rotation
 from calmlm.errors import DataError
 from calmlm.readers.inputs import Inputs
+from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY
-from calmlm.state.hooks import Stream
 from calmlm.state.past import Past
 
 __all__ = ["Texts", "read_apart", "starts_of", "texts_of"]

@@ -14,7 +14,7 @@ from calmlm.readers.common import Common
 from calmlm.readers.inputs import Inputs, base_arguments, check_one_text, real_tokens
 from calmlm.readers.kept_states import readings
 from calmlm.readers.packing import read_apart
-from calmlm.state.hooks import Stream
+from calmlm.state.call import Stream
 from calmlm.state.past import Past
 
 

@@ -25,7 +25,7 @@ from calmlm.readers.inputs import (
     real_tokens,
 )
 from calmlm.readers.kept_states import readings_of
-from calmlm.state.hooks import Stream
+from calmlm.state.call import Stream
 from calmlm.state.past import Past
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from calmlm.state.hooks import Stream
+    from calmlm.state.call import Stream
 
 
 class Beside(NamedTuple):

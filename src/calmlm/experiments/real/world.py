@@ -225,7 +225,7 @@ class World:
         english, longest = self.settings.english, self.settings.longest
         left = [sentence for sentence in self.longer if len(sentence[english]) <= longest]
         random.Random(f"further-{self.seed}").shuffle(left)
-        found = []
+        found: list[Sentence] = []
         for variety in varieties:
             place = next((place for place, sentence in enumerate(left) if len(sentence[variety]) <= longest), None)
             if place is None:

@@ -151,7 +151,7 @@ def _knowing(
         first.anchor, {AUGMENTING: small.to(pair.anchor.dtype)}, connections="none", words="pointer",
         tokenizer=pair.tokenizer, augmenting_tokenizer={AUGMENTING: pair.tokenizer},
     )  # fmt: skip
-    plain = [item for item in world.composition if not item.prompt]
+    plain = [item for item in world.composition() if not item.prompt]
     lines = [*plain, *(Item("", text, "", 0) for text in world.lines(preset.plain))][: preset.plain]
     rows = rows_of([*known[: preset.shown], *lines], pair.tokenizer)
     wanted = preset.training.steps * preset.training.batch_size

@@ -56,6 +56,7 @@ from calmlm.state.cache import CalmCache
 from calmlm.state.call import Call, Pointed, Slot
 from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
+from calmlm.state.merging import merge, unmerge
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
@@ -91,6 +92,7 @@ class CalmModel(CalmPreTrainedModel):
         self.ingestors = nn.ModuleDict()
         self.enabled = True
         self.scale = 1.0
+        self.merged = False
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
@@ -208,6 +210,20 @@ class CalmModel(CalmPreTrainedModel):
             return Pointer(augmenting.size, anchor.size, table=table, **options)
         return WordMap(augmenting.size, anchor.size, **options)
 
+    def merge_adapters(self) -> None:
+        """Put the adapters into the weights beside which they stand, or do so again; see ``CalmForCausalLM``."""
+        adapted: dict[str, dict[str, Any]] = {}
+        for name, entry in self.config.augmenting.items():
+            for target in (entry.get("adapters") or {}).get("targets", ()):
+                adapted.setdefault(target, {})[name] = self.connectors[name]
+        merge(self.slot, self._backbones[""].decoder, adapted)
+        self.merged = True
+
+    def unmerge_adapters(self) -> None:
+        """Let the adapters stand beside the anchor's weights again."""
+        unmerge(self.slot, self._backbones[""].decoder)
+        self.merged = False
+
     @property
     def points(self) -> bool:
         """Whether an augmenting model that is switched on speaks in probabilities: the logits are the anchor's and
@@ -255,6 +271,7 @@ class CalmModel(CalmPreTrainedModel):
         self._make_readers()
         self.active.add(name)
         self.joined[name] = self.joined.get(name, 0) + 1
+        self._merge_again()
         freeze(model)
         self.train(self.training)
 
@@ -268,6 +285,13 @@ class CalmModel(CalmPreTrainedModel):
         self.active.discard(name)
         self._find_parts()
         self._make_readers()
+        self._merge_again()
+
+    def _merge_again(self) -> None:
+        """Where adapters are merged, do it with those that there are now."""
+        if self.merged:
+            self.unmerge_adapters()
+            self.merge_adapters()
 
     @property
     def alignments(self) -> dict[str, Alignment | Rewriting]:

@@ -1,0 +1,234 @@
+"""Adapters merged into the weights beside which they stand: the same text, an anchor that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import linear
+
+import calmlm
+from calmlm.connectors.adapters import Adapters
+from calmlm.errors import ModelError
+from calmlm.state.merging import MergedForward
+from compositions import assert_close, logits_of, tiny_composition
+from tiny import tiny_tokens
+
+FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox"]
+IDS = tiny_tokens(3, 7)
+
+
+def adapted(family: str = "llama", adapters: Any = 3, **options: Any) -> calmlm.CalmForCausalLM:
+    """A composition with connections, words and adapters that all speak."""
+    model = tiny_composition(family, "mistral", words="map", adapters=adapters, **options).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.model.connectors.named_parameters():
+            if name.endswith("up.weight"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def maps_of(model: calmlm.CalmForCausalLM) -> list[nn.Module]:
+    return [module for module in model.anchor.modules() if isinstance(vars(module).get("forward"), MergedForward)]
+
+
+def count_adapters(model: calmlm.CalmForCausalLM) -> list[int]:
+    """How many adapters compute in the calls that follow."""
+    calls = [0]
+    for module in model.modules():
+        if isinstance(module, Adapters):
+            for adapter in module.maps.values():
+                adapter.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_changes_roundings_alone(family: str, dtype: torch.dtype) -> None:
+    model = adapted(family).to(dtype)
+    before, alone = logits_of(model, IDS), logits_of(model.anchor, IDS)
+    model.merge_adapters()
+    calls = count_adapters(model)
+    merged = logits_of(model, IDS)
+    assert calls == [0]
+    exact = logits_of(copy.deepcopy(model).float(), IDS)
+    rounded, error = (float((found.float() - exact).abs().max()) for found in (before, merged))
+    assert error <= 2 * rounded + 1e-5
+    with model.disable_composition():
+        assert torch.equal(logits_of(model, IDS), alone)
+    assert torch.equal(logits_of(model.anchor, IDS), alone)
+    model.unmerge_adapters()
+    assert torch.equal(logits_of(model, IDS), before)
+    assert not maps_of(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_map_is_its_sum_by_hand(family: str) -> None:
+    model = adapted(family)
+    model.merge_adapters()
+    found: Any = model.model.connectors["augmenting"][-1]
+    inner = model.anchor.get_decoder()
+    for target in model.config.augmenting["augmenting"]["adapters"]["targets"]:
+        module, adapter = inner.get_submodule(target), found.of(target)
+        weight = module.weight.T if family == "gpt2" else module.weight
+        x = torch.randn(2, 3, weight.shape[1])
+        merge = vars(module)["forward"].merges[0]
+        expected = linear(x, weight, module.bias) + adapter.scaling * (x @ adapter.down.weight.T @ adapter.up.weight.T)
+        assert_close(linear(x, merge.weight(), module.bias), expected, 1e-5)
+
+
+def test_rows_scales_and_gradients_are_computed_as_before() -> None:
+    model = adapted()
+    mask = torch.tensor([True, False, True])
+    with torch.no_grad():
+        rows = model(IDS, composition_mask=mask).logits
+        with model.composition_scale(0.5):
+            half = model(IDS).logits
+    whole = model(IDS, labels=IDS)
+    whole.loss.backward()
+    gradients = [p.grad.clone() for p in model.model.connectors.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.merge_adapters()
+    with torch.no_grad():
+        assert torch.equal(model(IDS, composition_mask=mask).logits, rows)
+        with model.composition_scale(0.5):
+            assert torch.equal(model(IDS).logits, half)
+    model(IDS, labels=IDS).loss.backward()
+    found = [p.grad for p in model.model.connectors.parameters() if p.grad is not None]
+    assert len(found) == len(gradients) > 20
+    assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+    model.train()
+    with torch.no_grad():
+        calls = count_adapters(model)
+        model(IDS)
+    assert calls != [0]
+
+
+def test_what_changes_is_merged_again(tmp_path: Path) -> None:
+    model = adapted()
+    model.merge_adapters()
+    first = logits_of(model, IDS)
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    model.eval()
+    calls = count_adapters(model)
+    trained = logits_of(model, IDS)
+    assert calls == [0]
+    assert not torch.allclose(trained, first, atol=1e-3)
+    model.unmerge_adapters()
+    assert_close(trained, logits_of(model, IDS), 1e-5)
+    model.merge_adapters()
+    model.to(torch.float64)
+    assert_close(logits_of(model, IDS), trained.double(), 1e-5)
+    model.float()
+    with torch.no_grad():
+        model.anchor.get_decoder().layers[0].mlp.up_proj.weight.mul_(2)
+    merged = logits_of(model, IDS)
+    model.unmerge_adapters()
+    assert_close(merged, logits_of(model, IDS), 1e-5)
+
+
+def test_text_is_the_same_with_every_way_of_writing() -> None:
+    model = adapted()
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"drafting": True}]
+    texts = [model.generate(IDS[:1], max_new_tokens=6, do_sample=False, **way) for way in ways]
+    model.merge_adapters()
+    for way, text in zip(ways, texts, strict=True):
+        assert torch.equal(model.generate(IDS[:1], max_new_tokens=6, do_sample=False, **way), text)
+
+
+def test_several_models_are_merged_together_and_apart() -> None:
+    model, other = adapted(), adapted(adapters=2)
+    model.merge_adapters()
+    model.add_augmenting("other", other)
+    calls = count_adapters(model)
+    both = logits_of(model, IDS)
+    assert calls == [0]
+    model.unmerge_adapters()
+    assert_close(both, logits_of(model, IDS), 1e-5)
+    model.merge_adapters()
+    model.disable_augmenting("other")
+    one = logits_of(model, IDS)
+    model.unmerge_adapters()
+    assert torch.equal(one, logits_of(model, IDS)), "one of two speaks through hooks"
+    model.merge_adapters()
+    model.remove_augmenting("other")
+    calls[0] = 0
+    assert_close(logits_of(model, IDS), one, 1e-5)
+    assert calls == [0]
+
+
+def test_compositions_that_share_an_anchor_merge_their_own() -> None:
+    model = adapted()
+    small = copy.deepcopy(model.augmenting["augmenting"])
+    other = calmlm.compose(model.anchor, small, adapters=2)
+    alone = logits_of(other, IDS)
+    expected = logits_of(model, IDS)
+    model.merge_adapters()
+    assert torch.equal(logits_of(other, IDS), alone)
+    other.merge_adapters()
+    assert_close(logits_of(other, IDS), alone, 1e-6)
+    assert_close(logits_of(model, IDS), expected, 1e-5)
+    model.unmerge_adapters()
+    assert len(maps_of(other)) == len(maps_of(model)) > 0
+    other.unmerge_adapters()
+    assert not maps_of(other)
+    assert torch.equal(logits_of(model, IDS), expected)
+
+
+def test_copies_files_and_threads(tmp_path: Path) -> None:
+    model = adapted()
+    model.merge_adapters()
+    expected = logits_of(model, IDS)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls = count_adapters(again)
+        assert torch.equal(logits_of(again, IDS), expected)
+        assert calls == [0]
+        assert all(vars(module)["forward"].module is module for module in maps_of(again))
+        again.unmerge_adapters()
+        assert maps_of(model)
+    model.save_pretrained(tmp_path / "merged")
+    model.unmerge_adapters()
+    model.save_pretrained(tmp_path / "plain")
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "merged" / n).read_bytes() == (tmp_path / "plain" / n).read_bytes() for n in names)
+    model.merge_adapters()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: logits_of(model, IDS), range(8)))
+    assert all(torch.equal(logits, expected) for logits in found)
+
+
+def test_what_cannot_be_merged_is_refused() -> None:
+    model = adapted()
+    wrapped = get_peft_model(model, LoraConfig(target_modules=r".*connectors.*(down|up)", r=2))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"something around the adapters of .* use the composition without merging"):
+        wrapped.base_model.model.merge_adapters()
+    model = adapted()
+    target = model.anchor.get_decoder().layers[1].mlp.up_proj
+    target.weight = nn.Parameter(target.weight.to("meta"), requires_grad=False)
+    with pytest.raises(ModelError, match=r"'layers.1.mlp.up_proj' of the anchor has quantised weights"):
+        model.merge_adapters()
+    assert not maps_of(model), "half of them are merged"
+    model = adapted()
+    target = model.anchor.get_decoder().layers[0].mlp.up_proj
+    target.forward = lambda x: x
+    with pytest.raises(ModelError, match="another tool has put something in the place of"):
+        model.merge_adapters()
+
+
+def test_a_composition_without_adapters_is_as_it_was() -> None:
+    model = tiny_composition("llama", "mistral").eval()
+    before = logits_of(model, IDS)
+    model.merge_adapters()
+    assert torch.equal(logits_of(model, IDS), before)
+    assert not maps_of(model)

@@ -650,6 +650,9 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     methods = {
         "words": dataclasses.replace(METHODS["words"], examples=True, learning_rate=0.1),
         "shown": Method("Shown", "composed", of="words"),
+        "guided": Method("Guided", "composed", of="shown", guidance=4.0),
+        "m_A": Method("m_A", "m_A"),
+        "m_A_guided": Method("m_A, guided", "m_A", of="m_A", guidance=4.0),
     }
     settings = dataclasses.replace(TINY, methods=methods, shots_in="own", shown=["xx_Latn"])
     assert settings.faults() == []
@@ -658,7 +661,7 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
     places: dict[str, Any] = {"data": tmp_path / "data.jsonl", "report": lambda line: None, "keep": tmp_path / "kept"}
     result = run("x.yaml", (0,), None, tmp_path / "a", **places)
-    assert [row["seeds"] for row in result["rows"].values()] == [1, 1]
+    assert [row["seeds"] for row in result["rows"].values()] == [1] * 5
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["words-seed-0"]
 
     def cell(folder: str, name: str) -> dict[str, Any]:
@@ -668,6 +671,18 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert found["parameters"] == cell("a", "words")["parameters"] and "training_seconds" not in found
     assert found["english_nats"] == pytest.approx(cell("a", "words")["english_nats"], rel=0.01)
     assert found["nats"] != pytest.approx(cell("a", "words")["nats"], rel=1e-3)
+    for name, source in (("guided", "shown"), ("m_A_guided", "m_A")):
+        guided = cell("a", name)
+        assert all(guided.get(key) == cell("a", source).get(key) for key in ("nats", "swapped_nats", "parameters"))
+        assert guided["written"] != cell("a", source)["written"]
+    asked = World(settings, 0, sentences()).written[0]
+    ids = torch.tensor([pair.augmenting_tokenizer(asked.prompt, add_special_tokens=False).input_ids])
+    text = pair.augmenting.generate(ids, max_new_tokens=settings.new_tokens, do_sample=False, guidance_scale=4.0)
+    written = pair.augmenting_tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
+    assert cell("a", "m_A_guided")["written"][0] == first_line_of(written)
+    with pytest.raises(CalmError, match="Expected the cell of shown, whose bits per byte are this row's"):
+        run("x.yaml", (0,), ["guided"], tmp_path / "e", **places)
+    assert settings.shows("guided") and settings.shows("words") and not settings.shows("m_A_guided")
     run("x.yaml", (0,), ["shown"], tmp_path / "b", **{**places, "keep": None})
     assert cell("b", "shown")["nats"] == pytest.approx(found["nats"], rel=0.01)  # kept in bfloat16
     run("x.yaml", (0,), ["shown"], tmp_path / "d", **{**places, "keep": tmp_path / "later"})
@@ -679,6 +694,9 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert dataclasses.replace(settings, methods=methods | {"words": other}).mark("shown") != settings.mark("shown")
     for wrong, message in (
         (Method("x", "composed", of="m_A"), "of: expected a composition with examples, but got m_A"),
+        (Method("x", "composed", of="m_A", guidance=2.0), "x: expected the system of m_A and a guidance above 1"),
+        (Method("x", "composed", of="words", guidance=1.0), "x: expected the system of words and a guidance above 1"),
+        (Method("x", "cascade", of="cascade", guidance=2.0), "expected what generates by itself, but got cascade"),
         (Method("x", "composed", of="words", steps=3, learning_rate=1.0), "nothing to train beside 'of'"),
     ):
         faults = dataclasses.replace(settings, methods=METHODS | {"x": wrong}).faults()

@@ -135,12 +135,20 @@ def _gains(by_seed: Mapping[str, Mapping[str, Any]], varieties: Iterable[str]) -
 
 
 def goals(settings: Settings, found: Mapping[str, Any]) -> list[str]:
-    """Say of the row that the settings name as theirs whether it reaches what is asked for, as markdown items."""
-    name = settings.headline
-    row = found["methods"].get(name)
-    if row is None:
-        return []
-    count, lines = len(found["varieties"]), []
+    """Say of the row that the settings name as theirs, and of it with guidance, whether it reaches what is asked for.
+
+    Returns:
+        markdown items.
+    """
+    methods, lines = settings.methods, list[str]()
+    for name in [settings.headline, *(name for name in methods if methods[name].of == settings.headline)]:
+        if name in found["methods"]:
+            lines += _goals(name, found["methods"][name], len(found["varieties"]))
+    return lines
+
+
+def _goals(name: str, row: Mapping[str, Any], count: int) -> list[str]:
+    lines = []
 
     def held(what: str, value: float | None, least: float, form: str = ".0f") -> None:
         if value is not None:
@@ -170,8 +178,8 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         f"# Translation from {len(asked)} varieties, `{settings.name}`",
         "",
         f"m_B is {settings.anchor.id}, m_A is {settings.augmenting.id}; {settings.written} sentences of each variety "
-        f"into English, greedy. chrF and BLEU by sacrebleu, of each variety by itself, then the mean over varieties "
-        f"and seeds. *Known*: the {len(known)} varieties in which m_A gains at least {LEAST} bits per byte more from "
+        f"into English, greedy where no guidance is named. chrF and BLEU by sacrebleu, of each variety by itself, "
+        f"then the mean over varieties and seeds. *Known*: the {len(known)} varieties in which m_A gains at least {LEAST} bits per byte more from "
         f"the text than m_B does. *Gain*: bits per byte when m_A reads another sentence, minus right. *Above*: in how "
         f"many of the {len(asked)} the method's chrF is above that of m_B, of m_A (the better of 0 and "
         f"{settings.shots} examples), of both, of LoRA. In brackets 95 % intervals over seeds and sentences.",

@@ -15,7 +15,7 @@ from calmlm.experiments.real.layout import Text
 from calmlm.experiments.real.sentence_counts import corpus, counted
 from calmlm.experiments.real.world import Item, World
 
-__all__ = ["System", "bits", "first_line_of", "measure", "text_of"]
+__all__ = ["System", "bits", "first_line_of", "measure", "text_of", "translations"]
 
 T = TypeVar("T")
 
@@ -76,8 +76,7 @@ def measure(
         ``english_nats`` of each plain line, ``written`` texts with their ``chrf`` inside and outside D_C and what chrF
         and BLEU count in each (``scores``), and how many seconds each took.
     """
-    settings = world.settings
-    tested, english, asked = world.tested, world.english, world.written
+    tested, english = world.tested, world.english
     seconds: dict[str, float] = {}
 
     def timed(what: str, work: Callable[[], T]) -> T:
@@ -91,9 +90,15 @@ def measure(
     heard = swapped and system.hears
     found["swapped_nats"] = timed("swapped", lambda: _rounded(system.nats(tested, swapped=True))) if heard else None
     found["english_nats"] = timed("english", lambda: _rounded(system.nats(english)))
-    written = timed("written", lambda: [first_line_of(text) for text in system.write(asked, settings.new_tokens)])
-    found |= {"written": written, "measuring_seconds": seconds}
-    found["scores"] = counted(written, [item.target for item in asked])
+    found |= timed("written", lambda: translations(system, world))
+    return found | {"measuring_seconds": seconds}
+
+
+def translations(system: System, world: World) -> dict[str, Any]:
+    """What a system writes, with its chrF inside and outside D_C, and what chrF and BLEU count in each text."""
+    settings, asked = world.settings, world.written
+    written = [first_line_of(text) for text in system.write(asked, settings.new_tokens)]
+    found: dict[str, Any] = {"written": written, "scores": counted(written, [item.target for item in asked])}
     for column, varieties in (("inside", settings.varieties.inside), ("outside", settings.varieties.outside)):
         chosen = [index for index, item in enumerate(asked) if item.variety in varieties]
         if chosen:

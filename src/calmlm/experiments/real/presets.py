@@ -24,6 +24,10 @@ LATER: dict[str, Any] = {"shots_in": "turn", "shown": [], "subset": None, "split
 """Settings that cells were stored without: they count in a cell's mark where they differ from these."""
 
 
+LATER_OF_METHODS = ("retain", "pairs", "guidance")
+"""The same of a method: they count where they are given."""
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """A base model: its id, and the GGUF file that stands for it where there is no hub."""
@@ -54,6 +58,9 @@ class Method:
             default.
         of: a composition's row: this one trains nothing and measures that composition, while m_A reads the examples
             that a model alone reads.
+        guidance: with ``of``, any row: this one is that row, and writes with classifier-free guidance of this scale
+            (Ho and Salimans, 2022; transformers' ``guidance_scale``) instead of greedily. What is left behind is what
+            would be written without the sentence.
     """
 
     title: str
@@ -70,6 +77,7 @@ class Method:
     pairs: int | None = None
     retain: float | None = None
     of: str | None = None
+    guidance: float | None = None
 
     @property
     def seeded(self) -> bool:
@@ -194,18 +202,29 @@ class Settings:
             )
         return [name for name in self.methods if names is None or name in names]
 
+    def shows(self, name: str) -> bool:
+        """Whether a method reads examples, or the one that it is with guidance does."""
+        method = self.methods[name]
+        if method.of is None:
+            return method.examples
+        return method.guidance is None or self.shows(method.of)
+
     def mark(self, name: str) -> str:
         """Eight digits that stand for all that a cell of a method depends on, but for its seed."""
         later = {key: value for key, value in LATER.items() if getattr(self, key) == value}
         left_out = {"methods", "name", "headline", *later}
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
-        own = _asked(self.methods[name])
+        own = self._asked(name)
         for key in ("rows_at_once", "of"):  # as in cells that were stored without them
             if own[key] is None:
                 del own[key]
-        if (of := self.methods[name].of) is not None:
-            own["of"] = _asked(self.methods[of])
         return hashlib.sha256(json.dumps([shared, own], sort_keys=True).encode()).hexdigest()[:8]
+
+    def _asked(self, name: str) -> dict[str, Any]:
+        """What a method's cells depend on; what came later counts where it is given."""
+        own = {key: value for key, value in dataclasses.asdict(self.methods[name]).items() if key != "title"}
+        own = {key: value for key, value in own.items() if key not in LATER_OF_METHODS or value is not None}
+        return own | ({"of": self._asked(own["of"])} if own["of"] is not None else {})
 
     def faults(self) -> list[str]:
         """One sentence for each thing that cannot be."""
@@ -221,7 +240,16 @@ class Settings:
                 found.append(f"methods.{name}.pairs: expected more than {self.pairs}, for what is trained.")
             if method.retain is not None and not (method.retain > 0 and method.system == "composed" and method.steps):
                 found.append(f"methods.{name}.retain: expected more than 0, for a composition that is trained.")
-            if method.of is not None:
+            if method.guidance is not None:
+                source = self.methods.get(method.of or "")
+                plain = Method(method.title, method.system, of=method.of, guidance=method.guidance)
+                if source is None or source.guidance is not None or source.system in ("cascade", "router", "ensemble"):
+                    found.append(f"methods.{name}.of: expected what generates by itself, but got {method.of}.")
+                elif method.system != source.system or method != plain or method.guidance <= 1:
+                    found.append(
+                        f"methods.{name}: expected the system of {method.of} and a guidance above 1, and nothing else."
+                    )
+            elif method.of is not None:
                 source = self.methods.get(method.of)
                 if source is None or source.system != "composed" or source.of is not None or not source.examples:
                     found.append(f"methods.{name}.of: expected a composition with examples, but got {method.of}.")
@@ -241,12 +269,6 @@ class Settings:
             if not 2 <= getattr(self, measure) <= most:
                 found.append(f"{measure}: expected 2 to {most}, but got {getattr(self, measure)}.")
         return found
-
-
-def _asked(method: Method) -> dict[str, Any]:
-    """What a method's cells depend on; what came later counts where it is given."""
-    given = {key: value for key, value in dataclasses.asdict(method).items() if key != "title"}
-    return {key: value for key, value in given.items() if key not in ("retain", "pairs") or value is not None}
 
 
 def load_settings(path: str | Path) -> Settings:

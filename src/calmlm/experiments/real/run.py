@@ -30,7 +30,7 @@ from calmlm.experiments.real.joined import (
     with_lora,
 )
 from calmlm.experiments.real.layout import AUGMENTING
-from calmlm.experiments.real.measures import System, first_line_of, measure
+from calmlm.experiments.real.measures import System, first_line_of, measure, translations
 from calmlm.experiments.real.picking import Routed
 from calmlm.experiments.real.presets import BaseModel, Method, Settings, load_settings
 from calmlm.experiments.real.report import INTERVAL, summarise, write_report
@@ -49,6 +49,8 @@ TRAININGS: dict[str, Callable[[Pair, Method, World], Trained]] = {
     "composed": train_composition,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARED = ("nats", "swapped_nats", "english_nats", "parameters", "training_seconds", "losses")
+"""What a row that writes otherwise has of the row that it is."""
 BY_WORDS = {"connections": "none", "words": "map"}
 
 
@@ -138,8 +140,8 @@ def run(
                 continue
             report(f"{name}, seed {seed} ...")
             try:
-                place = kept and kept / f"{name}-seed-{seed}"
-                cell = make_cell(settings, name, pair, World(settings, seed, sentences), report, place, command)
+                world, read = World(settings, seed, sentences), _reader(settings, folder, seed)
+                cell = make_cell(settings, name, pair, world, report, kept, command, read)
             except CalmError as error:  # of one row; the others go on
                 report(f"{name}, seed {seed}: {error}")
                 failed.append(f"{name}, seed {seed} ({error})")
@@ -167,26 +169,50 @@ def run(
     return result
 
 
+def _reader(settings: Settings, folder: Path, seed: int) -> Callable[[str], dict[str, Any]]:
+    """What reads another row's cell of a seed."""
+
+    def read(name: str) -> dict[str, Any]:
+        path = cell_path(folder, settings, name, seed if settings.methods[name].seeded else 0)
+        if not path.is_file():
+            raise ConfigError(
+                f"Expected the cell of {name}, whose bits per byte are this row's, but there is none: make it first."
+            )
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    return read
+
+
 def make_cell(
     settings: Settings,
     name: str,
     pair: Pair,
     world: World,
     report: Callable[[str], None],
-    keep: Path | None = None,
+    kept: Path | None = None,
     command: str | None = None,
+    read: Callable[[str], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one method; a composition is saved in ``keep`` before it is measured."""
+    """Train and measure one method; a composition is saved below ``kept`` before it is measured.
+
+    ``read`` gives another row's cell: one that is written with guidance shares its figures.
+    """
     start = time.perf_counter()
     method = settings.methods[name]
-    if method.of is not None:
-        source = None if keep is None else keep.with_name(f"{method.of}-seed-{world.seed}")
-        system, about = shown(settings, method.of, pair, world, report, source, command)
+    if method.guidance is not None:
+        assert method.of is not None
+        assert read is not None
+        source = read(method.of)
+        system, about = opened(settings, method.of, pair, world, report, kept, command)
+        system.guidance = method.guidance  # type: ignore[attr-defined]
+        about |= {key: source[key] for key in SHARED if key in source}
+        writing = time.perf_counter()
+        found = translations(system, world)
+        found["measuring_seconds"] = {"written": round(time.perf_counter() - writing, 1)}
     else:
-        system, about = prepared(pair, method, world, report)
-        if keep is not None and method.system == "composed":
-            save_trained(system.model, keep, settings, command)  # type: ignore[attr-defined]
-    found = measure(system, world, settings.swapped, report)
+        system, about = opened(settings, name, pair, world, report, kept, command, anew=True)
+        found = measure(system, world, settings.swapped, report)
     items = {"tested": world.tested, "english": world.english}
     return {
         "settings": dataclasses.asdict(method),
@@ -199,6 +225,51 @@ def make_cell(
         **found,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def opened(
+    settings: Settings,
+    name: str,
+    pair: Pair,
+    world: World,
+    report: Callable[[str], None],
+    kept: Path | None,
+    command: str | None,
+    anew: bool = False,
+) -> tuple[System, dict[str, Any]]:
+    """The system of a row, and what is to be said of it; a composition that was kept is not trained again.
+
+    Args:
+        kept: folder of the compositions that are kept, if there is one.
+        command: that is run.
+        anew: whether to train what this row trains all the same.
+
+    Raises:
+        ConfigError: what was kept is the composition of another seed.
+    """
+    method = settings.methods[name]
+    if method.of is not None:
+        system, about = opened(settings, method.of, pair, world, report, kept, command)
+        report(f"measures {method.of} of seed {world.seed} with examples of the variety that is asked")
+        model = system.model  # type: ignore[attr-defined]
+        return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), {
+            "parameters": model.get_nb_trainable_parameters()[0]
+        }
+    place = None if kept is None or method.system != "composed" else kept / f"{name}-seed-{world.seed}"
+    if place is not None and not anew and (place / "config.json").is_file():
+        copies = {"anchor": copy.deepcopy(pair.anchor), "augmenting": copy.deepcopy(pair.augmenting)}
+        model = open_trained(place, dataclasses.replace(pair, **copies))
+        prefix = prefix_ids(pair.augmenting_tokenizer, world.shown) if method.examples else []
+        if model.config.augmenting[AUGMENTING].get("prefix", []) != prefix:
+            raise ConfigError(
+                f"Expected in {place} the composition of seed {world.seed}, but its m_A reads other examples: name "
+                f"another folder with --keep."
+            )
+        return Composed(model, pair.tokenizer), {"parameters": model.get_nb_trainable_parameters()[0]}
+    system, about = prepared(pair, method, world, report)
+    if place is not None:
+        save_trained(system.model, place, settings, command)  # type: ignore[attr-defined]
+    return system, about
 
 
 def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], None]) -> tuple[System, dict[str, Any]]:
@@ -227,42 +298,6 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
     if method.system == "composed":
         return Composed(trained.model, pair.tokenizer), about
     return Alone(trained.model, pair.tokenizer), about
-
-
-def shown(
-    settings: Settings,
-    of: str,
-    pair: Pair,
-    world: World,
-    report: Callable[[str], None],
-    source: Path | None,
-    command: str | None,
-) -> tuple[System, dict[str, Any]]:
-    """Another row's composition, whose m_A is shown the examples of a model alone.
-
-    Args:
-        of: that row.
-        source: where it was kept; it is trained where it was not, and kept then.
-        command: that is run.
-
-    Raises:
-        ConfigError: what was kept there is the composition of another seed.
-    """
-    if source is not None and (source / "config.json").is_file():
-        copies = {"anchor": copy.deepcopy(pair.anchor), "augmenting": copy.deepcopy(pair.augmenting)}
-        model = open_trained(source, dataclasses.replace(pair, **copies))
-        if model.config.augmenting[AUGMENTING].get("prefix") != prefix_ids(pair.augmenting_tokenizer, world.shown):
-            raise ConfigError(
-                f"Expected in {source} the composition of seed {world.seed}, but its m_A reads other examples: name "
-                f"another folder with --keep."
-            )
-    else:
-        model = train_composition(pair, settings.methods[of], world).model
-        if source is not None:
-            save_trained(model, source, settings, command)
-    report(f"measures {of} of seed {world.seed} with examples of the variety that is asked")
-    about = {"parameters": model.get_nb_trainable_parameters()[0]}
-    return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), about
 
 
 def cascade(pair: Pair, method: Method, world: World) -> Cascade:

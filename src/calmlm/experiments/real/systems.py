@@ -35,7 +35,12 @@ class Alone:
         tokenizer: its own.
         before: examples that it reads before each prompt, by variety; plain text has none.
         hears: whether it is also measured with another prompt: what it gets out of a text.
+
+    Attributes:
+        guidance: scale of classifier-free guidance with which it writes; None writes greedily.
     """
+
+    guidance: float | None = None
 
     def __init__(
         self, model: Any, tokenizer: Any, before: Mapping[str, str] | None = None, hears: bool = False
@@ -88,7 +93,7 @@ class Alone:
         return self.model(**given, use_cache=False).logits[:, columns]
 
     def write(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        """Greedy continuations."""
+        """Continuations: greedy ones, or with guidance."""
         prompts = [encode_prompt(self.before.get(item.variety, "") + item.prompt, self.tokenizer) for item in items]
         order = sorted(range(len(items)), key=lambda index: len(prompts[index]))
         found = [""] * len(items)
@@ -114,7 +119,7 @@ class Alone:
 
     def writing(self) -> dict[str, Any]:
         """Further arguments of ``generate``."""
-        return {}
+        return {} if self.guidance is None else {"guidance_scale": self.guidance}
 
 
 class FirstLine(StoppingCriteria):

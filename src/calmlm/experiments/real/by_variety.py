@@ -179,10 +179,11 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         "",
         f"m_B is {settings.anchor.id}, m_A is {settings.augmenting.id}; {settings.written} sentences of each variety "
         f"into English, greedy where no guidance is named. chrF and BLEU by sacrebleu, of each variety by itself, "
-        f"then the mean over varieties and seeds. *Known*: the {len(known)} varieties in which m_A gains at least {LEAST} bits per byte more from "
-        f"the text than m_B does. *Gain*: bits per byte when m_A reads another sentence, minus right. *Above*: in how "
-        f"many of the {len(asked)} the method's chrF is above that of m_B, of m_A (the better of 0 and "
-        f"{settings.shots} examples), of both, of LoRA. In brackets 95 % intervals over seeds and sentences.",
+        f"then the mean over varieties and seeds. *Known*: the {len(known)} varieties in which m_A gains at least "
+        f"{LEAST} bits per byte more from the text than m_B does. *Gain*: bits per byte when m_A reads another "
+        f"sentence, minus right. *Above*: in how many of the {len(asked)} the method's chrF is above that of m_B, of "
+        f"m_A (the better of 0 and {settings.shots} examples), of both, of LoRA. In brackets 95 % intervals over seeds "
+        f"and sentences.",
         "",
         "| | chrF | BLEU | bits per byte | chrF, known | above LoRA, known | gain, known "
         "| above m_B | m_A | both | LoRA |",

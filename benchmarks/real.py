@@ -5,14 +5,14 @@
     python benchmarks/real.py --rounds 3      # a quick look
     python benchmarks/real.py --anchor DIR --augmenting DIR
     python benchmarks/real.py --compositions pointer=FOLDER      # trained ones beside the others
-    python benchmarks/real.py --what decoding --modes eager compiled              # both models compiled, too
+    python benchmarks/real.py --what decoding --modes eager merged compiled       # both models compiled, too
 
 SmolLM2-135M-Instruct is the anchor, Gemma 3 270M the augmenting model; both in bfloat16. Two compositions of the same
 models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of text: an answer in English after a question
 in Devanagari, and the other way round. Regime: one process, all works in turn, medians of the ratios round by round.
 The floor is what both models take by themselves: their forward passes for a training step and for a prompt; decoding
-token by token, m_A without its head, for a generated token. ``compiled``: ``compile(dynamic=True)``
-of both models, alone and in the compositions.
+token by token, m_A without its head, for a generated token. ``merged``: adapters inside the anchor's weights
+(``merge_adapters``). ``compiled``: that, and ``compile(dynamic=True)`` of both models, alone and in the compositions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ DEVANAGARI = (
     "गर्मियों में तापमान चालीस डिग्री से ऊपर चला जाता है और बाज़ार केवल शाम को खुलता है।",
 )
 WORKS = ("training step", "prefill", "decoding")
-MODES = ("eager", "compiled")
+MODES = ("eager", "merged", "compiled")
 TEXTS = {
     "English": [(f"{asked}\nEnglish:", f" {answer}") for asked, answer in zip(DEVANAGARI, ENGLISH, strict=True)],
     "Devanagari": [(f"{asked}\nHindi:", f" {answer}") for asked, answer in zip(ENGLISH, DEVANAGARI, strict=True)],
@@ -213,6 +213,8 @@ def cases_of(
     """All cases of these compositions."""
     cases = []
     for mode in modes:
+        for model in made.values() if mode != "eager" else ():
+            model.merge_adapters()
         if mode == "compiled":
             compile_models(pair, made)
         for language in TEXTS:

@@ -215,14 +215,15 @@ KINDS = {
     "map": "graft, adapters and map of words, trained",
     "pointer": "graft, adapters and pointer, trained",
 }
+MODES = {"eager": "eager", "merged": "adapters merged", "compiled": "adapters merged, compiled"}
 
 
 def real_decoding(result: dict[str, Any]) -> str:
     """What a token costs that a composition of real models writes, as the benchmark measured it."""
     lines = ["| | completion | mode | relative to both models alone |", "|---|---|---|---|"]
     for case in result["cases"]:
-        title = KINDS[case["alignment"]]
-        lines.append(f"| {title} | {case['completion']} | {case['mode']} | {case['time_x_floor']:.2f} |")
+        title, mode = KINDS[case["alignment"]], MODES[case["mode"]]
+        lines.append(f"| {title} | {case['completion']} | {mode} | {case['time_x_floor']:.2f} |")
     lines += [
         "",
         f"{result['augmenting']} inside {result['anchor']} in {result['dtype']}, one text, token by token. Medians of "

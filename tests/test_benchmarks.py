@@ -65,6 +65,10 @@ def test_real(tmp_path: Path) -> None:
     assert {case["what"] for case in found["cases"]} == {"training step", "prefill", "decoding"}
     steps = [case for case in found["cases"] if case["what"] == "decoding" and case["alignment"] == "own"]
     assert all(0 < case["augmenting_tokens_per_step"] < 4 for case in steps)
+    trained = f"pointer={BENCHMARKS.parent}/src/calmlm/demo/translation/composition"
+    options = f"--alignments --compositions {trained} --what decoding --modes eager merged --batch 2 --new 6"
+    cases = run("real.py", tmp_path, *options.split())["cases"]
+    assert [case["mode"] for case in cases] == ["eager", "eager", "merged", "merged"]
 
 
 @pytest.mark.slow

@@ -283,6 +283,27 @@ class TestGenerate:
         assert without == self.expected(anchor, tokenizer, "12 + 3", 9)
         assert with_composition != without
 
+    def test_adapters_are_merged_and_prompts_guide(
+        self,
+        composition: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        bare = calmlm.CalmForCausalLM.from_pretrained(composition)
+        merged: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calmlm.CalmForCausalLM, "merge_adapters", lambda model: merged.append(model))
+            self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "2", "--merge-adapters")
+        assert len(merged) == 1
+        text = self.run(capsys, composition, "--prompt", "12 + 3", "--max-new-tokens", "9", "--guidance-scale", "5")
+        ids = tokenizer("12 + 3", return_tensors="pt")["input_ids"]
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False}
+        out = bare.generate(ids, **given, guidance_scale=5.0)
+        assert text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        arguments = ["generate", str(composition), "--prompt", "a", "--draft", "--guidance-scale", "2"]
+        assert main(arguments) != 0
+        assert "guidance_scale" in capsys.readouterr().err
+
     def test_sampling_is_repeatable(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
         texts = [
             self.run(capsys, composition, "--prompt", "a", "--temperature", "2", "--seed", seed)

@@ -39,6 +39,7 @@ class TextModel:
         device: str = "auto",
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        merge_adapters: bool = False,
     ) -> TextModel:
         """Load a composition and its tokenizer: the one named, else the composition's, else the anchor's.
 
@@ -48,6 +49,7 @@ class TextModel:
             device: a torch device, or "auto" for a GPU where there is one.
             dtype: of the base models, instead of their own.
             trust_remote_code: whether code that comes with a model may run.
+            merge_adapters: whether adapters lie inside the anchor's weights; see ``CalmForCausalLM.merge_adapters``.
 
         Raises:
             CalmError: there is no such composition, model, tokenizer or device.
@@ -56,7 +58,10 @@ class TextModel:
         model = calmlm.CalmForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
         places = [tokenizer] if tokenizer else [source, model.anchor.name_or_path]
         found = load_tokenizer(places, trust_remote_code=trust_remote_code, named=tokenizer is not None)
-        return cls(model.to(target), found)
+        model.to(target)
+        if merge_adapters:
+            model.merge_adapters()
+        return cls(model, found)
 
     def write(
         self,
@@ -68,6 +73,7 @@ class TextModel:
         seed: int | None = None,
         anchor_only: bool = False,
         drafting: bool = False,
+        guidance_scale: float | None = None,
         apply_chat_template: bool = False,
         tell: Callable[[str], None] | None = None,
     ) -> list[int]:
@@ -83,6 +89,8 @@ class TextModel:
             seed: makes sampling repeatable.
             anchor_only: switch the composition off.
             drafting: let the augmenting model draft.
+            guidance_scale: of classifier-free guidance: above 1, the text is further from what would follow the last
+                token of the prompt alone. Costs twice the time.
             apply_chat_template: whether `prompt` is what a user says, to be put into the chat template.
             tell: takes a line where a context ended the text; it goes to stderr by default.
 
@@ -120,6 +128,7 @@ class TextModel:
                     num_beams=1,
                     num_return_sequences=1,
                     drafting=drafting,
+                    guidance_scale=guidance_scale,
                     **(sampling if temperature > COLDEST else greedy),
                 )
             except BaseException:

@@ -121,6 +121,8 @@ def test_bases_are_loaded_once(folders: dict[str, str], anchor_folder: Path) -> 
     for name, text in zip(("one", "two"), texts, strict=False):
         assert expected(calmlm.CalmForCausalLM.from_pretrained(folders[name]), ids, 8) == list(text)
     assert load(places, device="cpu", max_tokens=20).models["one"].limit == 20
+    merged = load(places, device="cpu", merge_adapters=True).models
+    assert [merged[name].lane.model.model.merged for name in ("one", "two")] == [True, True]
     assert torch.equal(
         first.anchor.get_input_embeddings().weight,
         calmlm.CalmForCausalLM.from_pretrained(folders["one"]).anchor.get_input_embeddings().weight,

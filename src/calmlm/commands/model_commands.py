@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from calmlm.commands.options import Device, Dtype, Folder, TokenizerId, Trust, say, standard_input
+from calmlm.commands.options import Device, Dtype, Folder, Merge, TokenizerId, Trust, say, standard_input
 from calmlm.errors import ConfigError
 from calmlm.files.paths import expanded
 
@@ -25,6 +25,11 @@ def generate(
         bool, typer.Option("--apply-chat-template", help="The prompt is what a user says: put it into the template.")
     ] = False,
     draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts; the text is the same.")] = False,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Above 1: further from what would follow without the prompt.", show_default=False),
+    ] = None,
+    merge_adapters: Merge = False,
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -36,7 +41,14 @@ def generate(
     from calmlm.answering import TextModel
 
     logging.disable_progress_bar()
-    model = TextModel.load(folder, tokenizer=tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = TextModel.load(
+        folder,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        merge_adapters=merge_adapters,
+    )
     model.write(
         standard_input() if prompt == "-" else prompt,
         lambda piece: print(piece, end="", flush=True),
@@ -45,6 +57,7 @@ def generate(
         seed=seed,
         anchor_only=anchor_only,
         drafting=draft,
+        guidance_scale=guidance_scale,
         apply_chat_template=apply_chat_template,
     )
     print()

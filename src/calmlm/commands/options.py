@@ -22,6 +22,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32, for the base models.", show_default=False)
 ]
+Merge = Annotated[
+    bool, typer.Option("--merge-adapters", help="Adapters inside the anchor's weights: faster, and more memory.")
+]
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")]
 

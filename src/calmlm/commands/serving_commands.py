@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from calmlm.commands.options import Device, Dtype, Folder, Host, TokenizerId, Trust, say
+from calmlm.commands.options import Device, Dtype, Folder, Host, Merge, TokenizerId, Trust, say
 
 __all__ = ["serve", "ui"]
 
@@ -32,6 +32,7 @@ def serve(
     tokenizer: TokenizerId = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    merge_adapters: Merge = False,
     drafts: Annotated[int, typer.Option(min=0, help="Tokens that are drafted at a time for a text alone.")] = 8,
     replicas: Annotated[
         int | None,
@@ -50,7 +51,7 @@ def serve(
     logging.disable_progress_bar()
     options = Options(
         host, port, api_key, max_batch, max_queue, max_tokens, max_body, tokenizer, device, dtype, drafts, replicas,
-        ray_address,
+        ray_address, merge_adapters,
     )  # fmt: skip
     serve(folders, options, say)
 

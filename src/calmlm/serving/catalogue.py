@@ -234,6 +234,7 @@ def load(
     device: str = "auto",
     dtype: str | None = None,
     max_tokens: int | None = None,
+    merge_adapters: bool = False,
 ) -> Catalogue:
     """Load compositions with their bases, each base once.
 
@@ -243,6 +244,7 @@ def load(
         device: a torch device, or "auto" for a GPU where there is one.
         dtype: of the base models, instead of their own.
         max_tokens: of a prompt and its answer; None leaves it to the models.
+        merge_adapters: whether adapters lie inside the anchor's weights, for batches in which all rows want them.
 
     Raises:
         CalmError: there is no such composition, model, tokenizer or device, or they do not belong together.
@@ -261,6 +263,8 @@ def load(
             place, dtype=dtype, trust_remote_code=False, use_safetensors=True, **given
         )
         loaded[name] = model.to(target)
+        if merge_adapters:
+            model.merge_adapters()
         known += [(configs[name].augmenting[key], base) for key, base in model.augmenting.items()]
     first = next(iter(loaded.values()))
     if words is None:

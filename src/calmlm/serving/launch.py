@@ -38,6 +38,7 @@ class Options:
         drafts: tokens that are drafted at a time for a text that is written alone; 0 for none.
         replicas: processes that each load all models, on a Ray cluster; None serves from this process alone.
         ray_address: of the cluster; None starts one on this machine where there are replicas.
+        merge_adapters: whether adapters lie inside the anchor's weights.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +54,7 @@ class Options:
     drafts: int = 8
     replicas: int | None = None
     ray_address: str | None = None
+    merge_adapters: bool = False
 
 
 def serve(folders: Sequence[str], options: Options, report: Callable[[str], None]) -> None:
@@ -98,7 +100,7 @@ def _desk(places: dict[str, str], options: Options, on_ray: bool, report: Callab
         words = os.path.abspath(words) if words is not None and os.path.exists(words) else words
         models = Models(
             there, words, options.device, options.dtype, options.max_tokens, options.max_batch, options.max_queue,
-            options.drafts,
+            options.drafts, options.merge_adapters,
         )  # fmt: skip
         with deployed(models, options.replicas or 1, options.ray_address, KEY, report) as fleet:
             yield fleet
@@ -114,6 +116,7 @@ def _desk(places: dict[str, str], options: Options, on_ray: bool, report: Callab
         device=options.device,
         dtype=options.dtype,
         max_tokens=options.max_tokens,
+        merge_adapters=options.merge_adapters,
     )
     engine = Engine(options.max_batch, options.max_queue, catalogue.max_length, options.drafts)
     engine.start()

@@ -39,6 +39,7 @@ class Models:
         max_batch: texts that are written at a time.
         max_queue: texts that may wait besides.
         drafts: tokens that are drafted at a time for a text that is written alone; 0 for none.
+        merge_adapters: whether adapters lie inside the anchor's weights.
     """
 
     places: dict[str, str]
@@ -49,6 +50,7 @@ class Models:
     max_batch: int
     max_queue: int
     drafts: int
+    merge_adapters: bool = False
 
 
 class Lease:
@@ -73,7 +75,9 @@ class Replica:
     def __init__(self, models: Models, lease: Any = None) -> None:
         messages.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        given = {name: getattr(models, name) for name in ("tokenizer", "device", "dtype", "max_tokens")}
+        given = {
+            name: getattr(models, name) for name in ("tokenizer", "device", "dtype", "max_tokens", "merge_adapters")
+        }
         catalogue = load(models.places, **given)
         self._engine = Engine(models.max_batch, models.max_queue, catalogue.max_length, models.drafts)
         self._engine.start()

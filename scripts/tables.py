@@ -125,6 +125,44 @@ def translators(result: dict[str, Any]) -> str:
     )
 
 
+VARIETIES = {
+    "m_B_examples": "m_B, 5 examples",
+    "m_A_examples": "m_A, 5 examples",
+    "m_A_examples_guided": "m_A, 5 examples, guidance 1.5",
+    "lora": "LoRA",
+    "lora_guided": "LoRA, guidance 1.5",
+    "lora_more": "LoRA, 2,460 pairs",
+    "random": "composed with a random m_A",
+    "composed": "**composed**",
+    "composed_held": "the same, held to m_B on plain English",
+    "composed_shown": "composed, m_A reads examples in the variety that is asked",
+    "composed_shown_guided": "that, guidance 1.5",
+    "composed_more": "composed, 2,460 pairs",
+    "composed_more_shown": "that, m_A reads examples in the variety that is asked",
+    "composed_more_shown_guided": "that, guidance 1.5",
+}
+
+
+def varieties(result: dict[str, Any]) -> str:
+    """Translation from 40 varieties: the rows that matter most."""
+    found = result["by_variety"]
+    methods, known, count = found["methods"], len(found["known"]), len(found["varieties"])
+    lines = [
+        f"| | seeds | bits per byte | chrF, all {count} | chrF, the {known} that m_A knows better | above LoRA there "
+        "| above m_B | above both |",
+        "|---" + "|---:" * 7 + "|",
+    ]
+    for name, title in VARIETIES.items():
+        if name not in methods:
+            continue
+        row = methods[name]
+        above = [str(row["above"][rival]) for rival in ("m_B", "both")]
+        lora = f"{row['above_lora_known']['mean']:+.1f}" if "above_lora_known" in row else "-"
+        figures = [f"{row['bits_all']['mean']:.3f}", *(f"{row[key]['mean']:.1f}" for key in ("chrf_all", "chrf_known"))]
+        lines.append(f"| {title} | {row['seeds']} | {' | '.join([*figures, lora, *above])} |")
+    return "\n".join(lines)
+
+
 def choosing(result: dict[str, Any]) -> str:
     """The same, as a page of the site: links that lead out of docs/ are named."""
     text = re.sub(r"\[([^\]]*)\]\((experiments/[^)]*)\)", r"\1 (`\2`)", translators(result))
@@ -368,6 +406,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/choosing.md", "choices", "experiments/compare/results/small.json", choices),
     ("docs/choosing.md", "translators", "experiments/real/results/translation.json", choosing),
     ("docs/real.md", "several", "experiments/several/results/several.json", several),
+    ("docs/translation.md", "varieties", "experiments/translation/results/translation.json", varieties),
     ("docs/comparison.md", "systems", "experiments/compare/results/small.json", systems),
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),

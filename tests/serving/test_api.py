@@ -288,7 +288,7 @@ def test_tokenize_health_and_metrics(server: tuple[str, Engine], client: openai.
     assert found["count"] == len(found["tokens"]) == 3 and found["max_model_len"] == 128
     said = [{"role": "user", "content": "abc"}]
     chat = httpx.post(f"{url}/tokenize", json={"model": "one", "messages": said}).json()
-    told = client.chat.completions.create(model="one", messages=said, max_tokens=1)  # type: ignore[arg-type]
+    told = client.chat.completions.create(model="one", messages=said, max_tokens=3, logit_bias={"9": 100})  # type: ignore[arg-type]
     assert told.usage and chat["count"] == told.usage.prompt_tokens
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.head(f"{url}/health").status_code == 200  # as some probes ask

@@ -303,6 +303,9 @@ class TestGenerate:
         arguments = ["generate", str(composition), "--prompt", "a", "--draft", "--guidance-scale", "2"]
         assert main(arguments) != 0
         assert "guidance_scale" in capsys.readouterr().err
+        for scale in ("nan", "inf", "-1"):
+            assert main(["generate", str(composition), "--prompt", "a", f"--guidance-scale={scale}"]) != 0
+            assert "guidance_scale must be from 1, which is none, to 100" in capsys.readouterr().err
 
     def test_sampling_is_repeatable(self, composition: Path, capsys: pytest.CaptureFixture[str]) -> None:
         texts = [

@@ -20,6 +20,7 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.tokens.chat import in_parts, takes_parts
 from calmlm.tokens.lookup import load_tokenizer
 
+STRONGEST = 100  # guidance, beyond which scores overflow in float16
 COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
 
 
@@ -102,6 +103,10 @@ class TextModel:
             ConfigError: no augmenting model of this composition can draft, the tokenizer has no chat template, or an
                 augmenting model that reads the content of messages alone would see nothing.
         """
+        if guidance_scale is not None and not 1 <= guidance_scale <= STRONGEST:
+            raise ConfigError(
+                f"guidance_scale must be from 1, which is none, to {STRONGEST}, but got {guidance_scale}: choose one."
+            )
         ids = self.read(prompt, apply_chat_template=apply_chat_template)
         if not anchor_only:
             self._check_views(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from calmlm.state.merging import MergedForward
 from compositions import assert_close, logits_of, tiny_composition
 from tiny import tiny_tokens
 
-FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox"]
+FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox", "falcon"]
 IDS = tiny_tokens(3, 7)
 
 
@@ -81,8 +82,9 @@ def test_a_merged_map_is_its_sum_by_hand(family: str) -> None:
         weight = module.weight.T if family == "gpt2" else module.weight
         x = torch.randn(2, 3, weight.shape[1])
         merge = vars(module)["forward"].merges[0]
+        merge.update()
         expected = linear(x, weight, module.bias) + adapter.scaling * (x @ adapter.down.weight.T @ adapter.up.weight.T)
-        assert_close(linear(x, merge.weight(), module.bias), expected, 1e-5)
+        assert_close(linear(x, merge.weight, module.bias), expected, 1e-5)
 
 
 def test_rows_scales_and_gradients_are_computed_as_before() -> None:
@@ -190,6 +192,9 @@ def test_copies_files_and_threads(tmp_path: Path) -> None:
     model = adapted()
     model.merge_adapters()
     expected = logits_of(model, IDS)
+    bare = copy.deepcopy(model)
+    bare.unmerge_adapters()
+    assert len(pickle.dumps(model)) < 1.2 * len(pickle.dumps(bare))
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         calls = count_adapters(again)
         assert torch.equal(logits_of(again, IDS), expected)
@@ -208,6 +213,95 @@ def test_copies_files_and_threads(tmp_path: Path) -> None:
     assert all(torch.equal(logits, expected) for logits in found)
 
 
+def test_what_others_put_around_a_merged_map_counts_once() -> None:
+    """Offloading, tracing and the like wrap the forward method; hooks still know what it has done."""
+    model = adapted()
+    expected = logits_of(model, IDS)
+    model.merge_adapters()
+    for module in maps_of(model):
+        inner = module.forward
+        module.forward = lambda x, inner=inner: inner(x)
+    assert_close(logits_of(model, IDS), expected, 1e-5)
+    model.unmerge_adapters()
+    assert torch.equal(logits_of(model, IDS), expected)
+
+
+def test_merging_beside_calls_of_other_threads() -> None:
+    model = adapted()
+    expected = logits_of(model, IDS)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(logits_of, model, IDS) for _ in range(12)]
+        while not all(call.done() for call in calls):
+            model.merge_adapters()
+            time.sleep(0.01)
+            model.unmerge_adapters()
+            time.sleep(0.01)
+    for call in calls:
+        assert_close(call.result(), expected, 1e-4)
+
+
+def test_peft_around_merged_adapters_is_heard() -> None:
+    model = adapted()
+    model.merge_adapters()
+    settings = LoraConfig(target_modules=r".*connectors.*(down|up)", r=2, init_lora_weights=False)
+    wrapped = get_peft_model(model, settings).eval()  # type: ignore[arg-type]
+    merged = logits_of(wrapped, IDS)
+    with torch.enable_grad():
+        assert_close(merged, wrapped(input_ids=IDS, use_cache=False).logits, 1e-5)
+
+
+def test_writes_that_no_tensor_notices() -> None:
+    model = adapted()
+    model.merge_adapters()
+    weight = model.model.connectors["augmenting"][-1].maps["layers__0__mlp__up_proj"].up.weight
+    first = logits_of(model, IDS)
+    model.train()
+    weight.data.mul_(3)
+    model.eval()
+    second = logits_of(model, IDS)
+    assert not torch.allclose(second, first, atol=1e-3)
+    weight.data = torch.zeros_like(weight)
+    third = logits_of(model, IDS)
+    weight.data = torch.ones_like(weight)
+    for found, value in ((third, 0.0), (logits_of(model, IDS), 1.0)):
+        other = adapted()
+        other.model.connectors["augmenting"][-1].maps["layers__0__mlp__up_proj"].up.weight.data.fill_(value)
+        assert_close(found, logits_of(other, IDS), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_anchor_has_one_graph() -> None:
+    model = adapted()
+    expected = logits_of(model, IDS)
+    model.merge_adapters()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.anchor.compile(backend=backend, dynamic=True)
+    assert_close(logits_of(model, IDS), expected, 1e-5)
+    assert len(graphs) == 1
+    logits_of(model, IDS)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_a_model_that_cannot_be_merged_does_not_join() -> None:
+    model = adapted(adapters={"r": 2, "target_modules": ["q_proj"]})
+    other = adapted(adapters={"r": 2, "target_modules": ["up_proj"]})
+    model.merge_adapters()
+    merged = logits_of(model, IDS)
+    model.anchor.get_decoder().layers[0].mlp.up_proj.forward = lambda x: x
+    with pytest.raises(ModelError, match="another tool has put something in the place of 'layers.0.mlp.up_proj'"):
+        model.add_augmenting("other", other)
+    assert list(model.augmenting) == ["augmenting"]
+    del model.anchor.get_decoder().layers[0].mlp.up_proj.forward
+    assert torch.equal(logits_of(model, IDS), merged)
+
+
 def test_what_cannot_be_merged_is_refused() -> None:
     model = adapted()
     wrapped = get_peft_model(model, LoraConfig(target_modules=r".*connectors.*(down|up)", r=2))  # type: ignore[arg-type]
@@ -221,6 +315,10 @@ def test_what_cannot_be_merged_is_refused() -> None:
     assert not maps_of(model), "half of them are merged"
     model = adapted()
     target = model.anchor.get_decoder().layers[0].mlp.up_proj
+    target.forward = target.forward  # as tools leave it that take their own wrapper off
+    model.merge_adapters()
+    assert target in maps_of(model)
+    model.unmerge_adapters()
     target.forward = lambda x: x
     with pytest.raises(ModelError, match="another tool has put something in the place of"):
         model.merge_adapters()

@@ -651,6 +651,8 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
         "words": dataclasses.replace(METHODS["words"], examples=True, learning_rate=0.1),
         "shown": Method("Shown", "composed", of="words"),
         "guided": Method("Guided", "composed", of="shown", guidance=4.0),
+        "random": dataclasses.replace(METHODS["words"], examples=True, augmenting="random"),
+        "random_guided": Method("Random, guided", "composed", of="random", guidance=4.0),
         "m_A": Method("m_A", "m_A"),
         "m_A_guided": Method("m_A, guided", "m_A", of="m_A", guidance=4.0),
     }
@@ -661,8 +663,8 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
     places: dict[str, Any] = {"data": tmp_path / "data.jsonl", "report": lambda line: None, "keep": tmp_path / "kept"}
     result = run("x.yaml", (0,), None, tmp_path / "a", **places)
-    assert [row["seeds"] for row in result["rows"].values()] == [1] * 5
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["words-seed-0"]
+    assert [row["seeds"] for row in result["rows"].values()] == [1] * 7
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["random-seed-0", "words-seed-0"]
 
     def cell(folder: str, name: str) -> dict[str, Any]:
         return json.loads(cell_path(tmp_path / folder, settings, name, 0).read_text())
@@ -687,6 +689,11 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert cell("b", "shown")["nats"] == pytest.approx(found["nats"], rel=0.01)  # kept in bfloat16
     run("x.yaml", (0,), ["shown"], tmp_path / "d", **{**places, "keep": tmp_path / "later"})
     assert [path.name for path in (tmp_path / "later").iterdir()] == ["words-seed-0"]  # and so it is not trained twice
+    other = dataclasses.replace(settings, methods=methods | {"words": dataclasses.replace(methods["words"], steps=1)})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_settings", lambda path: other)
+        with pytest.raises(CalmError, match="the composition of words with these settings, but it was trained with"):
+            run("x.yaml", (0,), ["shown"], tmp_path / "f", **places)
     (tmp_path / "kept" / "words-seed-0").rename(tmp_path / "kept" / "words-seed-1")
     with pytest.raises(CalmError, match="the composition of seed 1, but its m_A reads other examples"):
         run("x.yaml", (1,), ["shown"], tmp_path / "c", **places)
@@ -696,6 +703,7 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
         (Method("x", "composed", of="m_A"), "of: expected a composition with examples, but got m_A"),
         (Method("x", "composed", of="m_A", guidance=2.0), "x: expected the system of m_A and a guidance above 1"),
         (Method("x", "composed", of="words", guidance=1.0), "x: expected the system of words and a guidance above 1"),
+        (Method("x", "composed", of="words", guidance=math.inf), "x: expected the system of words and a guidance"),
         (Method("x", "cascade", of="cascade", guidance=2.0), "expected what generates by itself, but got cascade"),
         (Method("x", "composed", of="words", steps=3, learning_rate=1.0), "nothing to train beside 'of'"),
     ):

@@ -110,12 +110,16 @@ def test_another_optimizer_is_refused_when_a_run_goes_on(settings: Settings) -> 
     assert go({**values, "trainer": {**values["trainer"], "optim": "adamw_torch"}}, resume=True)
 
 
+OURS = (".loss.png.calmlm-abcdef_1", "align/.config.yaml.calmlm-abcdef_1", "align/checkpoints/.running.json.calmlm-a_1")
+OTHERS = ("align/.own", ".settings.json.20240101", "cache/.shard.safetensors.calmlm-abcdef_1", ".earlier.txt")
+
+
 def test_what_a_killed_process_leaves_is_taken_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.yaml.abcdef_1").write_text("half")
+    (tmp_path / "run" / ".config.yaml.calmlm-abcdef_1").write_text("half")
     run.check(resume=False, overwrite=False)  # nothing that one could miss
-    for place in (".loss.png.abcdef_1", "align/.own", "align/checkpoints/.running.json.abcdef_1"):
+    for place in OURS + OTHERS:
         (run.path / place).parent.mkdir(parents=True, exist_ok=True)
         (run.path / place).write_text("half")
     for name in (".composition.77.old", ".composition.78.new", ".earlier.checkpoints"):
@@ -124,8 +128,8 @@ def test_what_a_killed_process_leaves_is_taken_back(tmp_path: Path) -> None:
     run.start("x: 1", resume=True)
     with pytest.raises(KeyboardInterrupt), replacing_folder(run.composition):
         raise KeyboardInterrupt
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "composition", "align"}
-    assert [path.name for path in run.align.rglob("*")] == ["checkpoints", ".own"], "files that others made stay"
+    left = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
+    assert left == {"config.yaml", "composition/x", *OTHERS}, "files that others made stay"
     assert (run.composition / "x").read_text() == ".composition.77.old", "the result that was being replaced"
 
 

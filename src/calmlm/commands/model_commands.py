@@ -27,7 +27,7 @@ def generate(
     draft: Annotated[bool, typer.Option("--draft", help="The augmenting model drafts; the text is the same.")] = False,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Above 1: further from what would follow without the prompt.", show_default=False),
+        typer.Option(help="Above 1: further from what follows without the prompt.", show_default=False),
     ] = None,
     merge_adapters: Merge = False,
     tokenizer: TokenizerId = None,

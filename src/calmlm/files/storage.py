@@ -30,6 +30,7 @@ def alignment_name(name: str) -> str:
     return f"alignment.{name}.json"
 
 
+WRITING = "calmlm-"
 Writer = Callable[[Path], object]
 """Fills the file whose path it is given."""
 
@@ -40,7 +41,7 @@ def write_together(folder: Path, writers: dict[str, Writer]) -> None:
     temporaries: dict[str, Path] = {}
     try:
         for name, write in writers.items():
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.{WRITING}", dir=folder)
             os.close(descriptor)
             temporaries[name] = Path(temporary)
             write(temporaries[name])
@@ -53,13 +54,13 @@ def write_together(folder: Path, writers: dict[str, Writer]) -> None:
         raise
 
 
-TEMPORARY = re.compile(r"\..+\.(json|yaml|png|md|safetensors|arrow)\.[a-z0-9_]{8}")
+TEMPORARY = re.compile(rf"\..+\.{WRITING}[a-z0-9_]+")
 """The names of the files that ``write_together`` fills before it moves them."""
 
 
 def temporaries_in(folder: Path) -> list[Path]:
-    """Files in a folder, and in all below, that a process was writing with ``write_together`` when it was killed."""
-    return sorted(path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name) and path.is_file())
+    """Files in a folder that a process was writing with ``write_together`` when it was killed, or still is."""
+    return sorted(path for path in folder.glob(".*") if TEMPORARY.fullmatch(path.name) and path.is_file())
 
 
 def write_atomically(path: Path, write: Writer) -> None:

@@ -56,7 +56,7 @@ from calmlm.state.cache import CalmCache
 from calmlm.state.call import Call, Pointed, Slot
 from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
-from calmlm.state.merging import merge, unmerge
+from calmlm.state.merging import Merge, check_map, merge, merged_in, unmerge
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
@@ -93,6 +93,7 @@ class CalmModel(CalmPreTrainedModel):
         self.enabled = True
         self.scale = 1.0
         self.merged = False
+        self.merges: list[Merge] = []
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
@@ -216,13 +217,13 @@ class CalmModel(CalmPreTrainedModel):
         for name, entry in self.config.augmenting.items():
             for target in (entry.get("adapters") or {}).get("targets", ()):
                 adapted.setdefault(target, {})[name] = self.connectors[name]
-        merge(self.slot, self._backbones[""].decoder, adapted)
+        self.merges = merge(self.slot, self._backbones[""].decoder, adapted, self.merges)
         self.merged = True
 
     def unmerge_adapters(self) -> None:
         """Let the adapters stand beside the anchor's weights again."""
-        unmerge(self.slot, self._backbones[""].decoder)
-        self.merged = False
+        unmerge(self.merges)
+        self.merged, self.merges = False, []
 
     @property
     def points(self) -> bool:
@@ -257,8 +258,13 @@ class CalmModel(CalmPreTrainedModel):
             entry: its part of a ``CalmConfig``.
             alignment: the alignment of a model that has tokens of its own.
             tensors: its connectors' tensors, named as in ``self.connectors[name]``.
+
+        Raises:
+            ModelError: the model is the anchor, or adapters are merged and its own cannot be.
         """
         check_apart(self.anchor, [model])
+        for target in (entry.get("adapters") or {}).get("targets", ()) if self.merged else ():
+            check_map(target, self._backbones[""].decoder.get_submodule(target))
         self.augmenting[name] = model  # which refuses names of its own
         self.config.augmenting[name] = entry
         if alignment is not None:
@@ -271,7 +277,8 @@ class CalmModel(CalmPreTrainedModel):
         self._make_readers()
         self.active.add(name)
         self.joined[name] = self.joined.get(name, 0) + 1
-        self._merge_again()
+        if self.merged:
+            self.merge_adapters()
         freeze(model)
         self.train(self.training)
 
@@ -285,12 +292,7 @@ class CalmModel(CalmPreTrainedModel):
         self.active.discard(name)
         self._find_parts()
         self._make_readers()
-        self._merge_again()
-
-    def _merge_again(self) -> None:
-        """Where adapters are merged, do it with those that there are now."""
         if self.merged:
-            self.unmerge_adapters()
             self.merge_adapters()
 
     @property
@@ -355,6 +357,8 @@ class CalmModel(CalmPreTrainedModel):
         what makes transformers checkpoint them; those below keep no graph. Dropout stays off all the same.
         """
         super().train(mode)
+        for one in self.merges if mode else ():
+            one.weight = None  # some optimizers write where no tensor notices
         for base in self.bases():
             base.eval()
         if mode:
@@ -471,7 +475,8 @@ class CalmModel(CalmPreTrainedModel):
         for name, past in pasts.items():
             given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
             streams[name] = self._readers[name].read(*given)
-        return Call(streams, self._speaking(inputs.composed), scale=self.scale)
+        rows = self._speaking(inputs.composed)
+        return Call(streams, rows, scale=self.scale, merged=merged_in(self.merges, streams, rows, self.scale))
 
     def _speaking(self, rows: Tensor | None) -> dict[str, Tensor]:
         """The rows in which each augmenting model speaks, (B, 1, 1) bool by name, from a ``composition_mask``."""

@@ -77,12 +77,16 @@ class Call:
         rows: (B, 1, 1) bool by name, the rows in which each of them speaks; empty where all do.
         pointed: what pointers have found; None where there are none, or none has read anything.
         scale: by which all that the composition adds is multiplied.
+        merged: the models whose adapters lie in merged weights in this call.
+        adapted: the map of the anchor that has just computed with such weights.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     pointed: Pointed | None = None
     scale: float = 1.0
+    merged: frozenset[str] = frozenset()
+    adapted: Any = None
 
     def scaled(self, old: Tensor, new: Tensor) -> Tensor:
         """The way from one state to another, as far as the scale goes."""

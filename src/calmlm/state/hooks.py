@@ -22,7 +22,6 @@ from calmlm.connectors.word_map import WordMap, mix
 from calmlm.errors import ModelError
 from calmlm.state.beside import Beside, states_beside
 from calmlm.state.call import Call, Pointed, Slot
-from calmlm.state.merging import speaks_merged
 
 
 class CaptureHook:
@@ -181,7 +180,7 @@ class AdaptHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         call = self.slot.call
-        if call is None or self.name not in call.streams or speaks_merged(module, self.slot):
+        if call is None or self.name not in call.streams or call.adapted is module:
             return None
         adapters: Any = next(found for found in self.connectors if is_a(found, Adapters))
         new = call.scaled(output, (output + adapters.of(self.target)(args[0])).to(output.dtype))

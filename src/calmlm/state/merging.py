@@ -5,7 +5,7 @@ The anchor's own weights stay as they are, so that the composition can still be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from calmlm.connectors.adapters import Adapter, Adapters
 from calmlm.errors import ModelError
 from calmlm.state.call import Slot
 
-__all__ = ["check_plain", "merge", "speaks_merged", "unmerge"]
+__all__ = ["Merge", "check_map", "merge", "merged_in", "unmerge"]
 
-MAPS = (nn.Linear, Conv1D)
+MAPS = ("Linear", "Conv1D", "FalconLinear")
+"""Types of maps that are x W^T + b, or x W + b, and nothing more."""
 
 
 class Merge:
@@ -34,30 +35,29 @@ class Merge:
 
     def __init__(self, module: nn.Module, slot: Slot, target: str, adapted: Mapping[str, nn.ModuleList]) -> None:
         self.module, self.slot, self.adapted = module, slot, dict(adapted)
+        self.names = frozenset(adapted)
         self.found: dict[str, Any] = {name: connectors[-1] for name, connectors in adapted.items()}
         self.adapters: list[Any] = [found.of(target) for found in self.found.values()]
-        self._weight: Tensor | None = None
-        self._made_of: tuple[Any, ...] = ()
+        self.forward: MergedForward | None = None
+        self.weight: Tensor | None = None
+        self._made_of: list[tuple[Any, ...]] = []
 
-    def speaks(self) -> bool:
-        """Whether all of its adapters speak in this call, in all rows, wholly, and as they do outside training."""
-        call = self.slot.call
-        if call is None or call.scale != 1 or torch.is_grad_enabled():
-            return False
-        return all(
-            name in call.streams
-            and name not in call.rows
-            and self.adapted[name][-1] is found  # and not PEFT's copy that trains in its place
-            and not found.training
-            for name, found in self.found.items()
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "weight": None, "_made_of": []}  # made anew by the copy
 
-    def weight(self) -> Tensor:
-        """The map's weights (outputs, inputs) and its adapters' in one; made anew where one of them has changed."""
-        made_of = tuple(_mark(tensor) for tensor in self._tensors())
-        if self._weight is None or made_of != self._made_of:
-            self._weight, self._made_of = self._sum(), made_of
-        return self._weight
+    def update(self) -> None:
+        """Make ``weight`` (outputs, inputs), the map's and its adapters' in one, anew where one of them has changed.
+
+        It is None where the adapters are not what they were: in training, or with something of PEFT's around them.
+        """
+        if not all(self.adapted[name][-1] is found and not found.training for name, found in self.found.items()):
+            self.weight = None  # PEFT's copy trains in its place
+        elif not all(map(_own, self.adapters)):
+            self.weight = None
+        else:
+            made_of = [_mark(tensor) for tensor in self._tensors()]
+            if self.weight is None or made_of != self._made_of:
+                self.weight, self._made_of = self._sum(), made_of
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.module.weight  # type: ignore[misc]
@@ -68,14 +68,17 @@ class Merge:
     @torch.no_grad()
     def _sum(self) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        whole = (weight.T if isinstance(self.module, Conv1D) else weight).float()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        whole = (weight.T if isinstance(self.module, Conv1D) else weight).to(dtype)
         for adapter in self.adapters:
-            whole = whole + adapter.scaling * (adapter.up.weight.float() @ adapter.down.weight.float())
+            whole = whole + adapter.scaling * (adapter.up.weight.to(dtype) @ adapter.down.weight.to(dtype))
         return whole.to(weight.dtype).contiguous()
 
 
 class MergedForward:
     """In the place of the forward method of a linear map, which it is for all calls but those of a merge.
+
+    It leaves in the call whether the adapters are in what it gives, for whatever others put around it, or take away.
 
     Args:
         module: the map.
@@ -87,63 +90,98 @@ class MergedForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         for merge in self.merges:
-            if merge.speaks():
-                return linear(input, merge.weight(), self.module.bias)  # type: ignore[arg-type]
+            call = merge.slot.call
+            if call is None:
+                continue
+            weight = merge.weight if merge.names <= call.merged else None
+            call.adapted = None if weight is None else self.module
+            if weight is not None:
+                return linear(input, weight, self.module.bias)  # type: ignore[arg-type]
         return type(self.module).forward(self.module, input)
 
 
-def merge(slot: Slot, decoder: nn.Module, adapted: Mapping[str, Mapping[str, nn.ModuleList]]) -> None:
+def merge(
+    slot: Slot, decoder: nn.Module, adapted: Mapping[str, Mapping[str, nn.ModuleList]], earlier: Iterable[Merge]
+) -> list[Merge]:
     """Merge the adapters of a composition where they stand.
 
     Args:
         slot: of the composition.
         decoder: the anchor's.
         adapted: the connectors of the augmenting models that have adapters beside a map, by its name and theirs.
+        earlier: merges of this composition that these replace.
 
     Raises:
         ModelError: for maps whose weights are no plain tensors, or adapters that PEFT has put something around.
     """
     maps = {target: decoder.get_submodule(target) for target in adapted}
     for target, module in maps.items():
-        check_plain(target, module, [connectors[-1] for connectors in adapted[target].values()])
-    unmerge(slot, decoder)
-    for target, module in maps.items():
-        forward = vars(module).setdefault("forward", MergedForward(module))
-        forward.merges.append(Merge(module, slot, target, adapted[target]))
+        check_map(target, module)
+        _check_adapters(target, [connectors[-1] for connectors in adapted[target].values()])
+    unmerge(earlier)
+    found = [Merge(module, slot, target, adapted[target]) for target, module in maps.items()]
+    for one in found:
+        forward = vars(one.module).get("forward")
+        if not isinstance(forward, MergedForward):
+            forward = one.module.forward = MergedForward(one.module)
+        one.forward = forward
+        forward.merges.append(one)
+    return found
 
 
-def unmerge(slot: Slot, decoder: nn.Module) -> None:
+def unmerge(merges: Iterable[Merge]) -> None:
     """Let the hooks of a composition's adapters do their work again."""
-    for module in decoder.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, MergedForward):
-            forward.merges = [merge for merge in forward.merges if merge.slot is not slot]
-            if not forward.merges:
-                del module.forward
+    for one in merges:
+        forward, one.forward = one.forward, None
+        if forward is None:
+            continue
+        forward.merges.remove(one)
+        if not forward.merges and vars(one.module).get("forward") is forward:
+            del one.module.forward
 
 
-def speaks_merged(module: nn.Module, slot: Slot) -> bool:
-    """Whether the adapters of a composition are in the weights with which a map computes in this call."""
-    forward = vars(module).get("forward")
-    return isinstance(forward, MergedForward) and any(m.slot is slot and m.speaks() for m in forward.merges)
+def merged_in(merges: Sequence[Merge], streams: Iterable[str], rows: Mapping[str, Any], scale: float) -> frozenset[str]:
+    """The augmenting models whose adapters a call takes from merged weights, which are up to date then.
+
+    Args:
+        merges: of the composition.
+        streams: the augmenting models that speak in the call.
+        rows: those of them that do so in some rows alone.
+        scale: of all that the composition adds.
+    """
+    if not merges or scale != 1 or torch.is_grad_enabled():
+        return frozenset()
+    for one in merges:
+        one.update()
+    return frozenset(name for name in streams if name not in rows)
 
 
-def check_plain(target: str, module: nn.Module, adapters: Sequence[nn.Module]) -> None:
-    """Raise where adapters cannot be merged into a map.
+def check_map(target: str, module: nn.Module) -> None:
+    """Raise where no adapters can be merged into a map.
 
     Raises:
         ModelError: saying why.
     """
-    forward = vars(module).get("forward")
-    if type(module) not in MAPS or not _plain(module.weight) or "_hf_hook" in vars(module):
+    forward, kind = vars(module).get("forward"), type(module).__name__
+    own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+    if kind not in MAPS:
+        reason = f"{target!r} of the anchor is a {kind}, whose weights are quantised, or which may do more"
+    elif not _plain(module.weight) or "_hf_hook" in vars(module):
         reason = f"{target!r} of the anchor has quantised weights, or weights that lie elsewhere"
-    elif forward is not None and not isinstance(forward, MergedForward):
+    elif not (forward is None or own or isinstance(forward, MergedForward)):
         reason = f"another tool has put something in the place of {target!r} of the anchor"
-    elif not all(type(found) is Adapters and _own(found.of(target)) for found in adapters):
-        reason = f"another tool has put something around the adapters of {target!r}, or holds parts of them"
     else:
         return
-    raise ModelError(
+    raise _refused(reason)
+
+
+def _check_adapters(target: str, adapters: Sequence[Any]) -> None:
+    if not all(type(found) is Adapters and _own(found.of(target)) for found in adapters):
+        raise _refused(f"another tool has put something around the adapters of {target!r}, or holds parts of them")
+
+
+def _refused(reason: str) -> ModelError:
+    return ModelError(
         f"Adapters can be merged into plain weights in memory, but {reason}: use the composition without merging."
     )
 
@@ -155,10 +193,22 @@ def _own(adapter: Any) -> bool:
 
 
 def _plain(tensor: Any) -> bool:
-    return type(tensor.data) is Tensor and tensor.is_floating_point() and not tensor.is_meta
+    """Whether a tensor is one of torch's own, with values, that tells when they change."""
+    return type(tensor.data) is Tensor and tensor.is_floating_point() and not (tensor.is_meta or tensor.is_inference())
 
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes with a tensor's values, without a look at them."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+    """What changes with a tensor's values, without a look at them; its memory is kept, so that no other takes it."""
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, _Kept(tensor.untyped_storage())
+
+
+class _Kept:
+    """Something that is kept and equal to all of its kind."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kept)
+
+    __hash__ = None  # type: ignore[assignment]

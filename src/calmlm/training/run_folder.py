@@ -59,7 +59,7 @@ class RunFolder:
                 f"Expected a folder for the output that can be written to, but {self.path} is none ({error}); name "
                 f"another output."
             ) from None
-        passing = set(temporaries_in(self.path))  # no results: nor is the batch that a run has stopped at
+        passing = set(self._left())  # no results: nor is the batch that a run has stopped at
         found = (path for path in self.path.rglob("*") if path.is_file() and path not in passing)
         if all(self.stopped in path.parents for path in found):
             return
@@ -73,6 +73,13 @@ class RunFolder:
                 f"Expected a run of calmlm in {self.path}, but it holds other files and no config.yaml of such a run; "
                 f"name another output."
             )
+
+    def _left(self) -> list[Path]:
+        """The files that a killed process was writing where a run writes; a cache may be that of others as well."""
+        folders = []
+        for run in (self.path, self.align):
+            folders += [run, run / self.checkpoints.name, *(run / self.checkpoints.name).glob(f"{PREFIX}*")]
+        return [path for folder in folders for path in temporaries_in(folder)]
 
     def _is_run(self) -> bool:
         """Whether `calmlm train` has written the configuration that lies here."""
@@ -89,10 +96,11 @@ class RunFolder:
         checkpoints behind the last whole one go: Trainer would count them among those that it keeps.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in temporaries_in(self.path):
-            left.unlink()
+        for left in self._left():
+            left.unlink(missing_ok=True)
         for earlier in self.path.glob(".earlier.*"):
-            shutil.rmtree(earlier)
+            if earlier.is_dir():
+                shutil.rmtree(earlier)
         if resume:
             last = self.last_checkpoint()
             for number, folder in self._numbered():

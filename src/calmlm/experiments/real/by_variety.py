@@ -141,7 +141,7 @@ def goals(settings: Settings, found: Mapping[str, Any]) -> list[str]:
         markdown items.
     """
     methods, lines = settings.methods, list[str]()
-    for name in [settings.headline, *(name for name in methods if methods[name].of == settings.headline)]:
+    for name in [settings.headline, *(name for name in methods if settings.guided(name) == settings.headline)]:
         if name in found["methods"]:
             lines += _goals(name, found["methods"][name], len(found["varieties"]))
     return lines

@@ -44,6 +44,7 @@ __all__ = [
     "composed",
     "fine_tuned",
     "fresh",
+    "fresh_for",
     "open_pair",
     "open_trained",
     "rows_of",
@@ -130,6 +131,11 @@ def fresh(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(model.config).to(model.device, model.dtype).eval()
 
 
+def fresh_for(pair: Pair, world: World) -> PreTrainedModel:
+    """The m_A of a seed that has learned nothing."""
+    return fresh(pair.augmenting, 1000 + world.seed)
+
+
 def rows_of(items: Sequence[Item], tokenizer: Any, others: bool = False) -> list[Row]:
     """D_C as ids and labels, each text with its end.
 
@@ -158,7 +164,7 @@ def composed(pair: Pair, method: Method, world: World) -> calmlm.CalmForCausalLM
         arguments["plain_text"] = world.lines(world.settings.plain_lines)
     if method.examples:
         arguments["augmenting_prefix"] = world.shown
-    small = pair.augmenting if method.augmenting == "real" else fresh(pair.augmenting, 1000 + world.seed)
+    small = pair.augmenting if method.augmenting == "real" else fresh_for(pair, world)
     set_seed(world.seed)
     return calmlm.compose(
         copy.deepcopy(pair.anchor),
@@ -192,13 +198,24 @@ def held_to(pair: Pair, method: Method, world: World) -> type[SupervisedTrainer]
     return type("HeldTrainer", (RetainingTrainer, SupervisedTrainer), {"retained": text})
 
 
-def save_trained(model: calmlm.CalmForCausalLM, folder: Path, settings: Settings, command: str | None) -> None:
-    """Save a trained composition in bfloat16, as its bases' weights are, with their ids and where it comes from."""
+def save_trained(
+    model: calmlm.CalmForCausalLM, folder: Path, settings: Settings, command: str | None, mark: str | None = None
+) -> None:
+    """Save a trained composition in bfloat16, as its bases' weights are, with their ids and where it comes from.
+
+    Args:
+        model: the composition.
+        folder: to write.
+        settings: the experiment's.
+        command: that is run.
+        mark: what stands for all that it depends on; see ``Settings.mark``.
+    """
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.composition_tensors().items()}
     model.config.anchor["id"] = settings.anchor.id
     model.config.augmenting[AUGMENTING]["id"] = settings.augmenting.id
     model.save_pretrained(folder, state_dict=tensors)
-    write_result(folder / "origin.json", to_json(origin(command), indent=2) + "\n")
+    about = {**({"mark": mark} if mark else {}), **origin(command)}
+    write_result(folder / "origin.json", to_json(about, indent=2) + "\n")
 
 
 def open_trained(folder: str | Path, pair: Pair) -> calmlm.CalmForCausalLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +210,11 @@ class Settings:
             return method.examples
         return method.guidance is None or self.shows(method.of)
 
+    def guided(self, name: str) -> str | None:
+        """The row that a method is with guidance; None without."""
+        method = self.methods[name]
+        return None if method.guidance is None else method.of
+
     def mark(self, name: str) -> str:
         """Eight digits that stand for all that a cell of a method depends on, but for its seed."""
         later = {key: value for key, value in LATER.items() if getattr(self, key) == value}
@@ -245,7 +251,7 @@ class Settings:
                 plain = Method(method.title, method.system, of=method.of, guidance=method.guidance)
                 if source is None or source.guidance is not None or source.system in ("cascade", "router", "ensemble"):
                     found.append(f"methods.{name}.of: expected what generates by itself, but got {method.of}.")
-                elif method.system != source.system or method != plain or method.guidance <= 1:
+                elif method.system != source.system or method != plain or not 1 < method.guidance < math.inf:
                     found.append(
                         f"methods.{name}: expected the system of {method.of} and a guidance above 1, and nothing else."
                     )

@@ -111,7 +111,7 @@ def goals(settings: Settings, rows: Mapping[str, Mapping[str, Any]]) -> list[str
         written = figure("m_A_examples", "chrf_inside")
         if written is not None:
             held(f"{what}, chrF at least m_A's {written:.1f}", figure(best, "chrf_inside"), written, least=True)
-            for name in [name for name in rows if settings.methods[name].of == best]:
+            for name in [name for name in rows if settings.guided(name) == best]:
                 found = figure(name, "chrf_inside")
                 held(
                     f"the same with guidance (`{name}`), chrF at least m_A's {written:.1f}", found, written, least=True

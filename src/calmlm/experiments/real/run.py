@@ -23,6 +23,7 @@ from calmlm.experiments.real.joined import (
     Trained,
     composed,
     fine_tuned,
+    fresh_for,
     open_pair,
     open_trained,
     save_trained,
@@ -257,9 +258,15 @@ def opened(
         }
     place = None if kept is None or method.system != "composed" else kept / f"{name}-seed-{world.seed}"
     if place is not None and not anew and (place / "config.json").is_file():
-        copies = {"anchor": copy.deepcopy(pair.anchor), "augmenting": copy.deepcopy(pair.augmenting)}
-        model = open_trained(place, dataclasses.replace(pair, **copies))
+        small = copy.deepcopy(pair.augmenting) if method.augmenting == "real" else fresh_for(pair, world)
+        model = open_trained(place, dataclasses.replace(pair, anchor=copy.deepcopy(pair.anchor), augmenting=small))
+        mark = json.loads((place / "origin.json").read_text(encoding="utf-8")).get("mark", settings.mark(name))
         prefix = prefix_ids(pair.augmenting_tokenizer, world.shown) if method.examples else []
+        if mark != settings.mark(name):
+            raise ConfigError(
+                f"Expected in {place} the composition of {name} with these settings, but it was trained with others: "
+                f"name another folder with --keep."
+            )
         if model.config.augmenting[AUGMENTING].get("prefix", []) != prefix:
             raise ConfigError(
                 f"Expected in {place} the composition of seed {world.seed}, but its m_A reads other examples: name "
@@ -268,7 +275,7 @@ def opened(
         return Composed(model, pair.tokenizer), {"parameters": model.get_nb_trainable_parameters()[0]}
     system, about = prepared(pair, method, world, report)
     if place is not None:
-        save_trained(system.model, place, settings, command)  # type: ignore[attr-defined]
+        save_trained(system.model, place, settings, command, settings.mark(name))  # type: ignore[attr-defined]
     return system, about
 
 

@@ -63,7 +63,7 @@ def _click_status(error: Exception) -> int:
         return INTERRUPTED
     show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
     if status is None and is_full(error):
-        say("error: Expected room for what is written, but the disk is full: free some, then go on with --resume.")
+        say("error: Expected room for what is written, but the disk is full: free some, and run it again.")
         return FAULT
     if status is None:
         raise error

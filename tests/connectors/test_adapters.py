@@ -270,3 +270,14 @@ def test_each_of_several_models_has_a_start_of_its_own() -> None:
     starts = [dict(model.model.connectors[name][-1].named_parameters()) for name in augmenting]
     for name, start in starts[0].items():
         assert torch.equal(start, starts[1][name]) == name.endswith("up.weight"), name
+
+
+def test_dropout_that_peft_puts_into_a_base_is_on_in_training_alone() -> None:
+    model, ids = adapted("llama"), tiny_tokens(1, 6)
+    settings = LoraConfig(lora_dropout=0.5, target_modules=r".*anchor.*(q_proj|v_proj)", init_lora_weights=False)
+    wrapped = get_peft_model(model, settings).train()  # type: ignore[arg-type]
+    first, second = (wrapped(input_ids=ids).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    wrapped.eval()
+    assert torch.equal(logits_of(wrapped, ids), logits_of(wrapped, ids))
+    assert not model.anchor.training

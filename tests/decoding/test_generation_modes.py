@@ -55,6 +55,12 @@ def test_every_processor_sees_the_same_scores_with_a_cache(model: calmlm.CalmFor
     assert torch.equal(*texts)
 
 
+def test_guidance_and_beams_are_refused(model: calmlm.CalmForCausalLM) -> None:
+    """The text that transformers moves away from does not follow its beams."""
+    with pytest.raises(calmlm.ConfigError, match="guidance_scale must come with one beam, .* but got num_beams=2"):
+        model.generate(tiny_tokens(1, 5), max_new_tokens=3, guidance_scale=1.5, num_beams=2)
+
+
 def test_stop_strings(model: calmlm.CalmForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tiny_tokens(1, 5)
     free = greedy_without_cache(model, ids, 12)

@@ -666,6 +666,9 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert [row["seeds"] for row in result["rows"].values()] == [1] * 7
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["random-seed-0", "words-seed-0"]
 
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     def cell(folder: str, name: str) -> dict[str, Any]:
         return json.loads(cell_path(tmp_path / folder, settings, name, 0).read_text())
 
@@ -689,6 +692,14 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert cell("b", "shown")["nats"] == pytest.approx(found["nats"], rel=0.01)  # kept in bfloat16
     run("x.yaml", (0,), ["shown"], tmp_path / "d", **{**places, "keep": tmp_path / "later"})
     assert [path.name for path in (tmp_path / "later").iterdir()] == ["words-seed-0"]  # and so it is not trained twice
+    with monkeypatch.context() as patch:  # a folder that is full costs no cell
+        patch.setattr(
+            run_module, "save_trained", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        lines: list[str] = []
+        run("x.yaml", (0,), ["words"], tmp_path / "g", **{**places, "keep": tmp_path / "full", "report": lines.append})
+    assert cell("g", "words")["nats"] == cell("a", "words")["nats"]
+    assert any("is not kept in" in line and "No space left" in line for line in lines)
     other = dataclasses.replace(settings, methods=methods | {"words": dataclasses.replace(methods["words"], steps=1)})
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "load_settings", lambda path: other)

@@ -79,6 +79,7 @@ def test_a_composition_in_memory_cannot_be_loaded_by_its_name(fresh: CalmForCaus
 
 
 CHANGES: dict[str, Callable[[CalmForCausalLM], Any]] = {
+    "another prefix": lambda model: model.set_augmenting_prefix("a fox:", tiny_tokenizer(), "first"),
     "one more model": lambda model: model.add_augmenting("more", tiny_composition()),
     "one model less": lambda model: model.remove_augmenting("second"),
     "a silent model": lambda model: model.disable_augmenting("second"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import calmlm
-from calmlm.errors import CheckpointError, ConfigError, DataError
+from calmlm.errors import CheckpointError, ConfigError, DataError, ModelError
 from calmlm.readers import Inputs
 from calmlm.state.past import Past
 from compositions import assert_close, assert_helpful, greedy_without_cache, logits_of, pad, tiny_composition
@@ -137,6 +137,55 @@ def test_another_prefix_is_read_from_the_next_text_on(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             model.set_augmenting_prefix(*given)
     assert logits_of(model, tokens).equal(first)
+
+
+def test_a_cache_in_use_ends_with_its_prefix() -> None:
+    own, ids = OPENED["augmenting_tokenizer"], tiny_tokens(2, 9)
+    model = tiny_composition("llama", "mistral", **OPENED)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        model.set_augmenting_prefix("the old dog said:", own)
+        with pytest.raises(ModelError, match="the prefix of 'augmenting' was changed since: begin a new one"):
+            model(ids[:, 5:], past_key_values=cache)
+        model.set_augmenting_prefix("a fox:", own)
+        assert_close(model(ids[:, 5:], past_key_values=cache).logits, logits_of(model, ids)[:, 5:], 1e-5)
+        static = {"cache_implementation": "static", "max_new_tokens": 4}
+        first = model.generate(ids, **static)
+        model.set_augmenting_prefix("the old dog said:", own)
+        assert torch.equal(model.generate(ids, **static), model.generate(ids, max_new_tokens=4))
+        model.set_augmenting_prefix("a fox:", own)
+        assert torch.equal(model.generate(ids, **static), first)
+
+
+def test_a_prefix_leaves_room_for_text() -> None:
+    own, ids = OPENED["augmenting_tokenizer"], tiny_tokens(1, 4)
+    with pytest.raises(ConfigError, match="must leave room for text in the 128 positions of the augmenting model"):
+        tiny_composition("llama", "gpt2", **OPENED | {"augmenting_prefix": "a fox: " * 60})
+    model = tiny_composition("llama", "gpt2", **OPENED)
+    first = logits_of(model, ids)
+    with pytest.raises(ConfigError, match="must leave room for text in the 128 positions of 'augmenting'"):
+        model.set_augmenting_prefix("a fox: " * 60, own)
+    assert torch.equal(logits_of(model, ids), first)
+
+
+def test_an_opening_is_read_again_where_the_model_has_changed() -> None:
+    ids = tiny_tokens(2, 6)
+    model = tiny_composition("llama", "mistral", **OPENED)
+
+    def check(what: str) -> None:
+        found = logits_of(model, ids)
+        model.model.opening("augmenting").change(model.model.opening("augmenting").ids)
+        assert torch.equal(found, logits_of(model, ids)), what
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(model, ids)
+    check("kept from autocast")
+    small = model.augmenting["augmenting"]
+    with torch.no_grad():
+        small.model.layers[2].mlp.up_proj.weight.mul_(2)
+    check("kept from before a later layer changed")
+    small.load_state_dict({name: 2 * tensor for name, tensor in small.state_dict().items()}, assign=True)
+    check("kept from before other weights were assigned")
 
 
 def test_the_anchor_reads_nothing_of_it() -> None:

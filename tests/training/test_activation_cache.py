@@ -571,6 +571,22 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         shards.flush()
 
 
+def test_a_disk_that_fills_at_the_end_costs_no_training(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calmlm.training.state_shards.save_file", full)
+    values = settings("trainer", max_steps=2, save_steps=1)
+    values["activation_cache"] = "disk"
+    expected, _ = run(settings("trainer", max_steps=2))
+    found, lines = run(values)
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())
+    assert (Path(values["output"]) / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file()
+    told = [line for line in lines if "needs room" in line]
+    assert 0 < len(told) == len(set(told)) <= 2  # of both models, once each
+    assert all(line.endswith("goes on without what it has just read.") for line in told)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     model = made("shared ids")
     batch = batch_of(rows_of(model))

@@ -203,3 +203,20 @@ def test_faults_of_several_sections_are_named_at_once(settings: Settings) -> Non
     message = str(caught.value)
     for part in ("anchor", "rnk", "max_length", "learning_rat", "retain.weight", "'line'", "budget", "'x'", "8 faults"):
         assert part in message
+
+
+def test_a_reporter_that_cannot_write_ends_alone(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import TensorBoardCallback
+
+    calls: list[str] = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append("log")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", full)
+    values = settings("trainer", max_steps=3, logging_steps=1)
+    with pytest.warns(UserWarning, match=r"TensorBoardCallback ends here, because it cannot write \(.*No space left"):
+        result = train(parse_config(values), report=lambda line: None)
+    assert (result.composition / "model.safetensors").is_file()
+    assert calls == ["log"]

@@ -148,8 +148,22 @@ class CalmGenerationMixin(GenerationMixin):
         given = {key: value for key, value in (kwargs.get("model_kwargs") or {}).items() if key in OWN_ARGUMENTS}
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                self._check_guidance(kwargs.get("generation_config") or args[0])
                 processor.model = _Unconditional(self, given)
         return processors
+
+    @staticmethod
+    def _check_guidance(config: Any) -> None:
+        """Raise where transformers' guidance would read beside the wrong rows.
+
+        Raises:
+            ConfigError: for beams, whose second texts it leaves where they were.
+        """
+        if (config.num_beams or 1) > 1:
+            raise ConfigError(
+                f"guidance_scale must come with one beam, because the text that it moves away from does not follow "
+                f"them, but got num_beams={config.num_beams}: leave one of both out."
+            )
 
     def _asked(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A generation setting: of this call, of its generation_config, or of the model's."""

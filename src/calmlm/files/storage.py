@@ -72,8 +72,9 @@ def write_atomically(path: Path, write: Writer) -> None:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `target` when the block ends well and vanishes otherwise.
 
-    Until then `target` stays as it was.
+    Until then `target` stays as it was. Where it is a link, it is what the link leads to.
     """
+    target = target.resolve() if target.is_symlink() else target
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")

@@ -23,13 +23,14 @@ from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.heads import head_logits
 from calmlm.bases.placement import device_map_of, execution_device
+from calmlm.bases.structure import train_added
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
-from calmlm.errors import ConfigError, DataError, ModelError
+from calmlm.errors import DataError, ModelError
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
@@ -42,6 +43,7 @@ from calmlm.readers import (
     SharedReader,
     base_arguments,
     check_inputs,
+    check_opening,
     check_text,
     in_place,
     length_of,
@@ -52,7 +54,7 @@ from calmlm.readers import (
     positions_for,
     texts_of,
 )
-from calmlm.state.cache import CalmCache
+from calmlm.state.cache import Bearer, CalmCache
 from calmlm.state.call import Call, Pointed, Slot
 from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
@@ -137,13 +139,9 @@ class CalmModel(CalmPreTrainedModel):
         """Let an augmenting model read these tokens before each text that begins from now on.
 
         Raises:
-            ConfigError: for tokens that it does not have.
+            ConfigError: for tokens that it does not have, or more than its positions.
         """
-        if max(ids, default=-1) >= self._backbones[name].vocab_size:
-            raise ConfigError(
-                f"augmenting_prefix must be of tokens below {self._backbones[name].vocab_size}, the vocabulary of "
-                f"{name!r}, but got {max(ids)}: pass its own tokenizer."
-            )
+        check_opening(repr(name), self._backbones[name], self.config.augmenting[name].get("beginning", ()), ids)
         entry = self.config.augmenting[name]
         entry.pop("prefix", None)
         entry |= {"prefix": list(ids)} if ids else {}
@@ -351,7 +349,7 @@ class CalmModel(CalmPreTrainedModel):
         return self.anchor.get_input_embeddings()
 
     def train(self, mode: bool = True) -> CalmModel:
-        """As in torch, except that the frozen bases stay in evaluation mode.
+        """As in torch, except that the frozen bases stay in evaluation mode; what PEFT has put into them does not.
 
         With activation checkpointing the anchor's layers above the first connection carry the training flag, which is
         what makes transformers checkpoint them; those below keep no graph. Dropout stays off all the same.
@@ -361,6 +359,7 @@ class CalmModel(CalmPreTrainedModel):
             one.weight = None  # some optimizers write where no tensor notices
         for base in self.bases():
             base.eval()
+            train_added(base, mode)
         if mode:
             layers = self._backbones[""].layers
             checkpoint_frozen(layers[self.lowest() + 1 :], self.slot)
@@ -441,12 +440,12 @@ class CalmModel(CalmPreTrainedModel):
             apart,
             {name: len(self._openings[name]) for name in reading},
         )
-        cache.joined = self.bearers()
+        cache.bearers = self.bearers()
         return cache
 
-    def bearers(self) -> dict[str, int]:
-        """The augmenting models that are switched on, each with the number of those that have borne its name."""
-        return {name: self.joined[name] for name in self.active}
+    def bearers(self) -> dict[str, Bearer]:
+        """The augmenting models that are switched on, as a cache remembers them."""
+        return {name: Bearer(self.joined[name], self._openings[name].ids) for name in self.active}
 
     def cache_for(self, past_key_values: Cache | None, use_cache: bool) -> CalmCache | None:
         """The cache that a call uses, given what its caller passed."""

@@ -26,7 +26,7 @@ from calmlm.readers.inputs import (
 from calmlm.readers.own_text import OwnReader
 from calmlm.readers.own_tokens import AlignedReader
 from calmlm.readers.packing import starts_of, texts_of
-from calmlm.readers.preamble import Opening
+from calmlm.readers.preamble import Opening, check_opening
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
 from calmlm.tokens.live_text import OwnWriter
@@ -42,6 +42,7 @@ __all__ = [
     "SharedReader",
     "base_arguments",
     "check_inputs",
+    "check_opening",
     "check_text",
     "given_of",
     "in_place",

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calmlm.bases.families import Backbone
 from calmlm.errors import ConfigError, ModelError, warn
+from calmlm.readers.preamble import check_opening
 from calmlm.tokens.alignment import Alignment, without_embedding
 from calmlm.tokens.beginning import Prefix, beginning_of, prefix_ids
 from calmlm.tokens.retokenization import METHODS, Rewriting
@@ -97,7 +98,11 @@ def opening_entry(
     view: str | None,
     backbone: Backbone,
 ) -> dict[str, Any]:
-    """What an augmenting model reads before each text, as a part of its entry."""
+    """What an augmenting model reads before each text, as a part of its entry.
+
+    Raises:
+        ConfigError: for a prefix that it has no tokens or no positions for.
+    """
     own = augmenting_tokenizer if augmenting_tokenizer is not None else (tokenizer if alignment is None else None)
     method = getattr(alignment, "method", "transcode")
     beginning = beginning_of(augmenting_tokenizer) if augmenting_tokenizer is not None else []
@@ -107,9 +112,8 @@ def opening_entry(
         brought = theirs if alignment is None else [i for index in theirs for i in _table(alignment).body[index]]
         beginning = [] if view is not None or (beginning and brought[: len(beginning)] == beginning) else beginning
     ids = [] if prefix is None else prefix_ids(own, prefix)
-    if max([*beginning, *ids], default=-1) >= backbone.vocab_size:
-        beginning = [index for index in beginning if index < backbone.vocab_size]
-        ids = [index for index in ids if index < backbone.vocab_size]
+    beginning = [index for index in beginning if index < backbone.vocab_size]  # tokenizers may have more
+    check_opening("the augmenting model", backbone, beginning, ids)
     return ({"beginning": beginning} if beginning else {}) | ({"prefix": ids} if ids else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.placement import execution_device
 from calmlm.bases.trees import has_window, padded_mask, takes_trees
-from calmlm.errors import DataError
+from calmlm.errors import ConfigError, DataError
 from calmlm.state.cache import length_in, moves, text_cache
 from calmlm.state.past import Past
 
@@ -144,8 +144,7 @@ class Opening:
     def _states(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the opening in each layer, (1, heads, length, width); read once on each device."""
         device = execution_device(self.backbone.decoder)
-        first = next(self.backbone.decoder.parameters())
-        where = (device, first.dtype, first._version if not first.is_inference() else 0)
+        where = (device, *_marks(self.backbone.decoder))
         if self._read is None or self._read[0] != where:
             config = text_config(self.model)  # type: ignore[arg-type]
             cache: Cache = text_cache(DynamicCache(config=config), config)
@@ -159,3 +158,30 @@ class Opening:
                 self.backbone.decoder(input_ids=ids, **given)
             self._read = where, [(layer.keys, layer.values) for layer in cache.layers]
         return self._read[1]
+
+
+def check_opening(name: str, backbone: Backbone, beginning: Sequence[int], prefix: Sequence[int]) -> None:
+    """Raise unless a model has tokens and positions for what it is to read before each text.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if max(prefix, default=-1) >= backbone.vocab_size:
+        raise ConfigError(
+            f"augmenting_prefix must be of tokens below {backbone.vocab_size}, the vocabulary of {name}, but got "
+            f"{max(prefix)}: pass its own tokenizer."
+        )
+    count, most = len(beginning) + len(prefix), backbone.max_positions
+    if most is not None and count >= most:
+        raise ConfigError(
+            f"augmenting_prefix must leave room for text in the {most} positions of {name}, but with its beginning it "
+            f"has {count} tokens: shorten it."
+        )
+
+
+def _marks(decoder: nn.Module) -> Iterator[Any]:
+    """What changes with a model's weights, without a look at them, and with the dtype it is asked to compute in."""
+    yield torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    for parameter in decoder.parameters():
+        place = parameter.data_ptr() if type(parameter.data) is Tensor else id(parameter)
+        yield place, parameter.dtype, 0 if parameter.is_inference() else parameter._version

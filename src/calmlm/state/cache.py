@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -79,6 +79,18 @@ def static_length(cache: Cache) -> int | None:
     return longest if longest > 0 else None  # layers of linear attention have no length
 
 
+class Bearer(NamedTuple):
+    """An augmenting model, as a cache remembers it.
+
+    Attributes:
+        number: of those that have borne its name.
+        opening: the tokens that it reads before each text.
+    """
+
+    number: int
+    opening: tuple[int, ...]
+
+
 class CalmCache(Cache):
     """Several caches that move together.
 
@@ -108,7 +120,7 @@ class CalmCache(Cache):
         self.openings = openings or {}
         self.ahead = {name: Ahead() for name in augmenting if name not in self.frontiers}
         self.held: int | None = None
-        self.joined: dict[str, int] = {}  # which model of each name the cache was begun with
+        self.bearers: dict[str, Bearer] = {}  # which model of each name the cache was begun with
         self.alone = 0
         self.composed: torch.Tensor | None = None
         self.begun = False
@@ -177,21 +189,29 @@ class CalmCache(Cache):
         if not self.cross:
             self.alone += tokens
 
-    def check(self, active: dict[str, int]) -> None:
+    def check(self, active: dict[str, Bearer]) -> None:
         """Raise unless all parts have seen the same tokens, as far as they tell without waiting for the device.
 
         Args:
-            active: the augmenting models that speak in this call, and how often one of that name was joined.
+            active: the augmenting models that speak in this call.
 
         Raises:
-            ModelError: when the anchor went on alone, or other augmenting models spoke before.
+            ModelError: when the anchor went on alone, or other augmenting models spoke before, or read something else
+                before the text.
         """
         if set(active) != set(self.cross):
             raise ModelError(
                 f"past_key_values must come from calls with the same augmenting models ({', '.join(sorted(active))}), "
                 f"but it comes from {', '.join(sorted(self.cross))}: begin a new one."
             )
-        if self.joined and self.joined != active:
+        for name, bearer in self.bearers.items():
+            if bearer == active[name]:
+                continue
+            if bearer.number == active[name].number:
+                raise ModelError(
+                    f"past_key_values must come from calls in which augmenting models read the same before the text, "
+                    f"but the prefix of {name!r} was changed since: begin a new one."
+                )
             raise ModelError(
                 "past_key_values must come from calls with the same augmenting models, but one of them was taken out "
                 "and another joined under its name: begin a new one."

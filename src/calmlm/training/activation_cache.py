@@ -96,9 +96,12 @@ class ActivationCache:
         self.flush()
 
     def flush(self) -> None:
-        """Write what has not been written yet."""
+        """Write what has not been written yet; where that cannot be, what was trained is worth more."""
         for store in self.stores.values():
-            store.flush()
+            try:
+                store.flush()
+            except ConfigError as error:
+                self._say(f"{error} The training goes on without what it has just read.")
 
     # What readers ask for
 

@@ -25,7 +25,7 @@ from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
 from calmlm.training.hub_token import KEY, UnwrittenToken
 from calmlm.training.lean_loss import lean
-from calmlm.training.named_reporters import PROJECT, check_reporters
+from calmlm.training.named_reporters import PROJECT, Guarded, check_reporters
 from calmlm.training.retaining import RetainingTrainer
 from calmlm.training.run_folder import RunFolder
 from calmlm.training.watching import WatchedTrainer
@@ -161,7 +161,7 @@ def make_trainer(
     for reporter in reporters:
         if isinstance(reporter, TensorBoardCallback):
             reporter.logging_dir = str(folder.logs)
-    trainer.add_callback(FirstStep(trainer, reporters))
+    trainer.add_callback(FirstStep(trainer, [Guarded(reporter) for reporter in reporters]))
     trainer.run = folder
     return trainer
 

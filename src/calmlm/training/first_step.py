@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class FirstStep(TrainerCallback):
         reporters: callbacks that write.
     """
 
-    def __init__(self, trainer: ComposedTrainer, reporters: list[TrainerCallback]) -> None:
+    def __init__(self, trainer: ComposedTrainer, reporters: Sequence[Any]) -> None:
         self.trainer, self.reporters = trainer, reporters
         self.missed: list[tuple[Any, dict[str, Any]]] = []
         self.over = False

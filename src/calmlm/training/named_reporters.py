@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers.integrations import integration_utils
 
 from calmlm.data.extras import require
-from calmlm.errors import ConfigError
+from calmlm.errors import ConfigError, first_line, warn
 
-__all__ = ["PROJECT", "check_reporters", "project_named"]
+__all__ = ["PROJECT", "Guarded", "check_reporters", "project_named"]
 
 PROJECT = "calmlm"
 PACKAGES = {"comet_ml": "comet_ml", "azure_ml": "azureml", "flyte": "flytekitplugins-deck-standard"}
@@ -44,6 +45,30 @@ def check_reporters(names: Sequence[str]) -> None:
                 f"trainer.report_to: expected the package of {name!r}, but it is not installed; install it with: pip "
                 f"install {PACKAGES.get(name, name)}, or leave {name!r} out."
             )
+
+
+class Guarded:
+    """A reporter that ends where its files cannot be written, and not the training with it.
+
+    Args:
+        reporter: a callback of transformers' own.
+    """
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter, self.ended = reporter, False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.reporter, name)
+        return partial(self._call, found) if name.startswith("on_") else found
+
+    def _call(self, event: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.ended:
+            return None
+        try:
+            return event(*args, **kwargs)
+        except OSError as error:
+            self.ended = True
+            warn(f"{type(self.reporter).__name__} ends here, because it cannot write ({first_line(error)}).")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from calmlm.experiments.real.world import Item, World
 from calmlm.experiments.record import device, origin
 from calmlm.files.loading import read_config
 from calmlm.files.results import to_json, write_result
-from calmlm.files.storage import alignment_name
+from calmlm.files.storage import alignment_name, replacing_folder
 from calmlm.readers.matching import align
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.tokens.lookup import load_tokenizer
@@ -213,9 +213,10 @@ def save_trained(
     tensors = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.composition_tensors().items()}
     model.config.anchor["id"] = settings.anchor.id
     model.config.augmenting[AUGMENTING]["id"] = settings.augmenting.id
-    model.save_pretrained(folder, state_dict=tensors)
     about = {**({"mark": mark} if mark else {}), **origin(command)}
-    write_result(folder / "origin.json", to_json(about, indent=2) + "\n")
+    with replacing_folder(folder) as fresh:
+        model.save_pretrained(fresh, state_dict=tensors)
+        write_result(fresh / "origin.json", to_json(about, indent=2) + "\n")
 
 
 def open_trained(folder: str | Path, pair: Pair) -> calmlm.CalmForCausalLM:

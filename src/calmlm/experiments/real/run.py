@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.speed import faster_dtype
-from calmlm.errors import CalmError, ConfigError
+from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.experiments.fitting import check_seeds
 from calmlm.experiments.real.ensemble import Ensemble
 from calmlm.experiments.real.joined import (
@@ -257,7 +258,7 @@ def opened(
             "parameters": model.get_nb_trainable_parameters()[0]
         }
     place = None if kept is None or method.system != "composed" else kept / f"{name}-seed-{world.seed}"
-    if place is not None and not anew and (place / "config.json").is_file():
+    if place is not None and not anew and (place / "origin.json").is_file():
         small = copy.deepcopy(pair.augmenting) if method.augmenting == "real" else fresh_for(pair, world)
         model = open_trained(place, dataclasses.replace(pair, anchor=copy.deepcopy(pair.anchor), augmenting=small))
         mark = json.loads((place / "origin.json").read_text(encoding="utf-8")).get("mark", settings.mark(name))
@@ -275,7 +276,10 @@ def opened(
         return Composed(model, pair.tokenizer), {"parameters": model.get_nb_trainable_parameters()[0]}
     system, about = prepared(pair, method, world, report)
     if place is not None:
-        save_trained(system.model, place, settings, command, settings.mark(name))  # type: ignore[attr-defined]
+        try:
+            save_trained(system.model, place, settings, command, settings.mark(name))  # type: ignore[attr-defined]
+        except (OSError, SafetensorError) as error:
+            report(f"{name}, seed {world.seed}: its composition is not kept in {place} ({first_line(error)})")
     return system, about
 
 

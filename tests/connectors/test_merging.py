@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 import calmlm
 from calmlm.connectors.adapters import Adapters
 from calmlm.errors import ModelError
-from calmlm.state.merging import MergedForward
+from calmlm.state.merged_weights import MergedForward
 from compositions import assert_close, logits_of, tiny_composition
 from tiny import tiny_tokens
 

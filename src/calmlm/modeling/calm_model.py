@@ -58,7 +58,7 @@ from calmlm.state.cache import Bearer, CalmCache
 from calmlm.state.call import Call, Pointed, Slot
 from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
-from calmlm.state.merging import Merge, check_map, merge, merged_in, unmerge
+from calmlm.state.merged_weights import Merge, check_map, merge, merged_in, unmerge
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment

@@ -148,8 +148,8 @@ def varieties(result: dict[str, Any]) -> str:
     found = result["by_variety"]
     methods, known, count = found["methods"], len(found["known"]), len(found["varieties"])
     lines = [
-        f"| | seeds | bits per byte | chrF, all {count} | chrF, the {known} that m_A knows better | above LoRA there "
-        "| above m_B | above both |",
+        f"| | seeds | bits per byte | chrF, all {count} | chrF, the {known} that m_A knows better "
+        "| above LoRA on the same pairs there | above m_B | above both |",
         "|---" + "|---:" * 7 + "|",
     ]
     for name, title in VARIETIES.items():

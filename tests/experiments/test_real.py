@@ -99,6 +99,19 @@ def test_no_sentence_stands_in_two_parts_in_any_language(world: World) -> None:
     assert not english(world.examples) & english(world.composition())
 
 
+def test_lora_stands_beside_what_has_seen_the_same_pairs() -> None:
+    more = {name: dataclasses.replace(METHODS[name], pairs=10) for name in ("lora", "words")}
+    methods = METHODS | {"lora_more": more["lora"], "words_more": more["words"]}
+    methods |= {"guided": Method("Guided", "composed", of="words_more", guidance=2.0)}
+    methods |= {"lora_guided": Method("Guided", "lora", of="lora_more", guidance=2.0)}
+    settings = dataclasses.replace(TINY, methods=methods)
+    assert settings.faults() == []
+    rivals = {"m_A": "lora", "words": "lora", "lora": "lora"} | dict.fromkeys(
+        ("words_more", "guided", "lora_more", "lora_guided"), "lora_more"
+    )
+    assert {name: settings.lora_beside(name) for name in rivals} == rivals
+
+
 def test_the_split_is_the_same_for_all_seeds_and_d_c_is_not(world: World) -> None:
     again, other = World(TINY, 0, sentences()), World(TINY, 1, sentences())
     assert again.composition() == world.composition()

@@ -104,12 +104,11 @@ def compare(settings: Settings, cells: Cells) -> dict[str, Any]:
     if len(rivals) == len(BASES):
         bases = list(rivals.values())
         rivals["both"] = lambda v: max(rival(v) for rival in bases)
-    if "lora" in scores:
-        rivals["LoRA"] = lambda v: scores["lora"]["chrf"][v]
     methods = {}
     for name, by_seed in cells.items():
         row: dict[str, Any] = {"title": settings.methods[name].title, "seeds": len(by_seed), **scores[name]}
         row["bits"] = {v: bits_of(Figures.of(list(by_seed.values()), [v])).mean for v in varieties}
+        lora = settings.lora_beside(name)
         for group, chosen in (("all", asked), ("known", known)):
             if not chosen:
                 continue
@@ -119,9 +118,11 @@ def compare(settings: Settings, cells: Cells) -> dict[str, Any]:
             row[f"bits_{group}"] = bits_of(figures)
             if all(cell["swapped_nats"] is not None for cell in by_seed.values()):
                 row[f"gain_{group}"] = difference(Figures.of(list(by_seed.values()), chosen, "swapped_nats"), figures)
-            if "lora" in written and name != "lora":
-                row[f"above_lora_{group}"] = estimated("chrf", chosen, written[name], written["lora"])
+            if lora in written and name != lora:
+                row[f"above_lora_{group}"] = estimated("chrf", chosen, written[name], written[lora])
         row["above"] = {to: sum(scores[name]["chrf"][v] > rival(v) for v in asked) for to, rival in rivals.items()}
+        if lora in scores:
+            row["above"]["LoRA"] = sum(scores[name]["chrf"][v] > scores[lora]["chrf"][v] for v in asked)
         methods[name] = row
     return {"varieties": asked, "to_communicate": to_communicate, "known": known, "methods": methods}
 
@@ -182,8 +183,8 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         f"then the mean over varieties and seeds. *Known*: the {len(known)} varieties in which m_A gains at least "
         f"{LEAST} bits per byte more from the text than m_B does. *Gain*: bits per byte when m_A reads another "
         f"sentence, minus right. *Above*: in how many of the {len(asked)} the method's chrF is above that of m_B, of "
-        f"m_A (the better of 0 and {settings.shots} examples), of both, of LoRA. In brackets 95 % intervals over seeds "
-        f"and sentences.",
+        f"m_A (the better of 0 and {settings.shots} examples), of both, of LoRA on the same D_C. In brackets 95 % "
+        f"intervals over seeds and sentences.",
         "",
         "| | chrF | BLEU | bits per byte | chrF, known | above LoRA, known | gain, known "
         "| above m_B | m_A | both | LoRA |",

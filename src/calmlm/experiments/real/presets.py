@@ -210,6 +210,16 @@ class Settings:
             return method.examples
         return method.guidance is None or self.shows(method.of)
 
+    def lora_beside(self, name: str) -> str:
+        """The row of LoRA that has seen the same D_C as a method: the first one, or "lora" where there is none."""
+        pairs = self._pairs(name)
+        rows = [row for row, found in self.methods.items() if found.system == "lora" and found.of is None]
+        return next((row for row in rows if self._pairs(row) == pairs), "lora")
+
+    def _pairs(self, name: str) -> int | None:
+        method = self.methods[name]
+        return method.pairs if method.of is None else self._pairs(method.of)
+
     def guided(self, name: str) -> str | None:
         """The row that a method is with guidance; None without."""
         method = self.methods[name]

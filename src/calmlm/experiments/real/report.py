@@ -34,7 +34,10 @@ def summarise(settings: Settings, cells: Cells) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {"title": method.title, "seeds": len(by_seed), "steps": method.steps}
         for variety in settings.varieties.all:
             row[variety] = bits_of(_figures(by_seed, [variety]))
-        rivals = {"against_lora": "lora", "against_ensemble": f"ensemble{'_examples' if settings.shows(name) else ''}"}
+        rivals = {
+            "against_lora": settings.lora_beside(name),
+            "against_ensemble": f"ensemble{'_examples' if settings.shows(name) else ''}",
+        }
         for column, suffix, chosen in (
             ("inside", "", settings.varieties.inside),
             ("outside", "_outside", settings.varieties.outside),
@@ -138,10 +141,10 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
         "",
         f"m_B is {settings.anchor.id}, m_A is {settings.augmenting.id}. Bits per byte of the English sentence behind "
         f"`{{source}}\\nEnglish:`, on sentences that D_C shows in no language, in its varieties "
-        f"({', '.join(varieties.inside)}). *Swapped*: m_A alone reads "
-        f"another sentence of the same variety. *Gain*: swapped minus right. *LoRA*, *ensemble*: the difference to "
-        f"them; the ensemble has read the same examples. *English*: bits per byte of plain English divided "
-        f"by m_B's. chrF inside / outside D_C, greedy where no guidance is named. {INTERVAL}",
+        f"({', '.join(varieties.inside)}). *Swapped*: m_A alone reads another sentence of the same variety. *Gain*: "
+        f"swapped minus right. *LoRA*, *ensemble*: the difference to them; LoRA has seen the same D_C, the ensemble "
+        f"has read the same examples. *English*: bits per byte of plain English divided by m_B's. chrF inside / outside "
+        f"D_C, greedy where no guidance is named. {INTERVAL}",
         "",
         "| | bits per byte | swapped | gain | LoRA | ensemble | English | chrF | trained | steps | seconds |",
         "|---" + "|---:" * 10 + "|",

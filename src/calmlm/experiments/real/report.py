@@ -143,8 +143,8 @@ def markdown(settings: Settings, result: Mapping[str, Any], cells: Cells) -> str
         f"`{{source}}\\nEnglish:`, on sentences that D_C shows in no language, in its varieties "
         f"({', '.join(varieties.inside)}). *Swapped*: m_A alone reads another sentence of the same variety. *Gain*: "
         f"swapped minus right. *LoRA*, *ensemble*: the difference to them; LoRA has seen the same D_C, the ensemble "
-        f"has read the same examples. *English*: bits per byte of plain English divided by m_B's. chrF inside / outside "
-        f"D_C, greedy where no guidance is named. {INTERVAL}",
+        f"has read the same examples. *English*: bits per byte of plain English divided by m_B's. chrF inside / "
+        f"outside D_C, greedy where no guidance is named. {INTERVAL}",
         "",
         "| | bits per byte | swapped | gain | LoRA | ensemble | English | chrF | trained | steps | seconds |",
         "|---" + "|---:" * 10 + "|",

@@ -202,7 +202,7 @@ def test_a_cache_that_fills_the_disk_leaves_the_checkpoint_before(settings: Sett
     with pytest.MonkeyPatch.context() as patch:
         join(Limits(), pipeline, patch)
         try:
-            with pytest.raises(ConfigError, match=r"^The activation cache needs room .* but writing failed"):
+            with pytest.raises(CalmError, match=r"^Expected to write the checkpoint of step 4 .* but that failed"):
                 go(values)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -155,8 +155,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
                 f"augmenting_prefix is for models that read text, but {name!r} is an encoder: name another one."
             )
         self.model.change_prefix(name, [] if prefix is None else prefix_ids(augmenting_tokenizer, prefix))
-        self._place = None  # what lies there reads something else
-        self._rename()
+        self._settle()
 
     def composition_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The composition's own tensors, by name.

@@ -251,29 +251,13 @@ def opened(
     """
     method = settings.methods[name]
     if method.of is not None:
-        system, about = opened(settings, method.of, pair, world, report, kept, command)
+        model = opened(settings, method.of, pair, world, report, kept, command)[0].model  # type: ignore[attr-defined]
         report(f"measures {method.of} of seed {world.seed} with examples of the variety that is asked")
-        model = system.model  # type: ignore[attr-defined]
-        return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), {
-            "parameters": model.get_nb_trainable_parameters()[0]
-        }
+        return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), _size_of(model)
     place = None if kept is None or method.system != "composed" else kept / f"{name}-seed-{world.seed}"
     if place is not None and not anew and (place / "origin.json").is_file():
-        small = copy.deepcopy(pair.augmenting) if method.augmenting == "real" else fresh_for(pair, world)
-        model = open_trained(place, dataclasses.replace(pair, anchor=copy.deepcopy(pair.anchor), augmenting=small))
-        mark = json.loads((place / "origin.json").read_text(encoding="utf-8")).get("mark", settings.mark(name))
-        prefix = prefix_ids(pair.augmenting_tokenizer, world.shown) if method.examples else []
-        if mark != settings.mark(name):
-            raise ConfigError(
-                f"Expected in {place} the composition of {name} with these settings, but it was trained with others: "
-                f"name another folder with --keep."
-            )
-        if model.config.augmenting[AUGMENTING].get("prefix", []) != prefix:
-            raise ConfigError(
-                f"Expected in {place} the composition of seed {world.seed}, but its m_A reads other examples: name "
-                f"another folder with --keep."
-            )
-        return Composed(model, pair.tokenizer), {"parameters": model.get_nb_trainable_parameters()[0]}
+        model = _kept(settings, name, pair, world, place)
+        return Composed(model, pair.tokenizer), _size_of(model)
     system, about = prepared(pair, method, world, report)
     if place is not None:
         try:
@@ -309,6 +293,34 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
     if method.system == "composed":
         return Composed(trained.model, pair.tokenizer), about
     return Alone(trained.model, pair.tokenizer), about
+
+
+def _kept(settings: Settings, name: str, pair: Pair, world: World, place: Path) -> Any:
+    """The composition of a row that was kept in this folder.
+
+    Raises:
+        ConfigError: it was trained with other settings, or another seed.
+    """
+    method, mark = settings.methods[name], settings.mark(name)
+    if json.loads((place / "origin.json").read_text(encoding="utf-8")).get("mark", mark) != mark:
+        raise ConfigError(
+            f"Expected in {place} the composition of {name} with these settings, but it was trained with others: "
+            f"name another folder with --keep."
+        )
+    small = copy.deepcopy(pair.augmenting) if method.augmenting == "real" else fresh_for(pair, world)
+    model = open_trained(place, dataclasses.replace(pair, anchor=copy.deepcopy(pair.anchor), augmenting=small))
+    prefix = prefix_ids(pair.augmenting_tokenizer, world.shown) if method.examples else []
+    if model.config.augmenting[AUGMENTING].get("prefix", []) != prefix:
+        raise ConfigError(
+            f"Expected in {place} the composition of seed {world.seed}, but its m_A reads other examples: name "
+            f"another folder with --keep."
+        )
+    return model
+
+
+def _size_of(model: Any) -> dict[str, Any]:
+    """What is to be said of a composition that is not trained now."""
+    return {"parameters": model.get_nb_trainable_parameters()[0]}
 
 
 def cascade(pair: Pair, method: Method, world: World) -> Cascade:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from calmlm.bases.fingerprint import has_changed, sampled, shapes_of
+from calmlm.bases.peft_parts import peft_class, tuner_layers
 from calmlm.bases.sharding import is_absent
 from calmlm.config import CalmConfig, gguf_name, split_gguf
 from calmlm.errors import ModelError, warn
@@ -38,8 +38,7 @@ def check_whole(model: Any, role: str) -> None:
     Raises:
         ModelError: for such a model.
     """
-    layers = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
-    wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", ())
+    layers, wrapper = tuner_layers(), peft_class("peft_model", "PeftModel")
     adapted = isinstance(model, torch.nn.Module) and any(isinstance(module, layers) for module in model.modules())
     if adapted or isinstance(model, wrapper):
         raise _adapted(role, getattr(model, "name_or_path", "") or type(model).__name__)

@@ -6,7 +6,6 @@ Architectures put these under different names; this file finds them.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import deque
 from typing import Any
 
@@ -139,19 +138,3 @@ def with_last_state(output: Any, state: Tensor) -> Any:
         output["hidden_states"] = (*output["hidden_states"][:-1], state)
     output["last_hidden_state"] = state
     return output
-
-
-def train_added(base: nn.Module, mode: bool) -> None:
-    """Set what PEFT has put into a base to training or evaluation; the base's own modules stay as they are.
-
-    Args:
-        base: a frozen model.
-        mode: whether it trains.
-    """
-    layers = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
-    wrappers = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", ())
-    for module in list(base.modules()) if layers or wrappers else ():
-        if isinstance(module, (layers, wrappers)):
-            for name, child in module.named_children():
-                if name not in ("base_layer", "original_module"):
-                    child.train(mode)

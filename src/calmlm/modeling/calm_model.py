@@ -22,8 +22,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.heads import head_logits
+from calmlm.bases.peft_parts import train_added
 from calmlm.bases.placement import device_map_of, execution_device
-from calmlm.bases.structure import train_added
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
 from calmlm.connectors.adapters import Adapters

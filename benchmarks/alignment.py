@@ -88,12 +88,14 @@ def matches(shared: calmlm.CalmForCausalLM, apart: calmlm.CalmForCausalLM, ids: 
     """Whether the second computes what it should: the same as the first, or step by step the same as at once."""
     apart.eval()
     found = apart(ids, use_cache=False).logits
-    if apart.model.reader("augmenting").transcoder.lookback is not None:
+    reader: Any = apart.model.reader("augmenting")
+    if reader.transcoder.lookback is not None:
         return bool(torch.allclose(shared.eval()(ids, use_cache=False).logits, found, atol=1e-4))
     cache, parts = None, []
     for part in (ids[:, :-8], *ids[:, -8:].split(1, dim=1)):
         output = apart(part, past_key_values=cache, use_cache=True)
-        cache, _ = output.past_key_values, parts.append(output.logits)
+        cache = output.past_key_values
+        parts.append(output.logits)
     return bool(torch.allclose(torch.cat(parts, dim=1), found, atol=1e-4))
 
 

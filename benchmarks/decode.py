@@ -111,7 +111,8 @@ def prefill(model: Any, ids: Tensor) -> Callable[[], Any]:
 def connection_flops(composition: calmlm.CalmForCausalLM, past: int) -> float:
     """What the connections themselves compute for one token: projections, and attention over the past."""
     total = 0
-    for connectors in composition.model.connectors.values():
+    kinds: Any = composition.model.connectors
+    for connectors in kinds.values():
         for connector in connectors:
             matrices = (p for name, p in connector.named_parameters() if name.endswith("proj.weight"))
             total += sum(2 * matrix.numel() for matrix in matrices)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def deep_models(folder: Path, task: str) -> tuple[calmlm.CalmForCausalLM, Any, A
     def train(name: str) -> tuple[Any, dict[str, Any]]:
         if name == "composition":
             # The early connection tells the values of keys, the late one what the augmenting model writes next.
-            options = {"num_heads": PRESET.heads, "rotary": True, "query_key_bias": 1.5, "null_key": True}
-            model = calmlm.compose(load("anchor"), load("augmenting"), list(PRESET.connections), **options)
+            usual: dict[str, Any] = {"rotary": True, "query_key_bias": 1.5, "null_key": True}
+            pair, connections = (load("anchor"), load("augmenting")), list(PRESET.connections)
+            model = calmlm.compose(*pair, connections, num_heads=PRESET.heads, **usual)
         else:
             size = PRESET.anchor_size if name == "anchor" else PRESET.augmenting_size
             model = new_model(tokenizer, size, SEED + (name == "anchor"))
@@ -93,7 +95,7 @@ def deep_models(folder: Path, task: str) -> tuple[calmlm.CalmForCausalLM, Any, A
         return AutoModelForCausalLM.from_pretrained(stages.folder / name).to(device()).eval()
 
     for name in ("augmenting", "anchor", "composition"):
-        stages.do(name, lambda name=name: train(name), tokenizer)
+        stages.do(name, partial(train, name), tokenizer)
     anchor, augmenting = load("anchor"), load("augmenting")
     composition = calmlm.CalmForCausalLM.from_pretrained(
         stages.folder / "composition", anchor=load("anchor"), augmenting=load("augmenting")

@@ -33,9 +33,8 @@ from calmlm.data.labels import encode_examples
 from calmlm.data.sources import load_examples
 from calmlm.experiments.fitting import in_batches, preset_of
 from calmlm.experiments.kv_arithmetic.joined import compose_bases, composition_examples
-from calmlm.experiments.kv_arithmetic.measures import columns, models, score
+from calmlm.experiments.kv_arithmetic.measures import COLUMNS, columns, models, score
 from calmlm.experiments.kv_arithmetic.presets import PRESETS
-from calmlm.experiments.kv_arithmetic.report import COLUMNS
 from calmlm.experiments.kv_arithmetic.rows import encode
 from calmlm.experiments.kv_arithmetic.run import SeedRun
 from calmlm.experiments.real.resampling import Figures, bits_of, difference

@@ -90,7 +90,8 @@ def rows_of(tokenizer: Any, language: str, count: int) -> dict[str, torch.Tensor
 @torch.no_grad()
 def tokens_read(model: calmlm.CalmForCausalLM, rows: dict[str, torch.Tensor]) -> int:
     """How many tokens the augmenting model reads in a training step, branches included."""
-    reader, seen = model.model.reader("augmenting"), []
+    reader: Any = model.model.reader("augmenting")
+    seen: list[int] = []
     reader.run = lambda stream, **given: seen.append(given["input_ids"].numel())
     try:
         told = rows["labels"] == -100
@@ -264,7 +265,8 @@ def timed_cases(
 @torch.no_grad()
 def per_step(model: calmlm.CalmForCausalLM, prompt: torch.Tensor, answer: list[int]) -> float:
     """How many tokens the augmenting model reads for each generated one."""
-    reader, seen = model.model.reader("augmenting"), []
+    reader: Any = model.model.reader("augmenting")
+    seen: list[int] = []
     run = type(reader).run
 
     def count(stream: Any, **given: Any) -> Any:

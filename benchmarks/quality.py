@@ -10,13 +10,15 @@ Trainer, padded batches, all logits, all activations kept. ``saving``: ``backend
 without padding, logits where there are labels, an activation cache, the anchor's layers recomputed but for their matrix
 products; the real pair trains in bfloat16 both times. ``even`` and ``top`` are other connections, trained as ``plain``.
 
-Each training is stored under runs/quality/ when it is done, and never repeated.
+Each training is stored under runs/quality/ when it is done, and never repeated. Figures of an earlier result
+that are not stored, of other seeds or another machine, stay in the result; ``origins`` names the runs behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -131,9 +133,17 @@ def train_real(name: str, folder: Path, steps: int | None) -> dict[str, Any]:
     return {"nats": nats, "sizes": [text.size for text in texts], "loss": result.loss}
 
 
-def keys_of(found: dict[int, dict[str, Any]], items: int) -> list[dict[str, Any]]:
+def earlier_keys(result: dict[str, Any]) -> dict[int, dict[str, dict[str, float]]]:
+    """What an earlier result has of the key-value experiment: ``scores[seed][method][column]``."""
+    scores: dict[int, dict[str, dict[str, float]]] = {}
+    for row in result.get("keys", []):
+        for seed, share in row["per_seed"].items():
+            scores.setdefault(int(seed), {}).setdefault(row["method"], {})[row["column"]] = share
+    return scores
+
+
+def keys_of(scores: dict[int, dict[str, dict[str, float]]], items: int) -> list[dict[str, Any]]:
     """The table of the key-value experiment."""
-    scores = {seed: {name: cell["scores"] for name, cell in cells.items()} for seed, cells in found.items()}
     names = [name for name in KEYS if any(name in table for table in scores.values())]
     return rows_of(scores, items, names, COLUMNS)
 
@@ -157,6 +167,7 @@ def main() -> None:
     parser.add_argument("--experiment", nargs="+", choices=["keys", "real"], default=["keys", "real"])
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="of the key-value experiment")
     parser.add_argument("--seeds", default="0,1,2", help="of the key-value experiment")
+    parser.add_argument("--only", nargs="+", choices=list(KEYS), default=list(KEYS), help="of the key-value trainings")
     parser.add_argument("--steps", type=int, help="cuts each training, for a trial")
     parser.add_argument("--items", type=int, help="questions of each column")
     parser.add_argument("--threads", type=int, help="of PyTorch")
@@ -167,27 +178,35 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     only = options.stored_only
-    result: dict[str, Any] = {"benchmark": "quality"}
+    earlier = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
+    result: dict[str, Any] = {"benchmark": "quality"} | {
+        key: earlier[key] for key in ("keys", "real") if key in earlier
+    }
     if "keys" in options.experiment:
-        preset, found = preset_of(PRESETS, options.preset, options.steps, options.items), {}
+        preset = preset_of(PRESETS, options.preset, options.steps, options.items)
+        scores = earlier_keys(earlier)
         for seed in map(int, options.seeds.split(",")):
             here = SeedRun(preset, seed, options.folder / "keys", print)
             if not only:
                 for base in ("augmenting", "anchor"):
                     here.train(base)
             cells = {
-                name: stored(here.folder / f"{name}.json", partial(train_keys, name, here), only=only) for name in KEYS
+                name: stored(here.folder / f"{name}.json", partial(train_keys, name, here), only=only)
+                for name in options.only
             }
-            found[seed] = {name: cell for name, cell in cells.items() if cell}
-        result["keys"] = keys_of(found, preset.items)
+            scores.setdefault(seed, {}).update({name: cell["scores"] for name, cell in cells.items() if cell})
+        result["keys"] = keys_of(dict(sorted(scores.items())), preset.items)
     if "real" in options.experiment:
         folder = options.folder / "real"
         cells = {
             name: stored(folder / f"{name}.json", partial(train_real, name, folder / name, options.steps), only=only)
             for name in ("plain", "saving")
         }
-        result["real"] = real_of(cells) if all(cells.values()) else None
-    keep(result | origin("python benchmarks/quality.py"), options.output)
+        if all(cells.values()):
+            result["real"] = real_of(cells)
+    own = origin(" ".join(["python benchmarks/quality.py", *sys.argv[1:]]))
+    before = [known for known in earlier.get("origins", [{key: earlier.get(key) for key in own}]) if known["commit"]]
+    keep(result | own | {"origins": [*before, own]}, options.output)
 
 
 if __name__ == "__main__":

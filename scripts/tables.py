@@ -315,12 +315,14 @@ TRAINED = {
 def quality(result: dict[str, Any]) -> str:
     """What savings cost in quality, as the benchmark measured it."""
     cells = cells_of(result["keys"])
-    seeds = max(row["seeds"] for row in result["keys"])
+    counts = {TRAINED[row["method"]]: row["seeds"] for row in result["keys"]}
+    several = ", ".join(f"{title}: {count}" for title, count in counts.items())
+    seeds = several if len(set(counts.values())) > 1 else str(max(counts.values()))
     lines = [
         *table_of(cells, TRAINED, COLUMNS),
         "",
-        f"Exact match in per cent, mean over {seeds} seed{'s' if seeds > 1 else ''} and its 95 % interval; "
-        "[what is asked](key-value.md).",
+        "Exact match in per cent, mean over seeds and its 95 % interval; [what is asked](key-value.md). "
+        f"Seeds: {seeds}.",
     ]
     found = result["real"]
     if found:

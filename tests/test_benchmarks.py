@@ -79,6 +79,10 @@ def test_quality(tmp_path: Path) -> None:
     cells = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("runs/keys/*/seed-0/*.json")}
     plain, saving = (cells[name]["losses"] for name in ("plain", "saving"))
     assert plain[0][1] == pytest.approx(saving[0][1], abs=1e-4) and len(plain) == len(saving) == 2
+    # Another machine has no trainings: what is known stays.
+    again = options.replace("--seeds 0", "--seeds 1 --stored-only").replace(f"{tmp_path}/runs", f"{tmp_path}/none")
+    kept = run("quality.py", tmp_path, *again.split(), rounds="")
+    assert kept["keys"] == found["keys"] and len(kept["origins"]) == len(found["origins"]) + 1
 
 
 @pytest.mark.slow

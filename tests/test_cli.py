@@ -133,7 +133,7 @@ class TestProgram:
     def test_as_a_process(self, tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
-            [sys.executable, "-m", "calmlm.cli", "generate", str(tmp_path), "--prompt", "x"],
+            [sys.executable, "-m", "calmlm", "generate", str(tmp_path), "--prompt", "x"],
             capture_output=True, text=True, timeout=120, env=environment,
         )  # fmt: skip
         assert done.returncode == 2

@@ -14,6 +14,8 @@ import calmlm
 from calmlm.cli import main
 from calmlm.communication import Communication, Listening, listen
 from calmlm.communication.ear import Ear
+from calmlm.communication.excerpts import Excerpt
+from calmlm.tokens.spelling import token_bytes
 from compositions import awaken
 from tiny import tiny_model
 from tokenizers_tiny import tokenizer, with_beginning
@@ -247,3 +249,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         found["augmenting"]["augmenting"]["alone"], 1e-4
     )
     assert main([*given[:-1], str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
+def test_the_mark_that_ends_a_turn_is_no_text(kind: str) -> None:
+    ours = tokenizer(kind)
+    pieces, end = token_bytes(ours, "anchor"), ours.eos_token_id
+
+    def ids(text: str) -> list[int]:
+        return list(ours(text, add_special_tokens=False).input_ids)
+
+    before, said, line = ids("12 + 34 ="), ids(" 46 dogs"), ids("\n")
+    follows = ids("hello")
+    for behind in ([], [end], [end, *line], [end, end]):
+        for more in ([], follows):
+            row = [*before, *said, *behind, *more]
+            labels = [-100] * len(before) + [*said, *behind] + [-100] * len(more)
+            found = Excerpt.of({"input_ids": row, "labels": labels}, pieces, ours)
+            assert found is not None and found.ids == [*before, *said], (behind, more)
+    ended = [*before, *said, *line]
+    found = Excerpt.of({"input_ids": ended, "labels": [-100] * len(before) + ended[len(before) :]}, pieces, ours)
+    assert found is not None and found.ids == ended, "white space that no mark comes before is text"

@@ -23,7 +23,8 @@ ROOMS = (
 # The files that each experiment has: one name, one meaning in every folder of calmlm.experiments.
 IN_EACH_EXPERIMENT = {"joined", "measures", "presets", "pretraining", "report", "run", "tokenizer", "words", "world"}
 HEIGHT = {name: height for height, name in enumerate(ROOMS)}
-MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+# Whatever lies above all rooms is no module of one.
+MODULES = sorted({*SOURCE.rglob("*.py")} - {SOURCE / "__init__.py", SOURCE / "__main__.py"})
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -13,8 +13,8 @@ from calmlm.serving.batching import Text
 from calmlm.serving.catalogue import Catalogue
 from calmlm.serving.engine import Engine
 from calmlm.serving.next_token import Chooser, Sampling
-from calmlm.serving.transcript import Transcript
 from calmlm.serving.writing import Piece, Writing
+from calmlm.tokens.transcript import Transcript
 from compositions import own, tiny_composition
 
 GREEDY = Sampling(temperature=0, logprobs=2)

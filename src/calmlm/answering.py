@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, TextStreamer, set_seed
+from transformers import StoppingCriteriaList, set_seed
 
 import calmlm
 from calmlm.data.context import EndOfContext, context_length, own_contexts, prompt_length
@@ -18,7 +18,9 @@ from calmlm.data.labels import encode_prompt
 from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError, DataError
 from calmlm.tokens.chat import in_parts, takes_parts
+from calmlm.tokens.emitter import TextEmitter
 from calmlm.tokens.lookup import load_tokenizer
+from calmlm.tokens.text_ends import end_of
 
 STRONGEST = 100  # guidance, beyond which scores overflow in float16
 COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
@@ -117,7 +119,7 @@ class TextModel:
         # them back without a warning.
         greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         inputs = torch.tensor([ids], device=self.model.device)
-        streamer = _Streamer(self.tokenizer, emit)
+        streamer = TextEmitter(self.tokenizer, emit)
         with self.model.disable_composition() if anchor_only else nullcontext():
             room = self._room(ids, max_new_tokens)
             end = EndOfContext(own_contexts(self.model), len(ids))
@@ -127,6 +129,7 @@ class TextModel:
                     attention_mask=torch.ones_like(inputs),
                     max_new_tokens=room,
                     pad_token_id=self._padding(),
+                    eos_token_id=sorted(self._ends()) or None,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([end]),
                     tokenizer=self.tokenizer,  # for strings that end a text
@@ -204,7 +207,8 @@ class TextModel:
     def _ends(self) -> set[int]:
         """The tokens that end a text by themselves."""
         given = self.model.generation_config.eos_token_id
-        return set(given if isinstance(given, list) else [given])
+        found = given if isinstance(given, list) else [end_of(self.tokenizer) if given is None else given]
+        return {token for token in found if token is not None}
 
     def _conversation(self, prompt: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -249,18 +253,6 @@ def generate_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, **optio
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=end, **options)
         written.append(torch.cat((row, found[0, ids.shape[1] :])))
     return torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=options["pad_token_id"])
-
-
-class _Streamer(TextStreamer):
-    """transformers' streamer, with the text handed on instead of printed."""
-
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.emit(text)
 
 
 def _say(line: str) -> None:

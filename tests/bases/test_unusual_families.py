@@ -149,6 +149,10 @@ def test_positions_are_counted_for_models_to_which_more_than_distances_matter(ro
                 weight.add_(torch.linspace(-0.5, 0.5, len(weight)))
     model = awaken(calmlm.compose(*((odd, usual) if role == "anchor" else (usual, odd)), connections=2))
     rows, mask = pad([tiny_tokens(1, length, seed=length)[0] for length in (9, 3, 6)], "left")
+    first, second = logits_of(model, rows, mask), logits_of(model, rows, mask)
+    assert torch.equal(first, second), "trying padding out, in the first call, settles who counts"
+    alone = logits_of(model, rows[1:2, -3:], None)
+    assert_close(first[1:2, -3:], alone, 1e-4)
     found = model.generate(rows, attention_mask=mask, max_new_tokens=5, **GREEDY)
     assert found.tolist() == greedy_without_cache(model, rows, 5, mask).tolist()
 

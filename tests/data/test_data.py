@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,27 @@ def test_halves_of_characters_are_refused(tokenizer: PreTrainedTokenizerBase, tm
 
 def test_a_number_of_thousands_of_digits_is_refused(tmp_path: Path) -> None:
     assert "line 1: expected one JSON object" in fault(write(tmp_path / "data.jsonl", '{"text": ' + "1" * 5000 + "}"))
+
+
+def test_files_may_be_packed(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(PAIR).encode()))
+    assert [record.fields for record in read_jsonl(path)] == [PAIR]
+    path.write_bytes(path.read_bytes()[:-12])
+    assert "cannot be unpacked" in fault(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.parquet", b"PAR1..."), ("x.csv", b"prompt,completion"), ("x", b"PK\x03\x04")]
+)
+def test_tables_are_named_as_such(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert "write {dataset: FOLDER}" in fault(tmp_path / name)
+    with pytest.raises(DataError, match="a folder in 'dataset', but .* is a file"):
+        load_examples([HubDataset(str(tmp_path / name))])
+
+
+def test_a_null_is_told_from_a_missing_column(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("prompt,completion,other\na, b,\nc,None,\n", encoding="utf-8")
+    with pytest.raises(DataError, match="row 2: expected a string in 'completion', but it is null"):
+        load_examples([HubDataset(str(tmp_path))])

@@ -264,3 +264,19 @@ class TestWhereATurnEnds:
         messages = [USER, ANSWER, USER, call, answer, call, answer, ANSWER]
         _, learned = encoded(tmp_path, {"messages": messages}, strict)
         assert learned == "it is 3</s>" + "<call>add</call></s>" * 2 + "[thinks]it is 3</s>"
+
+
+PHI = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}[end]\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [[USER, ANSWER], [USER, ANSWER, USER, ANSWER], [USER, ANSWER, USER]])
+@pytest.mark.parametrize("mark", ["[end]\n", "[end]", ""])
+def test_an_end_of_text_behind_any_conversation_is_no_part_of_earlier_turns(
+    turns: list[dict[str, Any]], mark: str, tmp_path: Path
+) -> None:
+    _, learned = encoded(tmp_path, {"messages": turns}, PHI.replace("[end]\n", mark))
+    answers = [f"it is 3{mark}" for turn in turns if turn is ANSWER]
+    assert learned == "".join(answers) + ("</s>" if turns[-1] is ANSWER else "")

@@ -272,3 +272,38 @@ def test_unknown_tasks_are_named(composition: str) -> None:
 def test_every_task_is_listed() -> None:
     names = {path.stem for path in TASKS.glob("calm_*.yaml")}
     assert names >= set(OWN) and sum(name.startswith("calm_flores") for name in names) == 8
+
+
+@pytest.mark.parametrize("single", ["$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_stands_behind_any_text_is_neither_given_nor_scored(single: str, ends: bool) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("bytes"))
+    tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    known = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=known)
+    if not ends:
+        tokenizer.bos_token = tokenizer.eos_token = None
+        tokenizer.pad_token = "</s>"
+    if not ends and not single.startswith("<s>"):
+        with pytest.raises(ConfigError, match="neither"):
+            composed_lm(tokenizer)
+        return
+    wrapped, before = composed_lm(tokenizer), [known[0][1]] * single.startswith("<s>")
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    given, scored = wrapped._encode_pair("the brown", " fox")
+    assert given == [*before, *plain("the brown")] and given + scored == [*before, *plain("the brown fox")]
+    rows, masks = wrapped.tok_batch_encode(["the brown", "hello world hello"])
+    assert rows[0][masks[0].bool()].tolist() == given
+    assert rows[1].tolist() == [*before, *plain("hello world hello")]
+    cut, _ = wrapped.tok_batch_encode(["hello world hello"], left_truncate_len=3)
+    assert cut[0].tolist() == plain("hello world hello")[-3:]
+    assert wrapped.tok_encode("the fox</s>")[-1] == known[1][1], "one that stands in the text stays"
+    assert wrapped.eot_token_id == known[1][1]
+    text = plain("hello world")
+    with torch.no_grad():
+        likely = wrapped.model(torch.tensor([[wrapped.prefix_token_id, *text]])).logits[0].log_softmax(-1)
+    expected = sum(float(likely[place, token]) for place, token in enumerate(text))
+    assert rolling(wrapped, "hello world") == pytest.approx(expected, abs=1e-3)

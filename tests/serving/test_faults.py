@@ -277,3 +277,18 @@ def test_nothing_that_the_document_allows_makes_it_fail(server: tuple[str, Engin
                 every(given(case=operation.ok().as_strategy(generation_mode=mode))(check))()
     assert {200, 400} <= set(statuses) and len(statuses) > 200
     wait(lambda: running(engine) == 0)
+
+
+def test_nulls_are_defaults_and_limits_are_named(server: tuple[str, Engine]) -> None:
+    url, _ = server
+    nulls = {"n": None, "stream": None, "presence_penalty": None, "frequency_penalty": None, "stop": None}
+    for path, asked, more in (("completions", TEXT, {"suffix": ""}), ("chat/completions", CHAT, {"logprobs": None})):
+        plain, given = (httpx.post(f"{url}/v1/{path}", json={**asked, **extra}).json() for extra in ({}, nulls | more))
+        assert given["choices"] == plain["choices"]
+    for changed, told in (
+        ({"stop": ["a"] * 5}, "at most 4 strings are taken, but got 5"),
+        ({"stop": 3}, "one string or several"),
+        ({"tools": [{"type": "function"}]}, "no tools are called here; leave them out"),
+    ):
+        response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, **changed})
+        assert told in fault(response, 400, next(iter(changed)))

@@ -100,6 +100,16 @@ def test_rates_that_are_changed_hold_when_a_run_goes_on(
     assert {betas[1] for _, betas in decays["after"]} == {0.9}
 
 
+def test_another_schedule_holds_from_the_first_step(settings: Settings) -> None:
+    values = settings("trainer", max_steps=4, logging_steps=1, save_steps=4, lr_scheduler_type="linear", warmup_steps=0)
+    go(values)
+    values["trainer"] |= {"max_steps": 8}
+    go(values, resume=True)
+    state = json.loads((RunFolder(values["output"]).last_checkpoint() / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates[4:] == pytest.approx([0.01 * (8 - step) / 8 for step in range(4, 8)])
+
+
 def test_another_optimizer_is_refused_when_a_run_goes_on(settings: Settings) -> None:
     values = settings("trainer", max_steps=2)
     go(values)

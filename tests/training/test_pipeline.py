@@ -406,6 +406,24 @@ def test_other_settings_are_named(settings: Settings) -> None:
     lines: list[str] = []
     train(parse_config(values), resume=True, report=lines.append)
     assert "Other settings than before: trainer.learning_rate, trainer.num_train_epochs." in lines
+    assert not any(line.startswith("Other data") for line in lines)
+
+
+def test_other_data_is_named(settings: Settings) -> None:
+    values = settings()
+    go(values)
+    task = Path(values["data"]["train"])
+    rows = task.read_text(encoding="utf-8").splitlines()
+    values["trainer"]["num_train_epochs"] = 3
+    for other, told in (
+        ([*rows[1:], rows[1]], f"as many examples, {len(rows)}, but others"),
+        (rows[1:], f"{len(rows) - 1} examples in place of {len(rows)}"),
+    ):
+        task.write_text("\n".join(other), encoding="utf-8")
+        lines: list[str] = []
+        train(parse_config(values), resume=True, report=lines.append)
+        assert any(line.startswith(f"Other data than before: {told};") for line in lines), lines
+        values["trainer"]["num_train_epochs"] += 1
 
 
 @pytest.mark.parametrize(

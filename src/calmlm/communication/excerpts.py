@@ -34,10 +34,8 @@ class Excerpt:
         labels = row["labels"]
         start = next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
         ids = list(row["input_ids"])
-        while len(ids) > start and ids[-1] in tokenizer.all_special_ids:  # the end of the text is no text
-            ids.pop()
         stop = next((place for place in range(start, len(ids)) if labels[place] == IGNORE), len(ids))
-        ids = ids[:stop]  # of a conversation the first answer
+        ids = _without_end(ids[:stop], start, pieces, tokenizer)  # of a conversation the first answer
         size = sum(len(pieces[index] or b"") for index in ids[start:])
         if not size or not start:
             return None
@@ -67,6 +65,18 @@ class Excerpt:
             ):
                 prompt = prompt[min(over, len(prompt) - 1) :]
         return Excerpt([*prompt, *completion], len(prompt), self.size, self.whole)
+
+
+def _without_end(
+    ids: list[int], start: int, pieces: list[bytes | None], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Tokens without the end of a text or turn: special tokens, and the white space that a template puts behind."""
+    special, end = set(tokenizer.all_special_ids), len(ids)
+    while end > start and (ids[end - 1] in special or not (pieces[ids[end - 1]] or b"").strip()):
+        end -= 1
+    while end < len(ids) and ids[end] not in special:  # white space before it is text
+        end += 1
+    return ids[:end]
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -52,15 +52,19 @@ class Conversations:
             if message["role"] != "assistant" or position < len(asked):
                 continue
             before = render(messages[:position], add_generation_prompt=True) if position else []
-            through = render(messages[: position + 1])
+            through, tail = render(messages[: position + 1]), []
+            if position and position + 1 < len(messages):  # some templates put an end of text behind any conversation
+                asked_alone = render(messages[:position])
+                tail = asked_alone[common_prefix(asked_alone, before) :]
+                through = _without(tail, through)
             start, end = common_prefix(before, ids), common_prefix(through, ids)
             if start < last:  # the answer before, the last one there, is rendered differently
-                opening = before[len(render(messages[:position])) :]
+                opening = before[common_prefix(render(messages[:position]), before) :]
                 start = last + common_prefix(opening, ids[last:])
             if end < len(through):
                 # Templates may render an earlier turn differently once the conversation goes on (dropping its
                 # reasoning, say): the end of the turn is sought before the next one then.
-                end = _end_of_turn(messages, position, ids, start, through, render, self.special)
+                end = _end_of_turn(messages, position, ids, start, through, tail, render, self.special)
             if start >= end:
                 raise DataError(
                     f"{example.place}: expected a chat template that renders message {position + 1} the same way "
@@ -112,12 +116,18 @@ def common_prefix(first: list[int], second: list[int]) -> int:
     return length
 
 
+def _without(tail: list[int], ids: list[int]) -> list[int]:
+    """Tokens without those that stand behind any conversation."""
+    return ids[: -len(tail)] if tail and ids[-len(tail) :] == tail else ids
+
+
 def _end_of_turn(
     messages: list[dict[str, Any]],
     position: int,
     ids: list[int],
     start: int,
     through: list[int],
+    tail: list[int],
     render: Callable[[list[dict[str, Any]]], list[int]],
     special: set[int],
 ) -> int:
@@ -130,7 +140,7 @@ def _end_of_turn(
 
     def rendered(turns: list[dict[str, Any]]) -> list[int] | None:
         try:
-            return render(turns)
+            return _without(tail, render(turns))
         except DataError:  # a call that is taken away may leave an answer to nothing
             return None
 

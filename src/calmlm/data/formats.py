@@ -102,6 +102,11 @@ def _conversation(record: Record, found: Format) -> dict[str, Any]:
 def _texts(record: Record, found: Format) -> dict[str, Any]:
     fields = {key: record.fields[key] for key in FIELDS[found]}
     for key, value in fields.items():
+        if value is None:
+            raise DataError(
+                f"{record.place}: expected a string in '{key}', but it is null, as None, NA and nothing are read in a "
+                f"CSV; fill it in or remove the record."
+            )
         if not isinstance(value, str):
             raise DataError(
                 f"{record.place}: expected a string in '{key}', but got {type(value).__name__}; put the text in quotes."

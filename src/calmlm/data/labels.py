@@ -15,6 +15,7 @@ from calmlm.data.context import OwnContext
 from calmlm.data.conversations import Conversations, common_prefix
 from calmlm.data.formats import CONVERSATIONS, Example
 from calmlm.errors import DataError
+from calmlm.tokens.text_ends import end_of, without_appended
 
 IGNORE = -100
 
@@ -49,8 +50,8 @@ def encode_examples(
 
     Args:
         examples: checked examples.
-        tokenizer: a Hugging Face tokenizer; its `eos_token` ends each completion or text, a chat template renders
-            messages.
+        tokenizer: a Hugging Face tokenizer; its `eos_token`, or what it puts behind any text,
+            ends each completion or text; a chat template renders messages.
         max_length: the context; a prompt must leave room in it for at least one token of its completion. Completions
             and texts that run over it are cut there. None sets no limit.
         loss_on: "completion" counts the completion, or the assistant's messages, only; "all" counts every token.
@@ -105,13 +106,8 @@ def encode_examples(
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """The ids that a prompt has in training: as the tokenizer gives them, without an end-of-text token."""
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        return ids
-    # One that stands in the prompt stays.
-    appended = tokenizer("a", verbose=False)["input_ids"][-1] == tokenizer.eos_token_id
-    return ids[:-1] if appended else ids
+    """The ids that a prompt has in training: as the tokenizer gives them, without what it puts behind any text."""
+    return without_appended(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
 
 
 def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -132,5 +128,6 @@ def _encode(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
 
 
 def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """End with the end-of-text token, so that the model learns to stop."""
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    """End with the token that ends texts, so that the model learns to stop."""
+    end = end_of(tokenizer)
+    return ids if end is None else [*ids, end]

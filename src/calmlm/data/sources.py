@@ -69,6 +69,11 @@ def read_hub(source: HubDataset) -> list[Record]:
     require("datasets", "train", "Reading a data set by its id")
     import datasets
 
+    if Path(source.dataset).is_file():
+        raise DataError(
+            f"Expected the id of a data set or a folder in 'dataset', but {source.dataset} is a file; name its folder, "
+            f"which holds nothing else, or write JSON lines as a path alone."
+        )
     try:
         loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
         rows = list(loaded)  # which decodes them
@@ -80,7 +85,8 @@ def read_hub(source: HubDataset) -> list[Record]:
             f"connection to the hub."
         ) from error
     records = [
-        Record(without_nulls(row), f"{source.dataset}, row {number}") for number, row in enumerate(rows, start=1)
+        Record({key: without_nulls(value) for key, value in row.items()}, f"{source.dataset}, row {number}")
+        for number, row in enumerate(rows, start=1)
     ]
     if not records:
         raise DataError(

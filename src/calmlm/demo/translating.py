@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-from transformers import StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteriaList
 
 from calmlm.bases.speed import faster_dtype
 from calmlm.data.jsonl import read_jsonl
@@ -29,6 +29,7 @@ from calmlm.experiments.real.systems import FirstLine
 from calmlm.experiments.real.world import asked
 from calmlm.experiments.record import device
 from calmlm.files.loading import read_config
+from calmlm.tokens.emitter import TextEmitter
 
 __all__ = ["FILES", "Sentence", "Speaker", "sentences", "show", "speakers"]
 
@@ -84,14 +85,14 @@ class Speaker:
         return first_line_of(self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-class _Hearing(TextStreamer):
-    """Hands on what there is so far, whenever a word is complete."""
+class _Hearing(TextEmitter):
+    """Hands on what there is so far."""
 
     def __init__(self, tokenizer: Any, heard: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, self._take)
         self.heard, self.text = heard, ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def _take(self, text: str) -> None:
         self.text += text
         self.heard(first_line_of(self.text))
 

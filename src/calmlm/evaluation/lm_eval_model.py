@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from calmlm.data.context import EndOfContext, OwnContext, context_length, own_contexts, prompt_length
 from calmlm.errors import ConfigError
 from calmlm.evaluation.truncation import kept, windows
+from calmlm.tokens.text_ends import around, end_of
 
 __all__ = ["ComposedLM", "Ending"]
 
@@ -34,7 +35,15 @@ class ComposedLM(HFLM):  # type: ignore[misc]
         model.generation_config = GenerationConfig(
             bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
         )
+        before, self._behind = around(tokenizer)
+        known = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+        if not known and not before:
+            raise ConfigError(
+                "Evaluation needs a tokenizer with a beginning or an end of text, but this one has neither: give it "
+                "one and save it."
+            )
         super().__init__(
+            prefix_token_id=None if known else before[0],
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
@@ -62,9 +71,38 @@ class ComposedLM(HFLM):  # type: ignore[misc]
         before, scored = super()._encode_pair(context, continuation)
         return before or self._beginning, scored
 
-    def tok_batch_encode(self, strings: Any, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """As in the harness; a prompt without tokens is the beginning of a text."""
-        ids, masks = super().tok_batch_encode(strings, *arguments, **options)
+    @property
+    def eot_token_id(self) -> int | None:
+        """What training ends texts with."""
+        return end_of(self.tokenizer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
+    ) -> list[int]:
+        """As in the harness, without what the tokenizer puts behind any text: something is to follow."""
+        ids = list(super().tok_encode(string, add_special_tokens=add_special_tokens, **options))
+        if self._has_end(ids, string):
+            ids = ids[: -len(self._behind)]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def _has_end(self, ids: list[int], string: str) -> bool:
+        """Whether tokens of a text end with what the tokenizer puts behind any, which the text itself does not."""
+        count = len(self._behind)
+        if not count or ids[-count:] != self._behind:
+            return False
+        plain = self.tokenizer.encode(string, add_special_tokens=False)
+        return not plain or plain[-len(ids) :] != ids[-len(plain) :]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in the harness, but nothing stands behind a prompt; one without tokens is the beginning of a text."""
+        room = None if left_truncate_len is None else left_truncate_len + len(self._behind)
+        ids, masks = super().tok_batch_encode(strings, padding_side, room, **options)
+        if padding_side == "left" and self._has_end(ids[0][masks[0].bool()].tolist(), strings[0]):
+            ids, masks = (part[:, : -len(self._behind)] for part in (ids, masks))
+        if left_truncate_len:
+            ids, masks = (part[:, -left_truncate_len:] for part in (ids, masks))
         empty = ~masks.bool().any(1)
         if not self._beginning or not empty.any():
             return ids, masks

@@ -90,11 +90,12 @@ class SharedReader(Common):
     def _arguments(self, inputs: Inputs, past: Past, read: int) -> dict[str, Any]:
         """The model's arguments for its tokens but the first ``read``, which lie in its cache already."""
         ids = inputs.ids[:, read:]
+        # First, since trying padding out settles who counts positions.
+        self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
         positions = positions_for(self.backbone, inputs.positions, inputs.ids, inputs.mask)
         if positions is None and self.opening.ids:  # padding may stand behind it, which the model would count
             positions = counted(inputs.ids, inputs.mask)
         positions = positions if positions is None else positions[..., read:]
-        self.backbone.check_padding(f"augmenting model {self.name!r}", inputs.mask)
         if self.opening.ids:
             if inputs.mask is None or (isinstance(inputs.mask, Tensor) and inputs.mask.ndim == 2):
                 check_one_text(inputs, real_tokens(inputs, self.name), self.name)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 MOST_STOPS, MOST_CHOICES, MOST_TOP, MOST_PROMPTS = 4, 128, 20, 128
+LONGEST_STOP = 1024
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
+
+
+def _or_null(schema: dict[str, Any]) -> None:
+    """A null stands for the default, and the schema says so."""
+    kept = {key: schema.pop(key) for key in list(schema) if key not in ("title", "default")}
+    schema["anyOf"] = [kept, {"type": "null"}]
+
+
+NULLABLE = Field(json_schema_extra=_or_null)
 
 
 class StreamOptions(BaseModel):
@@ -43,16 +53,32 @@ class Asked(BaseModel):
     model: Name
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES, strict=True), NULLABLE] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Seed | None = None
     max_tokens: Count | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2), NULLABLE] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2), NULLABLE] = 0.0
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     response_format: ResponseFormat | None = None
-    stream: bool = False
+    stream: Annotated[bool, NULLABLE] = False
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A null is the default, as clients send it for what they leave out."""
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _of_stops(cls, given: Any) -> Any:
+        stops = given if isinstance(given, list) else [given]
+        if len(stops) > MOST_STOPS:
+            raise ValueError(f"at most {MOST_STOPS} strings are taken, but got {len(stops)}; leave some out")
+        if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
+            raise ValueError(f"expected one string or several, each of 1 to {LONGEST_STOP} characters")
+        return given
 
     @property
     def stops(self) -> list[str]:
@@ -76,7 +102,7 @@ class CompletionRequest(Asked):
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP, strict=True)] | None = None
     echo: Literal[False] | None = None
-    suffix: None = None
+    suffix: Literal[""] | None = None
     best_of: Count | None = None
 
 
@@ -94,10 +120,17 @@ class ChatRequest(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
-    logprobs: bool = False
+    logprobs: Annotated[bool, NULLABLE] = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP, strict=True)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @field_validator("tools", "functions", mode="before")
+    @classmethod
+    def _none_is_called(cls, given: Any) -> Any:
+        if given:
+            raise ValueError("no tools are called here; leave them out")
+        return given
 
 
 class TokenizeRequest(BaseModel):

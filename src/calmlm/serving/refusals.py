@@ -61,5 +61,5 @@ def wrong_request(errors: list[Any]) -> RefusalError:
     if error.get("type") == "json_invalid":
         return RefusalError(400, "The request body must be JSON, but it cannot be read: send JSON.")
     where = ".".join(places) or "The request body"
-    told = str(error.get("msg", "it is wrong")).rstrip(".")
+    told = str(error.get("msg", "it is wrong")).removeprefix("Value error, ").rstrip(".")
     return RefusalError(400, f"{where} is wrong: {told}.", places[0] if places else None)

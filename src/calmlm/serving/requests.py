@@ -15,9 +15,9 @@ from calmlm.serving.grammar import ANY_OBJECT, JsonGrammar
 from calmlm.serving.next_token import Chooser, Sampling
 from calmlm.serving.protocol import Asked, ChatRequest, CompletionRequest, Message, TokenizeRequest
 from calmlm.serving.refusals import RefusalError, no_model
-from calmlm.serving.transcript import Transcript
 from calmlm.serving.writing import Piece, Writing
 from calmlm.tokens.chat import in_parts, takes_parts
+from calmlm.tokens.transcript import Transcript
 
 DEFAULT_TOKENS = 16  # of a completion that says nothing of its length, as OpenAI's
 

@@ -11,7 +11,7 @@ from calmlm.serving.batching import Text
 from calmlm.serving.lanes import CompositionLane, Lane, Speaking
 from calmlm.serving.next_token import Chooser, Drawn
 from calmlm.serving.repetition import Lookup
-from calmlm.serving.transcript import Transcript
+from calmlm.tokens.transcript import Transcript
 
 __all__ = ["Piece", "Writing"]
 

@@ -40,10 +40,12 @@ def let_hold(made: list[dict[str, Any]], optimizer: Any, schedule: Any, before: 
         group.update({key: own[key] for key in SETTINGS if key in own})
     rates = [own.get("initial_lr", own["lr"]) for own in made]
     factors = getattr(schedule, "lr_lambdas", None)  # of the rate at the start, by the step
-    if factors is not None and schedule.base_lrs != rates:
+    if factors is not None:  # the schedule may be another one, too: over more steps, say
         found = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, factors, strict=True)]
+        if schedule.base_lrs == rates and found == [group["lr"] for group in groups]:
+            return
         more = {"base_lrs": rates}
-    elif factors is None and before not in (None, now, 0.0):
+    elif before not in (None, now, 0.0):
         found, more = [group["lr"] * now / before for group in groups], {}
     else:
         return

@@ -6,9 +6,11 @@ whether the other processes are done writing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-__all__ = ["RUNNING", "ResumedTrainer", "check_agreement", "highest"]
+__all__ = ["RUNNING", "ResumedTrainer", "check_agreement", "highest", "mark_of", "other_data"]
 
 RUNNING = "running.json"
 
@@ -35,9 +37,11 @@ class ResumedTrainer(Trainer):
 
     Attributes:
         before_saving: called in every process before a checkpoint is written.
+        data: what tells the examples from others, see ``mark_of``.
     """
 
     before_saving: Callable[[], None] | None = None
+    data: dict[str, Any] | None = None
     _loss_so_far = 0.0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -76,6 +80,7 @@ class ResumedTrainer(Trainer):
                 "metrics": {key: list(found) for key, found in self._measured().items()},
                 "tokens": getattr(self, "_total_train_tokens", 0),
                 "learning_rate": self.args.learning_rate,
+                "data": self.data,
             }
             write_text(Path(output_dir) / RUNNING, json.dumps(known))
         self.accelerator.wait_for_everyone()
@@ -117,6 +122,24 @@ def _known(checkpoint: str | None) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def mark_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What tells examples from others: their number, and a digest of their lengths and of a thousand of them."""
+    digest = hashlib.sha256(array("q", [len(row["input_ids"]) for row in rows]).tobytes())
+    for row in rows[:: max(1, len(rows) // 1000)]:
+        digest.update(array("q", [*row["input_ids"], *row["labels"]]).tobytes())
+    return {"examples": len(rows), "digest": digest.hexdigest()[:16]}
+
+
+def other_data(checkpoint: Path, now: dict[str, Any]) -> str | None:
+    """How the examples of a run differ from those of the checkpoint that it goes on from; None where they do not."""
+    before = _known(str(checkpoint)).get("data")
+    if before is None or before == now:
+        return None
+    if before["examples"] != now["examples"]:
+        return f"{now['examples']} examples in place of {before['examples']}"
+    return f"as many examples, {now['examples']}, but others"
 
 
 def highest(trainer: Trainer, value: int) -> int:

@@ -35,7 +35,7 @@ from calmlm.training.backends import (
 )
 from calmlm.training.cache_settings import UNITS
 from calmlm.training.curves import draw_curves
-from calmlm.training.going_on import check_agreement
+from calmlm.training.going_on import check_agreement, mark_of, other_data
 from calmlm.training.learned import learned
 from calmlm.training.outcome import Report, save_result, take
 from calmlm.training.process_environment import environment_restored
@@ -112,6 +112,7 @@ def train(
     check_saving(model, tokenizer, checkpoints=arguments.save_strategy != "no")
     set_packing_length(arguments, max_length)
 
+    mark = mark_of(rows)
     cache = _cache(config, model, arguments, report)
     if cache is not None:
         rows = _with_states(rows, cache, report)
@@ -128,7 +129,10 @@ def train(
         changed = folder.changes(config.to_dict())
         if changed:
             report(f"Other settings than before: {', '.join(changed)}.")
+        if differs := other_data(checkpoint, mark):
+            report(f"Other data than before: {differs}; the rows come in another order from here on.")
     trainer = make_trainer(config.backend, model, arguments, tokenizer, rows, eval_rows, folder)
+    trainer.data = mark
     trainer.learned = lambda: learned(
         _listed(config.data.train), _listed(config.data.eval), len(train_examples), trainer.state
     )

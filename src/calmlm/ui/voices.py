@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
 
 from calmlm.answering import TextModel
 from calmlm.config import opening_of
 from calmlm.data.context import stated_length
 from calmlm.data.labels import encode_prompt
 from calmlm.errors import DataError
+from calmlm.tokens.emitter import TextEmitter
 from calmlm.tokens.lookup import find_tokenizer
 
 __all__ = ["AugmentingVoice", "Voice", "augmenting_voices"]
@@ -97,7 +97,7 @@ class AugmentingVoice:
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=room,
             pad_token_id=ends if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            streamer=_Emitting(self.tokenizer, emit),
+            streamer=TextEmitter(self.tokenizer, emit),
             num_beams=1,
             do_sample=False,
             temperature=None,
@@ -130,15 +130,3 @@ def augmenting_voices(text: TextModel) -> list[AugmentingVoice]:
         if own is not None:
             found.append(AugmentingVoice(name, base, own, opening_of(entry)))
     return found
-
-
-class _Emitting(TextStreamer):
-    """transformers' streamer, with the text handed on instead of printed."""
-
-    def __init__(self, tokenizer: Any, emit: Emit) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.emit(text)

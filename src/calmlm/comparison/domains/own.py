@@ -43,6 +43,7 @@ from calmlm.tokens.beginning import beginning_of
 from calmlm.tokens.live_text import writer_of
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.spelling import token_bytes
+from calmlm.tokens.text_ends import end_of
 
 __all__ = ["OwnModels"]
 
@@ -351,7 +352,7 @@ class OwnModels(TextDomain):
     def _bits_per_byte(self, model: Any, examples: list[Example]) -> list[float]:
         tokenizer = self._tokenizer_of(model)
         rows = encode_examples(examples, tokenizer, max_length=None).rows
-        end = tokenizer.eos_token_id
+        end = end_of(tokenizer)
         rows = [_without(end, row) for row in rows]
         size = self.settings.evaluation_batch_size
         if isinstance(model, Swapped):
@@ -393,7 +394,7 @@ def _size(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
 def _ends(settings: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """All tokens that end an answer: the tokenizer's, and the model's own."""
     given = getattr(settings, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    ends = {end_of(tokenizer), *(given if isinstance(given, list) else [given])} - {None}
     return sorted(ends) or None
 
 

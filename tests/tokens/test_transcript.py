@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from calmlm.serving.transcript import BROKEN, Transcript
+from calmlm.tokens.transcript import BROKEN, Transcript
 from tokenizers_tiny import AWKWARD, KINDS, tokenizer
 
 

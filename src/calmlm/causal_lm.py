@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,7 +31,7 @@ from calmlm.bases.sharding import shape_of
 from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig, check_names
 from calmlm.decoding.loops import CalmGenerationMixin
-from calmlm.errors import ConfigError
+from calmlm.errors import ConfigError, WriteError, first_line, is_full
 from calmlm.files import saving, storage
 from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
@@ -74,6 +75,11 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         self._rename()
 
     # What belongs to whom
+
+    @property
+    def hf_quantizer(self) -> Any:
+        """What has quantised the anchor, which PEFT asks when it merges into it; none is an AttributeError."""
+        return self.anchor.hf_quantizer
 
     @property
     def _is_stateful(self) -> bool:  # type: ignore[override]
@@ -433,6 +439,8 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         """
         if not is_main_process:
             return
+        if not str(save_directory):
+            raise ConfigError("save_directory must be a folder, but it is empty: name one.")
         folder = Path(expanded(save_directory))
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
@@ -442,7 +450,14 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             entries = self.config.augmenting.items()
             told = [(name, self.augmenting[name], entry) for name, entry in entries]
             warn_of_changes([("anchor", self.anchor, self.config.anchor), *told])
-        saving.save_composition(folder, self.config, tensors, self.generation_config, self.model.alignments)
+        try:
+            saving.save_composition(folder, self.config, tensors, self.generation_config, self.model.alignments)
+        except (OSError, SafetensorError) as error:
+            reason = "the disk is full" if is_full(error) else first_line(error)
+            raise WriteError(
+                f"Expected to write a composition in {folder}, but that failed ({reason}), and what was there stays: "
+                f"make room, or choose another folder."
+            ) from error
         if push_to_hub:
             given = {key: value for key, value in kwargs.items() if key not in SAVING_ARGUMENTS}
             given |= {} if state_dict is None else {"state_dict": state_dict}

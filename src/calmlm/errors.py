@@ -27,6 +27,7 @@ __all__ = [
     "DataError",
     "MissingExtraError",
     "ModelError",
+    "WriteError",
     "first_line",
     "is_full",
     "warn",
@@ -53,6 +54,10 @@ class DataError(CalmError, ValueError):
     """A data file, a line of it, or a prompt cannot be used."""
 
 
+class WriteError(CalmError, OSError):
+    """A file cannot be written: the disk is full, say."""
+
+
 class MissingExtraError(CalmError, ImportError):
     """An optional dependency is not installed."""
 
@@ -77,6 +82,7 @@ def first_line(error: BaseException) -> str:
 def is_full(error: BaseException) -> bool:
     """Whether a disk without room is behind an error; safetensors and torch say so in their messages alone."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = full or (error.__cause__ is not None and is_full(error.__cause__))
     return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import calmlm
-from compositions import awaken, greedy_without_cache, logits_of, tiny_composition
+from compositions import assert_close, awaken, greedy_without_cache, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -99,6 +100,17 @@ def test_quantised_bases_train_generate_save_and_load(
     model.save_pretrained(tmp_path / "composition")
     again = calmlm.CalmForCausalLM.from_pretrained(tmp_path / "composition", **options)
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+def test_lora_around_a_quantised_anchor_is_merged(folders: Path) -> None:
+    options = {"quantization_config": quantiser(8), "dtype": torch.float32}
+    model, ids = awaken(calmlm.compose(folders / "llama", folders / "gpt2", 2, **options)), tiny_tokens(2, 6)
+    settings = LoraConfig(target_modules=r".*anchor\..*(q_proj|v_proj)", r=4, init_lora_weights=False)
+    wrapped = get_peft_model(model, settings).eval()
+    before = logits_of(wrapped, ids)
+    merged = wrapped.merge_and_unload()
+    assert_close(logits_of(merged, ids), before, 0.1)  # what was merged is quantised anew
+    assert not hasattr(calmlm.compose(folders / "llama", folders / "gpt2", 2), "hf_quantizer")
 
 
 @pytest.mark.parametrize("which", ["anchor", "augmenting", "both"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import linear
 
@@ -330,3 +331,70 @@ def test_a_composition_without_adapters_is_as_it_was() -> None:
     model.merge_adapters()
     assert torch.equal(logits_of(model, IDS), before)
     assert not maps_of(model)
+
+
+ON_THE_ANCHOR = r".*anchor\..*(q_proj|v_proj)"
+
+
+def wrapped_in(model: Any, settings: Any) -> Any:
+    """A model in a tuner of PEFT's that has learned something."""
+    found = get_peft_model(model, settings).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+def test_lora_around_a_map_is_heard_beside_merged_adapters() -> None:
+    model = adapted()
+    alone = logits_of(model, IDS)
+    wrapped = wrapped_in(model, LoraConfig(target_modules=ON_THE_ANCHOR, r=2))
+    before = logits_of(wrapped, IDS)
+    assert float((before - alone).abs().max()) > 0.1
+    model.merge_adapters()
+    assert len(maps_of(model)) > 0
+    calls = count_adapters(model)
+    assert_close(logits_of(wrapped, IDS), before, 1e-4)
+    assert calls == [0]
+    wrapped.merge_adapter()
+    assert_close(logits_of(wrapped, IDS), before, 1e-4)
+    wrapped.unmerge_adapter()
+    assert_close(logits_of(wrapped, IDS), before, 1e-4)
+    assert_close(logits_of(wrapped.merge_and_unload(), IDS), before, 1e-4)
+    model.unmerge_adapters()
+    assert_close(logits_of(model, IDS), before, 1e-4)
+
+
+TUNERS = {
+    "lora": LoraConfig(target_modules=ON_THE_ANCHOR, r=2),
+    "dora": LoraConfig(target_modules=ON_THE_ANCHOR, r=2, use_dora=True),
+    "ia3": IA3Config(target_modules=ON_THE_ANCHOR, feedforward_modules=[]),
+    "oft": OFTConfig(target_modules=ON_THE_ANCHOR, oft_block_size=4, r=0),
+}
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+@pytest.mark.parametrize("adapters", [3, None])
+def test_tuners_that_would_not_merge_are_told(kind: str, adapters: int | None) -> None:
+    """Around a map with adapters, what scales or turns its result does so with what they add."""
+    model = tiny_composition(adapters=3) if adapters else tiny_composition()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        wrapped = wrapped_in(adapted() if adapters else model, copy.deepcopy(TUNERS[kind]))
+        wrapped.train().eval()
+    found = [str(each.message) for each in told if "merge_and_unload() would change" in str(each.message)]
+    assert len(found) == (1 if adapters and kind != "lora" else 0)
+    before = logits_of(wrapped, IDS)
+    merged = logits_of(wrapped.merge_and_unload(), IDS)
+    assert (float((merged - before).abs().max()) > 1e-3) == bool(found), "it says so where it is so"
+
+
+def test_parameters_that_never_train_are_told() -> None:
+    for targets, count in ((["q_proj", "v_proj"], 1), (ON_THE_ANCHOR, 0)):
+        wrapped = get_peft_model(tiny_composition("llama", "llama"), LoraConfig(target_modules=targets, r=2))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            wrapped.train().train()
+        assert sum("name maps of the anchor alone" in str(each.message) for each in told) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import pickle
 import shutil
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import calmlm
 from calmlm import CalmForCausalLM, CheckpointError, ConfigError
+from calmlm.errors import WriteError, is_full
 from calmlm.files import publishing, storage
 from compositions import assert_helpful, awaken, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
@@ -615,3 +618,35 @@ def test_bases_inside_the_folder_are_found_again(models: Path, tmp_path_factory:
     found = CalmForCausalLM.from_pretrained(moved / "composition")
     assert torch.equal(logits_of(found, IDS), logits_of(model, IDS))
     assert Path(found.config.anchor["id"]) == moved / "composition" / "bases" / "anchor"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_written_leaves_what_was_there(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_composition()
+    model.save_pretrained(tmp_path / "c")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+
+    def full(tensors: Any) -> Any:
+        def write(path: Path) -> None:
+            path.write_bytes(b"half")
+            raise error
+
+        return write
+
+    monkeypatch.setattr(storage, "tensor_writer", full)
+    with pytest.raises(WriteError, match=reason) as found:
+        model.save_pretrained(tmp_path / "c")
+    assert isinstance(found.value, OSError) and is_full(found.value) == ("full" in reason)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+    with pytest.raises(calmlm.ConfigError, match="it is empty"):
+        model.save_pretrained("")

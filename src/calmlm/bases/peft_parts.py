@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -31,3 +32,27 @@ def train_added(base: nn.Module, mode: bool) -> None:
             for name, child in module.named_children():
                 if name not in ("base_layer", "original_module"):
                     child.train(mode)
+
+
+ADDING = ("lora", "adalora", "loha", "lokr", "vera", "vblora", "fourierft", "randlora")
+"""PEFT's methods that add to what a map gives, and leave that as it is."""
+
+
+def scaling_tuners(base: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[str]:
+    """Types of PEFT's layers that change what the map inside gives, or what it is given, instead of adding to it.
+
+    Args:
+        base: a model.
+        chosen: whether a map counts.
+    """
+    layers = tuner_layers()
+    if not layers:
+        return []
+    found = []
+    for module in base.modules():
+        if not isinstance(module, layers) or not chosen(module.get_base_layer()):
+            continue
+        method = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
+        if method not in ADDING or any(getattr(module, "use_dora", {}).values()) or getattr(module, "lora_variant", {}):
+            found.append(type(module).__name__)
+    return found

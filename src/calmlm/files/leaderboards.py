@@ -53,12 +53,17 @@ def write_results(folder: str | Path, results: Sequence[EvalResultEntry]) -> Non
     check_results(results)
     files = {file_of(entry): [entry] for entry in results}
     kept = {file_of(entry): [entry] for entry in read_results(folder)} | files
-    (folder / RESULTS).mkdir(exist_ok=True)
-    write_together(folder / RESULTS, {name: text_writer(to_yaml(entries)) for name, entries in files.items()})
     card = folder / CARD_NAME
-    if card.is_file():
-        text = with_results(card.read_text(encoding="utf-8"), [entry for entries in kept.values() for entry in entries])
-        write_together(folder, {CARD_NAME: text_writer(text)})
+    try:
+        write_together(folder / RESULTS, {name: text_writer(to_yaml(entries)) for name, entries in files.items()})
+        if card.is_file():
+            every = [entry for entries in kept.values() for entry in entries]
+            write_together(folder, {CARD_NAME: text_writer(with_results(card.read_text(encoding="utf-8"), every))})
+    except OSError as error:
+        reason = "the disk is full" if is_full(error) else first_line(error)
+        raise WriteError(
+            f"Expected to write results in {folder}, but that failed ({reason}): make room there, then write them again."
+        ) from error
 
 
 def check_results(results: Sequence[EvalResultEntry]) -> None:

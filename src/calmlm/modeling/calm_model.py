@@ -22,7 +22,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from calmlm.bases.embeddings import embed_with, embedding_size
 from calmlm.bases.families import Backbone, freeze, text_config
 from calmlm.bases.heads import head_logits
-from calmlm.bases.peft_parts import train_added
+from calmlm.bases.peft_parts import scaling_tuners, train_added
 from calmlm.bases.placement import device_map_of, execution_device
 from calmlm.config import CalmConfig, ConnectorConfig, opening_of
 from calmlm.connectors import CONNECTORS, Connector, build_connector
@@ -30,7 +30,7 @@ from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.ingestor import AnchorIngestor
 from calmlm.connectors.pointer import Pointer
 from calmlm.connectors.word_map import WordMap
-from calmlm.errors import DataError, ModelError
+from calmlm.errors import DataError, ModelError, warn
 from calmlm.modeling.abilities import Abilities, can_cache
 from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
@@ -56,9 +56,9 @@ from calmlm.readers import (
 )
 from calmlm.state.cache import Bearer, CalmCache
 from calmlm.state.call import Call, Pointed, Slot
-from calmlm.state.hooks import attach, attach_adapters, attach_words, checkpoint_frozen, detach
+from calmlm.state.hooks import AdaptHook, attach, attach_adapters, attach_words, checkpoint_frozen, detach
 from calmlm.state.longrope import check_turn
-from calmlm.state.merged_weights import Merge, check_map, merge, merged_in, unmerge
+from calmlm.state.merged_weights import Merge, check_map, map_of, merge, merged_in, unmerge
 from calmlm.state.past import Past
 from calmlm.state.recurrent import check_continues
 from calmlm.tokens.alignment import Alignment
@@ -99,6 +99,7 @@ class CalmModel(CalmPreTrainedModel):
         self.active = set(augmenting)
         self.joined = dict.fromkeys(augmenting, 1)  # how often a model of this name has been
         self.slot = Slot()
+        self._warned: set[str] = set()  # of what others have put into the bases
         self.transcoders = nn.ModuleDict({name: writer_of(found) for name, found in (alignments or {}).items()})
         self._find_parts()
         for name in augmenting:
@@ -262,7 +263,7 @@ class CalmModel(CalmPreTrainedModel):
         """
         check_apart(self.anchor, [model])
         for target in (entry.get("adapters") or {}).get("targets", ()) if self.merged else ():
-            check_map(target, self._backbones[""].decoder.get_submodule(target))
+            check_map(target, map_of(self._backbones[""].decoder, target))
         self.augmenting[name] = model  # which refuses names of its own
         self.config.augmenting[name] = entry
         if alignment is not None:
@@ -360,10 +361,32 @@ class CalmModel(CalmPreTrainedModel):
         for base in self.bases():
             base.eval()
             train_added(base, mode)
+        self._warn_of_tuners(mode)
         if mode:
             layers = self._backbones[""].layers
             checkpoint_frozen(layers[self.lowest() + 1 :], self.slot)
         return self
+
+    def _warn_of_tuners(self, mode: bool) -> None:
+        """Warn once of what others have put into the bases that does not do what it seems to."""
+        if mode and "idle" not in self._warned:
+            idle = [name for name, each in self.augmenting.items() if any(p.requires_grad for p in each.parameters())]
+            if idle:
+                self._warned.add("idle")
+                warn(
+                    f"Parameters of the augmenting model {idle[0]!r} ask for a gradient and get none, since nothing of "
+                    f"augmenting models trains: with PEFT, name maps of the anchor alone, such as "
+                    f"target_modules='.*anchor.*(q_proj|v_proj)'."
+                )
+        if "scaling" not in self._warned:
+            found = scaling_tuners(self.anchor, _is_adapted)
+            if found:
+                self._warned.add("scaling")
+                warn(
+                    f"PEFT has put a {found[0]} around a map of the anchor that has adapters of the composition: it "
+                    f"changes what they give as well, so that merge_and_unload() would change the result. Keep it "
+                    f"beside the composition, or compose without adapters."
+                )
 
     def lowest(self) -> int:
         """The lowest of the anchor's layers that something trained changes."""
@@ -673,3 +696,8 @@ def check_apart(anchor: PreTrainedModel, augmenting: Iterable[Any]) -> None:
             "The anchor must be a model of its own, but got one model twice: load it a second time to compose it with "
             "itself."
         )
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether adapters of a composition stand beside a map."""
+    return any(isinstance(hook, AdaptHook) for hook in module._forward_hooks.values())

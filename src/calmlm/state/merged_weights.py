@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from calmlm.bases.peft_parts import tuner_layers
 from calmlm.connectors.adapters import Adapter, Adapters
 from calmlm.errors import ModelError
 from calmlm.state.call import Slot
+from calmlm.state.hooks import AdaptHook
 
-__all__ = ["Merge", "check_map", "merge", "merged_in", "unmerge"]
+__all__ = ["Merge", "check_map", "map_of", "merge", "merged_in", "unmerge"]
 
 MAPS = ("Linear", "Conv1D", "FalconLinear")
 """Types of maps that are x W^T + b, or x W + b, and nothing more."""
@@ -29,11 +31,16 @@ class Merge:
     Args:
         module: the map.
         slot: of the composition.
-        target: the map's name.
+        decoder: the anchor's.
+        target: the map's name in it.
         adapted: the connectors of each augmenting model that has adapters here, by name.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, target: str, adapted: Mapping[str, nn.ModuleList]) -> None:
+    def __init__(
+        self, module: nn.Module, slot: Slot, decoder: nn.Module, target: str, adapted: Mapping[str, nn.ModuleList]
+    ) -> None:
+        above, _, self.leaf = target.rpartition(".")
+        self.parent = decoder.get_submodule(above)
         self.module, self.slot, self.adapted = module, slot, dict(adapted)
         self.names = frozenset(adapted)
         self.found: dict[str, Any] = {name: connectors[-1] for name, connectors in adapted.items()}
@@ -55,9 +62,14 @@ class Merge:
         elif not all(map(_own, self.adapters)):
             self.weight = None
         else:
-            made_of = [_mark(tensor) for tensor in self._tensors()]
+            made_of = [self._outside(), *(_mark(tensor) for tensor in self._tensors())]
             if self.weight is None or made_of != self._made_of:
                 self.weight, self._made_of = self._sum(), made_of
+
+    def _outside(self) -> tuple[Any, ...]:
+        """What PEFT has put around the map, and merged into it: it writes where no tensor notices."""
+        outer = self.parent._modules.get(self.leaf)
+        return id(outer), *getattr(outer, "merged_adapters", ())
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.module.weight  # type: ignore[misc]
@@ -114,12 +126,12 @@ def merge(
     Raises:
         ModelError: for maps whose weights are no plain tensors, or adapters that PEFT has put something around.
     """
-    maps = {target: decoder.get_submodule(target) for target in adapted}
+    maps = {target: map_of(decoder, target) for target in adapted}
     for target, module in maps.items():
         check_map(target, module)
         _check_adapters(target, [connectors[-1] for connectors in adapted[target].values()])
     unmerge(earlier)
-    found = [Merge(module, slot, target, adapted[target]) for target, module in maps.items()]
+    found = [Merge(module, slot, decoder, target, adapted[target]) for target, module in maps.items()]
     for one in found:
         forward = vars(one.module).get("forward")
         if not isinstance(forward, MergedForward):
@@ -156,6 +168,16 @@ def merged_in(merges: Sequence[Merge], streams: Iterable[str], rows: Mapping[str
     return frozenset(name for name in streams if name not in rows)
 
 
+def map_of(decoder: nn.Module, target: str) -> nn.Module:
+    """The map that adapters stand beside: the one inside, where PEFT has put something around it later."""
+    module = decoder.get_submodule(target)
+    while isinstance(module, tuner_layers()) and not any(
+        isinstance(hook, AdaptHook) for hook in module._forward_hooks.values()
+    ):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
+
+
 def check_map(target: str, module: nn.Module) -> None:
     """Raise where no adapters can be merged into a map.
 
@@ -164,7 +186,9 @@ def check_map(target: str, module: nn.Module) -> None:
     """
     forward, kind = vars(module).get("forward"), type(module).__name__
     own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
-    if kind not in MAPS:
+    if isinstance(module, tuner_layers()):
+        reason = f"PEFT has put something around {target!r} of the anchor before they were made"
+    elif kind not in MAPS:
         reason = f"{target!r} of the anchor is a {kind}, whose weights are quantised, or which may do more"
     elif not _plain(module.weight) or "_hf_hook" in vars(module):
         reason = f"{target!r} of the anchor has quantised weights, or weights that lie elsewhere"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer_pt_utils import nested_gather
 
-from calmlm.errors import CalmError, ConfigError, first_line, is_full
+from calmlm.errors import CalmError, ConfigError, WriteError, first_line, is_full
 from calmlm.files.storage import write_text
 from calmlm.training.changed_rates import let_hold, settings_of
 
@@ -57,14 +57,15 @@ class ResumedTrainer(Trainer):
         self._loss_so_far = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item() if step else 0.0
         try:
             super()._save_checkpoint(model, trial)
-        except CalmError:
-            raise
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (CalmError, OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, CalmError) and not isinstance(error, WriteError):
+                raise
             if not (isinstance(error, (OSError, SafetensorError)) or is_full(error)):
                 raise
             if self.args.should_save:
                 shutil.rmtree(place / f"checkpoint-{step}", ignore_errors=True)
-            reason = "the disk is full" if is_full(error) else first_line(error)
+            cause = error.__cause__ if isinstance(error, WriteError) and error.__cause__ is not None else error
+            reason = "the disk is full" if is_full(error) else first_line(cause)
             raise CalmError(
                 f"Expected to write the checkpoint of step {step} in {place}, but that failed ({reason}): make room "
                 f"there, then go on from the one before it with --resume."

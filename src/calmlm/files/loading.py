@@ -164,16 +164,16 @@ def _base(
             f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
         )
     wanted = entry["id"] = storage.resolve_source(recorded, folder)
+    made = (entry.get("fingerprint") or {}).get("architecture")
     if given is None:
         name, found = wanted, (wanted, entry.get("revision"))
-        made = (entry.get("fingerprint") or {}).get("architecture")
         again = of_entry(entry, name, {**settings, **form.options(name)})
         model: Any = load_again(name, role, made, revision=found[1], **again)
     elif isinstance(given, (str, Path)):
         name = form.name(expanded(given))
         found = named_origin(name, None, **{key: settings[key] for key in REACH if key in settings})
         again = of_entry(entry, name, {**settings, **form.options(name)})
-        model = load_again(name, role, None, revision=found[1], **again)
+        model = load_again(name, role, made, revision=found[1], **again)
     else:
         check_whole(given, role)
         if not isinstance(given, PreTrainedModel):

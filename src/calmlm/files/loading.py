@@ -50,6 +50,7 @@ def load_composition(
     augmenting_device_map: Any = SAME,
     quantization_config: Any = None,
     augmenting_quantization_config: Any = SAME,
+    generation_config: GenerationConfig | None = None,
     **options: Any,
 ) -> Model:
     """Load the composition at ``source`` into a ``cls``; see ``CalmForCausalLM.from_pretrained``.
@@ -127,7 +128,7 @@ def load_composition(
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
-    generation = read_generation(source, hub)
+    generation = copy.deepcopy(generation_config) or read_generation(source, hub)
     if generation is not None:
         model.generation_config = generation
     return model.eval()

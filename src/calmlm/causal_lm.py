@@ -472,7 +472,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             kwargs: ``anchor``, ``augmenting`` (loaded models, ids or folders to use instead of the recorded ones; a
                 dictionary where there are several augmenting models), ``dtype``, ``device_map``,
                 ``attn_implementation``, ``trust_remote_code``, ``revision``, ``token``, ``cache_dir``,
-                ``local_files_only``, ``quantization_config``.
+                ``local_files_only``, ``quantization_config``, ``generation_config`` (instead of the saved one).
 
         Raises:
             CheckpointError: when the folder holds no composition, a damaged one, or one made on other bases.

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import calmlm
 from calmlm import CalmForCausalLM, CheckpointError, ConfigError, ModelError
+from calmlm.bases.origins import class_named
+from calmlm.exporting import export
 from compositions import assert_helpful, awaken, logits_of
 from tiny import VOCAB_SIZE, tiny_config, tiny_model, tiny_tokens
 
@@ -256,6 +258,130 @@ def test_encoders_and_models_that_scale_their_weights(tmp_path: Path) -> None:
     model = calmlm.compose(anchor, {"eyes": eyes}, 1)
     assert model.config.anchor["id"] == str(tmp_path / "rwkv")
     assert model.config.augmenting["eyes"]["id"] == str(tmp_path / "bert")
+
+
+SIZE: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+IMAGES: dict[str, Any] = {"image_size": 8, "patch_size": 4, **SIZE}
+SIDES = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+         {"layers": 2, "attention_heads": 4, "ffn_dim": 40}.items()}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+
+def joint(kind: str) -> Any:
+    """A model of texts and images."""
+    config = getattr(transformers, f"{kind}Config")
+    model = getattr(transformers, f"{kind}Model")
+    return model(config(text_config={"vocab_size": 50, **SIZE}, vision_config=IMAGES))
+
+
+def ctc() -> Any:
+    shape = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3)}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=20, **SIZE, **shape, **positions))
+
+
+def gemma() -> Any:
+    text = {"vocab_size": VOCAB_SIZE, "num_key_value_heads": 2, "head_dim": 8, **SIZE}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+    config = transformers.Gemma3Config(text_config=text, vision_config=IMAGES, **tokens)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def whisper() -> Any:
+    config = transformers.WhisperConfig(
+        vocab_size=60, d_model=24, num_mel_bins=8, max_source_positions=10, **SIDES, **SPECIAL
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def translator() -> Any:
+    config = transformers.T5Config(vocab_size=50, d_model=24, d_ff=40, num_layers=2, num_heads=4, d_kv=6)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+PARTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "clip": (lambda: joint("CLIP"), "CLIPVisionModel"),
+    "siglip": (lambda: joint("Siglip"), "SiglipVisionModel"),
+    "wav2vec2": (ctc, "Wav2Vec2Model"),
+    "bert": (lambda: transformers.BertForPreTraining(transformers.BertConfig(vocab_size=50, **SIZE)), "BertModel"),
+    "whisper": (whisper, "WhisperModel"),
+    "t5": (translator, "T5EncoderModel"),
+}
+"""Checkpoints, and a class by which a part of each is loaded."""
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_of_a_checkpoint_is_loaded_as_that_part(bases: Path, kind: str, exported: bool) -> None:
+    make, name = PARTS[kind]
+    make().save_pretrained(bases / "whole")
+    part = getattr(transformers, name).from_pretrained(bases / "whole")
+    model = awaken(calmlm.compose(bases / "anchor", {"part": part}, 1))
+    assert model.config.augmenting["part"]["id"] == str(bases / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(bases / "composition")
+    place = export(bases / "composition", bases / "export") if exported else bases / "composition"
+    again = CalmForCausalLM.from_pretrained(place)
+    assert type(again.augmenting["part"]) is type(part)
+    for found, expected in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    # From another place, too.
+    shutil.copytree(bases / "whole", bases / "elsewhere")
+    again = CalmForCausalLM.from_pretrained(place, augmenting={"part": bases / "elsewhere"})
+    assert type(again.augmenting["part"]) is type(part)
+
+
+RANDOM: dict[str, tuple[Callable[[], Any], str]] = {
+    "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **SIZE)), "BertModel"),
+    "vit": (lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGES)), "ViTModel"),
+    "gemma": (gemma, "Gemma3ForCausalLM"),
+}
+"""Checkpoints, and a class of which they lack tensors."""
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_part_that_a_checkpoint_lacks_is_warned_of(bases: Path, kind: str) -> None:
+    make, name = RANDOM[kind]
+    make().save_pretrained(bases / "whole")
+    part = getattr(transformers, name).from_pretrained(bases / "whole")
+    model = calmlm.compose(bases / "anchor", {"part": part}, 1)
+    assert model.config.augmenting["part"]["id"] == ""
+    with pytest.warns(UserWarning, match="The model 'part' was given in memory and is not what lies at"):
+        model.save_pretrained(bases / "composition")
+    part.save_pretrained(bases / "own")
+    CalmForCausalLM.from_pretrained(bases / "composition", augmenting=bases / "own")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_class_that_transformers_does_not_export_is_warned_of(bases: Path, own: bool) -> None:
+    whisper().save_pretrained(bases / "whole")
+    part = transformers.WhisperModel.from_pretrained(bases / "whole").get_encoder()
+    if own:
+        part.save_pretrained(bases / "own")
+        part = type(part).from_pretrained(bases / "own")
+    assert part.name_or_path
+    model = calmlm.compose(bases / "anchor", {"part": part}, 1)
+    assert model.config.augmenting["part"]["id"] == ""
+    with pytest.warns(UserWarning, match="in memory as a WhisperEncoder, which transformers does not load by name"):
+        model.save_pretrained(bases / "composition")
+    with pytest.raises(CheckpointError) as error:
+        CalmForCausalLM.from_pretrained(bases / "composition")
+    assert_helpful(error.value, "augmenting=model")
+    CalmForCausalLM.from_pretrained(bases / "composition", augmenting=part)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_model_of_several_by_name(bases: Path, kind: str) -> None:
+    joint(kind).save_pretrained(bases / "whole")
+    with pytest.raises(ModelError) as error:
+        calmlm.compose(bases / "anchor", {"part": bases / "whole"}, 1)
+    assert_helpful(error.value, f"{kind}VisionModel.from_pretrained({str(bases / 'whole')!r})", "pass it")
+
+
+@pytest.mark.parametrize("name", ["PreTrainedModel", "AutoModel", "pipeline", "models", "none", "", None])
+def test_only_models_are_looked_up_by_name(name: str | None) -> None:
+    assert class_named(name) is None
 
 
 def test_a_name_that_leads_nowhere_is_warned_of(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

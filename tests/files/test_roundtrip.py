@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import calmlm
 from calmlm import CalmForCausalLM, CheckpointError, ConfigError
@@ -120,6 +120,19 @@ def test_how_it_generates_comes_back(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "tuned" / "generation_config.json").unlink()
     plain = CalmForCausalLM.from_pretrained(tmp_path / "tuned")
     assert plain.generation_config.to_dict() == plain.anchor.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("load", [CalmForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("saved_too", [True, False])
+def test_how_it_generates_may_be_given(saved: Path, load: Any, saved_too: bool) -> None:
+    if not saved_too:
+        (saved / "generation_config.json").unlink()
+    given = GenerationConfig(max_new_tokens=3, repetition_penalty=1.5)
+    model = load(saved, generation_config=given)
+    assert model.generation_config.to_dict() == given.to_dict()
+    assert model.generation_config is not given
+    for base in model.model.bases():
+        assert base.generation_config.max_new_tokens is None
 
 
 def test_how_it_generates_comes_back_from_the_hub(saved: Path, tmp_path: Path) -> None:

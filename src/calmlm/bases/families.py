@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from calmlm.bases.placement import execution_device
@@ -148,6 +148,12 @@ class Backbone:
         else:
             depth = getattr(config, "num_hidden_layers", None)
             found = find_list(encoder, depth)
+            part = MODEL_MAPPING.get(type(getattr(config, "vision_config", None)), None)
+            if found is None and isinstance(part, type):
+                raise ModelError(
+                    f"The {role} must be a single encoder, but {type(model).__name__} holds several: load one, for "
+                    f"example with {part.__name__}.from_pretrained({model.name_or_path!r}), and pass it."
+                )
             if found is None:
                 raise ModelError(
                     f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none "

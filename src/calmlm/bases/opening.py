@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calmlm.bases.origins import check_folder, check_whole
+from calmlm.bases.origins import brings_code, check_folder, check_whole, class_named, describes
 from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import about_to_read, truthful
@@ -38,7 +37,7 @@ def load_anchor(source: str, role: str, **options: Any) -> PreTrainedModel:
     Otherwise like ``load_base``.
     """
     config = _saved_config(source, options)
-    text = config is None or _remote(config) or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    text = config is None or brings_code(config) or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return (load_base if text else load_encoder)(source, role, **options)
 
 
@@ -52,12 +51,14 @@ def load_any(source: str, role: str, **options: Any) -> PreTrainedModel:
 
 
 def load_again(source: str, role: str, architecture: str | None, **options: Any) -> PreTrainedModel:
-    """Load a model of a composition as the class that it was then, where it was saved as that.
+    """Load a model of a composition as the class that it was then, where what lies there is one of that, or holds one.
 
     Otherwise like ``load_anchor`` and ``load_any``.
     """
-    config, known = _saved_config(source, options), getattr(transformers, architecture or "", None)
-    if config is None or known is None or architecture not in (config.architectures or ()) or _remote(config):
+    config, known = _saved_config(source, options), class_named(architecture)
+    if config is None or known is None or brings_code(config):
+        return (load_anchor if role == "anchor" else load_any)(source, role, **options)
+    if architecture not in (config.architectures or ()) and not describes(config, known):
         return (load_anchor if role == "anchor" else load_any)(source, role, **options)
     return _load(known, "model", source, role, options)
 
@@ -68,7 +69,7 @@ def load_encoder(source: str, role: str, **options: Any) -> PreTrainedModel:
     Otherwise like ``load_base``.
     """
     config = _saved_config(source, options)
-    named = getattr(transformers, ((config and config.architectures) or [""])[0], AutoModel)
+    named = class_named(((config and config.architectures) or [""])[0]) or AutoModel
     return _load(named, "model", source, role, options)
 
 
@@ -76,7 +77,7 @@ def holds_decoder(source: str, **options: Any) -> bool:
     """Whether what lies at an id or in a folder was saved as a causal language model; True where nothing tells."""
     config = _saved_config(source, options)
     architectures = None if config is None else config.architectures
-    if config is not None and _remote(config):
+    if config is not None and brings_code(config):
         return True
     causal = {
         name
@@ -84,11 +85,6 @@ def holds_decoder(source: str, **options: Any) -> bool:
         for name in ([names] if isinstance(names, str) else names)
     }
     return not architectures or any(name in causal for name in architectures)
-
-
-def _remote(config: PreTrainedConfig) -> bool:
-    """Whether a model brings code of its own for a causal language model."""
-    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
 def _saved_config(source: str, options: dict[str, Any]) -> PreTrainedConfig | None:

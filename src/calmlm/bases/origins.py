@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants, is_offline_mode, resolve_revision
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from calmlm.bases.fingerprint import has_changed, sampled, shapes_of
 from calmlm.bases.peft_parts import peft_class, tuner_layers
@@ -89,6 +90,65 @@ def _composed(role: str, name: str) -> ModelError:
     )
 
 
+def class_named(name: str | None) -> type[PreTrainedModel] | None:
+    """The class of models that transformers exports by this name; None where there is none."""
+    found = getattr(transformers, name or "", None)
+    known = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is not None
+    return found if known else None
+
+
+def describes(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> bool:
+    """Whether a configuration, or a part of it, is one of this class of models."""
+    if type(config) is kind.config_class:
+        return True
+    parts = [getattr(config, key, None) for key in config.sub_configs]
+    return any(isinstance(part, PreTrainedConfig) and describes(part, kind) for part in parts)
+
+
+def brings_code(config: PreTrainedConfig) -> bool:
+    """Whether a model brings code of its own for a causal language model."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _has_name(model: PreTrainedModel) -> bool:
+    """Whether a model's class can be found again by name: transformers exports it, or knows it of its configuration."""
+    kind = type(model)
+    if class_named(kind.__name__) is kind or kind.__module__.startswith("transformers_modules."):
+        return True
+    found = [mapping.get(type(model.config), None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    return any(kind in known if isinstance(known, tuple) else kind is known for known in found)
+
+
+def _is_class_of(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether what lies in a folder is loaded as a model's class once more, see ``opening.load_again``."""
+    kind = type(model)
+    if not _has_name(model):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # what a damaged configuration, or one with code of its own, raises
+        return True
+    listed = kind.__name__ in (config.architectures or [kind.__name__])
+    if class_named(kind.__name__) is not kind or listed or brings_code(config):
+        return True
+    return describes(config, kind) and not _lacks_some(kind, folder)
+
+
+def _lacks_some(kind: type[PreTrainedModel], folder: Path) -> bool:
+    """Whether a folder lacks tensors of this class of models, which are drawn at random then; no values are kept."""
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _, report = kind.from_pretrained(folder, device_map="meta", output_loading_info=True, **options)
+        return bool(report["missing_keys"])
+    except Exception:  # what a model's own code raises on a device without values
+        return False
+    finally:
+        logging.set_verbosity(told)
+
+
 def named_origin(source: str, revision: str | None, **hub: Any) -> Origin:
     """The origin of a model that is to be loaded by name, and stays the same if its repository moves on.
 
@@ -129,13 +189,14 @@ def origin_in_memory(model: PreTrainedModel, revision: str | None) -> tuple[Orig
     if file is not None:
         found = Path(place, file).is_file()
         return ((str(Path(place).resolve() / file), None) if found else (name, commit_of(place, revision))), True
-    if Path(name).is_dir() and difference(model, Path(name)) is None:
+    if Path(name).is_dir() and _is_class_of(model, Path(name)) and difference(model, Path(name)) is None:
         return (str(Path(name).resolve()), None), True
     snapshots = _snapshots(name, revision)
     for snapshot in snapshots:
-        if difference(model, snapshot) is None:
+        if _is_class_of(model, snapshot) and difference(model, snapshot) is None:
             return (name, snapshot.name), True
-    return (("", None), True) if snapshots or Path(name).is_dir() else ((name, revision), False)
+    nowhere = snapshots or Path(name).is_dir() or not _has_name(model)
+    return (("", None), True) if nowhere else ((name, revision), False)
 
 
 def _snapshots(name: str, revision: str | None) -> list[Path]:
@@ -161,6 +222,12 @@ def warn_of_changes(bases: Iterable[tuple[str, PreTrainedModel, dict[str, Any]]]
             message = (
                 f"The model {name!r} has changed since it was composed, and the composition is saved without it: "
                 f"save that model, and compose anew from what was saved."
+            )
+        elif not source and model.name_or_path and not _has_name(model):
+            message = (
+                f"The model {name!r} was given in memory as a {type(model).__name__}, which transformers does not load "
+                f"by name, so that the composition is saved without a name for it: pass it to from_pretrained each "
+                f"time."
             )
         elif not source and model.name_or_path:
             message = (

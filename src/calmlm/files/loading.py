@@ -50,6 +50,7 @@ def load_composition(
     augmenting_device_map: Any = SAME,
     quantization_config: Any = None,
     augmenting_quantization_config: Any = SAME,
+    generation_config: GenerationConfig | None = None,
     **options: Any,
 ) -> Model:
     """Load the composition at ``source`` into a ``cls``; see ``CalmForCausalLM.from_pretrained``.
@@ -127,7 +128,7 @@ def load_composition(
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
-    generation = read_generation(source, hub)
+    generation = copy.deepcopy(generation_config) or read_generation(source, hub)
     if generation is not None:
         model.generation_config = generation
     return model.eval()
@@ -164,16 +165,16 @@ def _base(
             f"that has no id, but got none: pass it as {'anchor' if role == 'anchor' else 'augmenting'}=model."
         )
     wanted = entry["id"] = storage.resolve_source(recorded, folder)
+    made = (entry.get("fingerprint") or {}).get("architecture")
     if given is None:
         name, found = wanted, (wanted, entry.get("revision"))
-        made = (entry.get("fingerprint") or {}).get("architecture")
         again = of_entry(entry, name, {**settings, **form.options(name)})
         model: Any = load_again(name, role, made, revision=found[1], **again)
     elif isinstance(given, (str, Path)):
         name = form.name(expanded(given))
         found = named_origin(name, None, **{key: settings[key] for key in REACH if key in settings})
         again = of_entry(entry, name, {**settings, **form.options(name)})
-        model = load_again(name, role, None, revision=found[1], **again)
+        model = load_again(name, role, made, revision=found[1], **again)
     else:
         check_whole(given, role)
         if not isinstance(given, PreTrainedModel):

@@ -92,9 +92,10 @@ def _composed(role: str, name: str) -> ModelError:
 
 def class_named(name: str | None) -> type[PreTrainedModel] | None:
     """The class of models that transformers exports by this name; None where there is none."""
-    found = getattr(transformers, name or "", None)
-    known = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is not None
-    return found if known else None
+    found: Any = getattr(transformers, name or "", None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        return None
+    return found if getattr(found, "config_class", None) is not None else None
 
 
 def describes(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> bool:

@@ -33,6 +33,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
     Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     Wav2Vec2Model,
     WhisperConfig,
     WhisperModel,
@@ -406,10 +407,10 @@ def test_guidance_reads_the_same_item_beside_another_text(seeing: Any) -> None:
     assert torch.equal(found, text)
 
 
-def _wav2vec() -> PreTrainedModel:
+def _wav2vec(kind: type[PreTrainedModel] = Wav2Vec2Model, **more: Any) -> PreTrainedModel:
     shape = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3), "feat_extract_norm": "layer"}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
-    return Wav2Vec2Model(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions))
+    return kind(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions, **more))
 
 
 def _sew() -> PreTrainedModel:
@@ -437,12 +438,13 @@ def _padded(name: str, tensor: Tensor, mask: str, length: int) -> tuple[dict[str
     return {name: tensor[:1, :length], mask: real[:1, :length]}, {name: filled, mask: real}
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "sew", "longformer", "siglip2"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "adapter", "sew", "longformer", "siglip2"])
 def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     """Whatever its mask is called, and however long its states are."""
     torch.manual_seed(0)
-    if kind == "wav2vec2":
-        encoder, (alone, beside) = _wav2vec(), _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
+    if kind in ("wav2vec2", "adapter"):
+        encoder = _wav2vec(add_adapter=kind == "adapter")
+        alone, beside = _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
     elif kind == "sew":
         encoder, (alone, beside) = _sew(), _padded("input_values", torch.randn(2, 400), "attention_mask", 250)
     elif kind == "longformer":
@@ -457,6 +459,20 @@ def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     ids = tiny_tokens(2, 6)
     found = logits_of(model, ids, augmenting_inputs={"senses": beside})
     assert_close(found[:1], logits_of(model, ids[:1], augmenting_inputs={"senses": alone}), 1e-4)
+
+
+@pytest.mark.parametrize("connector", ["cross_attention", "legonn"])
+def test_a_mask_of_ones_hides_no_sound_before_or_behind_an_adapter(connector: str) -> None:
+    """Connected layers lie before the adapter, the head behind it."""
+    torch.manual_seed(0)
+    kind = Wav2Vec2ForCTC if connector == "legonn" else Wav2Vec2Model
+    ears = _wav2vec(kind, add_adapter=True).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"ears": ears}, 2, connector=connector))
+    ids, sound = tiny_tokens(2, 6), torch.randn(2, 320)
+    mask = torch.ones(2, 320, dtype=torch.long)
+    whole = logits_of(model, ids, augmenting_inputs={"ears": {"input_values": sound}})
+    found = logits_of(model, ids, augmenting_inputs={"ears": {"input_values": sound, "attention_mask": mask}})
+    assert_close(found, whole, 1e-5)
 
 
 def test_what_an_encoder_fills_a_text_up_with_is_not_seen() -> None:

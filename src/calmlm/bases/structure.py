@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,7 +112,12 @@ def find_first_position(positions: list[Any]) -> int:
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether ``module.forward`` names ``argument``."""
-    return argument in inspect.signature(module.forward).parameters
+    return accepts_argument(module.forward, argument)
+
+
+def accepts_argument(function: Callable[..., Any], argument: str) -> bool:
+    """Whether ``function`` names ``argument``."""
+    return argument in inspect.signature(function).parameters
 
 
 def state_of(output: Any) -> Any:

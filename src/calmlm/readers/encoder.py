@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calmlm.bases.structure import accepts_argument
 from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
@@ -148,6 +149,8 @@ class EncoderReader(Common):
             if shorten is not None and squeeze > 1:  # several of the frames that it counts are one state (SEW)
                 frames = self.model._get_feat_extract_output_lengths(mask.sum(-1))  # type: ignore[operator]
                 mask = torch.arange(length, device=mask.device) < (frames // squeeze)[:, None]
+            elif shorten is not None and not self.first.reads_distribution and accepts_argument(shorten, "add_adapter"):
+                mask = shorten(length, mask, add_adapter=False)  # connected layers lie before the adapter, the head not
             elif shorten is not None:
                 mask = shorten(length, mask)
             elif mask.shape[1] % length == 0:  # one state for several frames

@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     LongformerConfig,
     LongformerModel,
     PreTrainedModel,
@@ -30,6 +32,10 @@ from transformers import (
     SwinModel,
     T5Config,
     T5EncoderModel,
+    ViltConfig,
+    ViltModel,
+    VisualBertConfig,
+    VisualBertModel,
     ViTConfig,
     ViTModel,
     Wav2Vec2Config,
@@ -483,6 +489,41 @@ def test_what_an_encoder_fills_a_text_up_with_is_not_seen() -> None:
     found = logits_of(model, ids, augmenting_inputs={"senses": {"input_ids": text}})
     given = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     assert_close(found, logits_of(model, ids, augmenting_inputs={"senses": given}), 1e-5)
+
+
+def _text_and_picture(kind: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """An encoder of both, and a text of five tokens with a picture, of which four states are patches."""
+    text, pixels = {"input_ids": torch.randint(5, 45, (2, 5))}, {"pixel_values": torch.randn(2, 3, 8, 8)}
+    image = {"image_size": 8, "patch_size": 4}
+    if kind == "layoutlmv3":
+        places = {"coordinate_size": 4, "shape_size": 4, "max_2d_position_embeddings": 64}
+        config = LayoutLMv3Config(vocab_size=50, input_size=8, patch_size=4, **places, **SIZE)
+        return LayoutLMv3Model(config), text | pixels | {"bbox": torch.zeros(2, 5, 4, dtype=torch.long)}
+    if kind == "vilt":
+        return ViltModel(ViltConfig(vocab_size=50, **image, **SIZE)), text | pixels
+    seen = {"visual_embeds": torch.randn(2, 4, 8)}
+    return VisualBertModel(VisualBertConfig(vocab_size=50, visual_embedding_dim=8, **SIZE)), text | seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["layoutlmv3", "vilt", "visual_bert"])
+def test_a_picture_behind_a_text_is_seen(kind: str, masked: bool) -> None:
+    """All of its states, and none of the text's padding, with a mask of the text or without."""
+    torch.manual_seed(0)
+    eyes, given = _text_and_picture(kind)
+    text = torch.ones(2, 5, dtype=torch.long)
+    if masked:
+        text[1, 3:] = 0
+        given["attention_mask"] = text
+    if kind == "visual_bert":
+        given["visual_attention_mask"] = torch.ones(2, 4)
+        given["visual_attention_mask"][0, 3:] = 0
+    model = calmlm.compose(tiny_model("llama"), {"eyes": eyes.eval()}, 2)
+    with torch.no_grad():
+        cache = model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given}, use_cache=True).past_key_values
+    seen = cache.frontiers["eyes"].owner >= 0
+    picture = given.get("visual_attention_mask", torch.ones(2, seen.shape[1] - 5))
+    assert seen.shape[1] > 8 and torch.equal(seen, torch.cat((text, picture), 1).bool())
 
 
 def test_layers_of_another_width_are_refused() -> None:

@@ -23,6 +23,9 @@ from calmlm.state.past import Past
 MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
 """What encoders call the mask of their input."""
 
+OF_TEXT = ("ids", "mask", "bbox", "inputs_embeds")
+"""How what encoders take of a text ends; what else they take beside it has states behind the text's."""
+
 
 @dataclass
 class EncoderReader(Common):
@@ -138,7 +141,7 @@ class EncoderReader(Common):
         found = [value for name in MASKS if isinstance(value := given.get(name), Tensor) and value.ndim == 2]
         ids = given.get("input_ids")
         if not found and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] < states.shape[1]:
-            found = [torch.ones_like(ids)]  # what the encoder fills them up with is no text
+            found = [torch.ones_like(ids)]
         if not found:
             return None
         mask, length = found[0], states.shape[1]
@@ -155,8 +158,8 @@ class EncoderReader(Common):
                 mask = shorten(length, mask)
             elif mask.shape[1] % length == 0:  # one state for several frames
                 mask = mask.reshape(len(mask), length, -1).amax(-1)
-            elif mask.shape[1] < length:  # filled up on the right by the encoder itself (Longformer)
-                mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
+            elif mask.shape[1] < length:
+                mask = _filled_up(mask, given, length)
         if mask.shape[1] != length and not bool(mask.all()):
             raise DataError(
                 f"The mask in augmenting_inputs[{self.name!r}] must tell which of the {length} states of "
@@ -194,6 +197,20 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
                 f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
             )
+
+
+def _filled_up(mask: Tensor, given: dict[str, Any], length: int) -> Tensor:
+    """A text's mask, (items, S'), with what the encoder itself puts behind the text, (items, length).
+
+    That is no text where nothing else was given (Longformer reads whole windows), and else a picture (LayoutLMv3).
+    """
+    missing = length - mask.shape[1]
+    if all(name.endswith(OF_TEXT) or not isinstance(value, Tensor) for name, value in given.items()):
+        return nn.functional.pad(mask, (0, missing))
+    behind = given.get("visual_attention_mask")
+    if isinstance(behind, Tensor) and behind.shape == (len(mask), missing):
+        return torch.cat((mask.bool(), behind.to(mask.device).bool()), 1)
+    return nn.functional.pad(mask, (0, missing), value=1)
 
 
 def _readings(given: dict[str, Any]) -> list[Reading]:

@@ -44,6 +44,8 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig, Idefics2VisionTransformer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionTransformer
 
 import calmlm
 from compositions import assert_close, assert_helpful, awaken, logits_of
@@ -544,6 +546,41 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     with pytest.raises(calmlm.DataError) as caught:
         model(tiny_tokens(2, 6), augmenting_inputs=given(torch.tensor([[1, 0, 1], [1, 1, 1]])))
     assert_helpful(caught.value, "'senses'")
+
+
+@pytest.mark.parametrize("kind", [Idefics2VisionTransformer, SmolVLMVisionTransformer])
+def test_a_mask_of_patches_is_heeded(kind: type[PreTrainedModel]) -> None:
+    """What it calls padding changes nothing; what it does not, does."""
+    torch.manual_seed(0)
+    config = {Idefics2VisionTransformer: Idefics2VisionConfig, SmolVLMVisionTransformer: SmolVLMVisionConfig}[kind]
+    eyes = kind(config(image_size=8, patch_size=4, initializer_range=0.3, **SIZE)).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"eyes": eyes}, 2))
+    ids, pixels = tiny_tokens(2, 6), torch.randn(2, 3, 8, 8)
+    mask = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    changed = pixels.clone()
+    changed[:, :, 4:] = 7
+    before, after = (
+        logits_of(model, ids, augmenting_inputs={"eyes": {"pixel_values": given, "patch_attention_mask": mask}})
+        for given in (pixels, changed)
+    )
+    assert_close(after[0], before[0], 1e-5)
+    assert float((after[1] - before[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 32])
+def test_a_mask_that_nobody_reads_is_refused_where_it_hides_something(hidden: int) -> None:
+    """ViLT's mask of pixels; where it hides nothing it is as good as none."""
+    torch.manual_seed(0)
+    eyes, given = _text_and_picture("vilt")
+    given["pixel_mask"] = torch.ones(2, 8, 8, dtype=torch.long)
+    given["pixel_mask"][0].view(-1)[64 - hidden :] = 0
+    model = calmlm.compose(tiny_model("llama"), {"eyes": eyes.eval()}, 2)
+    if not hidden:
+        model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given})
+        return
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given})
+    assert_helpful(caught.value, "pixel_mask", "(2, 8, 8)")
 
 
 def test_in_training_each_row_has_an_item_of_its_own() -> None:

@@ -20,8 +20,11 @@ from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.past import Past
 
-MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
+MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask", "patch_attention_mask")
 """What encoders call the mask of their input."""
+
+OTHER_MASKS = ("head_mask", "global_attention_mask", "visual_attention_mask", "entity_attention_mask", "observed_mask")
+"""How masks end that say nothing of these states' padding, or, of a picture's, only beside a text's."""
 
 OF_TEXT = ("ids", "mask", "bbox", "inputs_embeds")
 """How what encoders take of a text ends; what else they take beside it has states behind the text's."""
@@ -138,7 +141,11 @@ class EncoderReader(Common):
 
     def _mask(self, given: dict[str, Any], states: Tensor) -> Tensor | None:
         """Which of an encoder's states stand for its input, (items, S); None where nothing says that some do not."""
-        found = [value for name in MASKS if isinstance(value := given.get(name), Tensor) and value.ndim == 2]
+        masks = {name: value for name in MASKS if isinstance(value := given.get(name), Tensor)}
+        fitting = {name: mask for name, value in masks.items() if (mask := _in_columns(value, states)) is not None}
+        name = next(iter(fitting), None)
+        self._check_masks(given, name, states.shape[1])
+        found = [] if name is None else [fitting[name]]
         ids = given.get("input_ids")
         if not found and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] < states.shape[1]:
             found = [torch.ones_like(ids)]
@@ -167,6 +174,19 @@ class EncoderReader(Common):
                 f"without padding."
             )
         return mask if mask.shape[1] == length else None
+
+    def _check_masks(self, given: dict[str, Any], read: str | None, length: int) -> None:
+        """Raise where a mask other than ``read``, which tells of all states, calls something padding."""
+        for name, mask in given.items():
+            other = name == read or name.endswith(OTHER_MASKS) or name.startswith("decoder_")
+            if other or not name.endswith("_mask") or not isinstance(mask, Tensor) or not mask.numel():
+                continue
+            if bool((mask == 0).any() & (mask != 0).any()):  # with nothing but 0 it means that nothing is padding
+                raise DataError(
+                    f"Padding in augmenting_inputs[{self.name!r}] must be told by one mask of which it is known which "
+                    f"of the {length} states of {type(self.model).__name__} it hides, but {name} of shape "
+                    f"{tuple(mask.shape)} hides some of its input: give one item at a time, without padding."
+                )
 
     def _at_texts(self, texts: Texts, items: int) -> tuple[Tensor, Tensor]:
         """Where the texts of packed rows begin, (B, most), and the item of each, (B * most,)."""
@@ -197,6 +217,13 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
                 f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
             )
+
+
+def _in_columns(mask: Tensor, states: Tensor) -> Tensor | None:
+    """A mask of an encoder's input as (items, columns); one of patches, (items, H, W), has one for each state."""
+    if mask.ndim == 3 and len(mask) == len(states) and mask[0].numel() == states.shape[1]:
+        return mask.flatten(1)
+    return mask if mask.ndim == 2 else None
 
 
 def _filled_up(mask: Tensor, given: dict[str, Any], length: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class EncoderReader(Common):
     """A text, image or sound encoder with inputs of its own.
 
     One item per row, visible from the first token on; or, with ``at``, several items per row, each visible from the
-    token at which it stands.
+    token at which it stands; where these are none in any row, the encoder does not run.
     """
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
@@ -43,9 +43,10 @@ class EncoderReader(Common):
         stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         given = dict((inputs.augmenting or {}).get(self.name) or {})
-        if frontier.width == 0:
+        if frontier.width == 0 and frontier.length == 0:
             frontier.given = given
-            owner = self._encode(stream, dict(given), inputs)
+            if not self._is_empty(given, inputs.ids.shape[0]):
+                owner = self._encode(stream, dict(given), inputs)
         elif given and not _same(given, frontier.given):
             raise DataError(
                 f"The augmenting model {self.name!r} must be given its inputs once, in the first call, but got others "
@@ -73,6 +74,18 @@ class EncoderReader(Common):
                 inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
             )
         return stream
+
+    def _is_empty(self, given: dict[str, Any], rows: int) -> bool:
+        """Whether ``at`` says that the call has no items."""
+        at = given.get("at")
+        if not isinstance(at, Tensor) or at.ndim != 2 or at.shape[1]:
+            return False
+        items = max(
+            (len(value) for key, value in given.items() if key != "at" and isinstance(value, Tensor) and value.ndim),
+            default=0,
+        )
+        self._check_items(at, items, rows)
+        return True
 
     def _forget(self, columns: Tensor, frontier: Frontier) -> None:
         """Continue counting without the anchor tokens that turned out to be padding."""
@@ -238,6 +251,15 @@ def _filled_up(mask: Tensor, given: dict[str, Any], length: int) -> Tensor:
     if isinstance(behind, Tensor) and behind.shape == (len(mask), missing):
         return torch.cat((mask.bool(), behind.to(mask.device).bool()), 1)
     return nn.functional.pad(mask, (0, missing), value=1)
+
+
+def without_items(inputs: Inputs, name: str, rows: Tensor) -> Inputs:
+    """``inputs`` with no items for the encoder ``name`` where it is given nothing and speaks in none of ``rows``."""
+    given = inputs.augmenting or {}
+    if given.get(name) or bool(rows.any()):
+        return inputs
+    nothing = {"at": inputs.ids.new_zeros((inputs.ids.shape[0], 0))}
+    return replace(inputs, augmenting={**given, name: nothing})
 
 
 def _readings(given: dict[str, Any]) -> list[Reading]:

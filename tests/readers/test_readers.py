@@ -418,7 +418,18 @@ def test_guidance_reads_the_same_item_beside_another_text(seeing: Any) -> None:
 def _wav2vec(kind: type[PreTrainedModel] = Wav2Vec2Model, **more: Any) -> PreTrainedModel:
     shape = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3), "feat_extract_norm": "layer"}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
-    return kind(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions, **more))
+    return kind(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **(SIZE | shape | positions | more)))
+
+
+@pytest.mark.parametrize("head", [Wav2Vec2Model, Wav2Vec2ForCTC])
+def test_layers_are_not_taken_for_as_many_convolutions(head: type[PreTrainedModel]) -> None:
+    ears = _wav2vec(head, num_hidden_layers=2).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"ears": ears}, 1))
+    assert model.model.backbone("ears").layers is getattr(ears, "wav2vec2", ears).encoder.layers
+    sound = torch.randn(2, 1, 320)
+    one, other = (logits_of(model, tiny_tokens(2, 6), augmenting_inputs={"ears": {"input_values": s}}) for s in
+                  (sound[:, 0], sound.flip(0)[:, 0]))  # fmt: skip
+    assert not torch.allclose(one, other, atol=1e-4)
 
 
 def _sew() -> PreTrainedModel:
@@ -534,7 +545,7 @@ def test_layers_of_another_width_are_refused() -> None:
     model = calmlm.compose(tiny_model("llama"), {"eyes": SwinModel(SwinConfig(window_size=2, **shape)).eval()}, 2)
     with pytest.raises(calmlm.ModelError) as caught:
         model(tiny_tokens(2, 5), augmenting_inputs={"eyes": {"pixel_values": torch.randn(2, 3, 64, 64)}})
-    assert_helpful(caught.value, "'eyes'", "64", "32")
+    assert_helpful(caught.value, "'eyes'", "64", "32", "augmenting_layers_path")
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:

@@ -54,15 +54,30 @@ def head_classes(encoder: PreTrainedModel) -> int:
     return encoder.config.vocab_size if name.endswith("CTC") else 0
 
 
-def find_list(module: nn.Module, length: int | None) -> nn.ModuleList | None:
-    """The first module list of this length, breadth first."""
+def find_list(module: nn.Module, length: int | None, width: int | None = None) -> nn.ModuleList | None:
+    """The first module list of this length, breadth first; with ``width``, all its members have a linear map of it."""
     queue = deque([module])
     while queue:
         module = queue.popleft()
-        if isinstance(module, nn.ModuleList) and len(module) == length:
-            return module
+        fits = isinstance(module, nn.ModuleList) and len(module) == length
+        if fits and (width is None or all(_maps(member, width) for member in module.children())):
+            return module  # type: ignore[return-value]
         queue.extend(module.children())
     return None
+
+
+def find_encoder_layers(model: PreTrainedModel, length: int | None, width: int | None) -> nn.ModuleList | None:
+    """An encoder's layers: what comes before them (the convolutions of Wav2Vec2) may be as many."""
+    for part in (model.get_encoder(), getattr(model, "encoder", None), model):
+        found = find_list(part, length, width) if isinstance(part, nn.Module) else None
+        if found is not None:
+            return found
+    return find_list(model, length)
+
+
+def _maps(module: nn.Module, width: int) -> bool:
+    """Whether a linear map from or to states of this width is in ``module``."""
+    return any(isinstance(m, nn.Linear) and width in (m.in_features, m.out_features) for m in module.modules())
 
 
 def layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:

@@ -119,7 +119,8 @@ class EncoderReader(Common):
             layer, states = next(iter(other.items()))
             raise ModelError(
                 f"The connected layers of {self.name!r} must have states of width {size}, but layer {layer} of "
-                f"{type(self.model).__name__} has {states.shape[-1]}: connect layers of that width, or another encoder."
+                f"{type(self.model).__name__} has {states.shape[-1]}: name layers of that width "
+                f"with augmenting_layers_path, or choose another encoder."
             )
         return self._spread(stream, given, at, inputs.ids, inputs.texts)
 

@@ -80,6 +80,41 @@ def test_items_are_cached(model: calmlm.CalmForCausalLM, chunk: int) -> None:
     assert_close(torch.cat(parts, 1), logits_of(model, ids, augmenting_inputs=GIVEN), 1e-4)
 
 
+NOWHERE = torch.zeros(2, 0, dtype=torch.long)
+NO_ITEMS: dict[str, dict[str, Any]] = {
+    "empty": {"augmenting_inputs": {"eyes": {"pixel_values": PIXELS[:0], "at": NOWHERE}}},
+    "at alone": {"augmenting_inputs": {"eyes": {"at": NOWHERE}}},
+    "rows": {"composition_mask": torch.tensor([False, False])},
+    "rows of each": {"composition_mask": torch.tensor([[False], [False]])},
+}
+
+
+@pytest.mark.parametrize("kind", NO_ITEMS)
+def test_a_batch_without_items_is_the_anchors(model: calmlm.CalmForCausalLM, kind: str) -> None:
+    ids, nothing = text(), NO_ITEMS[kind]
+    assert torch.equal(logits_of(model, ids, **nothing), logits_of(model.anchor, ids))
+    with torch.no_grad():
+        first = model(ids[:, :4], **nothing, use_cache=True)
+        more = {key: value for key, value in nothing.items() if key == "composition_mask"}
+        second = model(ids[:, 4:], past_key_values=first.past_key_values, **more).logits
+    assert_close(second, logits_of(model.anchor, ids)[:, 4:], 1e-4)
+    for mode in ({}, {"num_beams": 3}):
+        found = model.generate(ids, **GREEDY, **mode, **nothing)
+        assert torch.equal(found, model.anchor.generate(ids, **GREEDY, **mode))
+    model.train()
+    model(ids, labels=ids, **nothing).loss.backward()
+    model.eval()
+    trained = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.requires_grad}
+    model.zero_grad()
+    assert all(grad is not None and not grad.any() for grad in trained.values()), trained
+
+
+def test_items_that_stand_nowhere_are_refused(model: calmlm.CalmForCausalLM) -> None:
+    with pytest.raises(calmlm.DataError) as caught:
+        model(text(), augmenting_inputs={"eyes": {"pixel_values": PIXELS, "at": NOWHERE}})
+    assert_helpful(caught.value, "(2, 0)", "4 items")
+
+
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=["greedy", "beam", "chunked"])
 def test_items_generate(model: calmlm.CalmForCausalLM, mode: dict[str, Any]) -> None:
     reference = {key: value for key, value in mode.items() if key == "num_beams"}

@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextModel,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     LongformerConfig,
     LongformerModel,
     PreTrainedModel,
@@ -30,13 +32,20 @@ from transformers import (
     SwinModel,
     T5Config,
     T5EncoderModel,
+    ViltConfig,
+    ViltModel,
+    VisualBertConfig,
+    VisualBertModel,
     ViTConfig,
     ViTModel,
     Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     Wav2Vec2Model,
     WhisperConfig,
     WhisperModel,
 )
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig, Idefics2VisionTransformer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionConfig, SmolVLMVisionTransformer
 
 import calmlm
 from compositions import assert_close, assert_helpful, awaken, logits_of
@@ -406,10 +415,21 @@ def test_guidance_reads_the_same_item_beside_another_text(seeing: Any) -> None:
     assert torch.equal(found, text)
 
 
-def _wav2vec() -> PreTrainedModel:
+def _wav2vec(kind: type[PreTrainedModel] = Wav2Vec2Model, **more: Any) -> PreTrainedModel:
     shape = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 3), "feat_extract_norm": "layer"}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
-    return Wav2Vec2Model(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **SIZE, **shape, **positions))
+    return kind(Wav2Vec2Config(vocab_size=20, initializer_range=0.3, **(SIZE | shape | positions | more)))
+
+
+@pytest.mark.parametrize("head", [Wav2Vec2Model, Wav2Vec2ForCTC])
+def test_layers_are_not_taken_for_as_many_convolutions(head: type[PreTrainedModel]) -> None:
+    ears = _wav2vec(head, num_hidden_layers=2).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"ears": ears}, 1))
+    assert model.model.backbone("ears").layers is getattr(ears, "wav2vec2", ears).encoder.layers
+    sound = torch.randn(2, 1, 320)
+    one, other = (logits_of(model, tiny_tokens(2, 6), augmenting_inputs={"ears": {"input_values": s}}) for s in
+                  (sound[:, 0], sound.flip(0)[:, 0]))  # fmt: skip
+    assert not torch.allclose(one, other, atol=1e-4)
 
 
 def _sew() -> PreTrainedModel:
@@ -437,12 +457,13 @@ def _padded(name: str, tensor: Tensor, mask: str, length: int) -> tuple[dict[str
     return {name: tensor[:1, :length], mask: real[:1, :length]}, {name: filled, mask: real}
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "sew", "longformer", "siglip2"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "adapter", "sew", "longformer", "siglip2"])
 def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     """Whatever its mask is called, and however long its states are."""
     torch.manual_seed(0)
-    if kind == "wav2vec2":
-        encoder, (alone, beside) = _wav2vec(), _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
+    if kind in ("wav2vec2", "adapter"):
+        encoder = _wav2vec(add_adapter=kind == "adapter")
+        alone, beside = _padded("input_values", torch.randn(2, 160), "attention_mask", 80)
     elif kind == "sew":
         encoder, (alone, beside) = _sew(), _padded("input_values", torch.randn(2, 400), "attention_mask", 250)
     elif kind == "longformer":
@@ -459,6 +480,20 @@ def test_padding_of_an_encoder_changes_nothing(kind: str) -> None:
     assert_close(found[:1], logits_of(model, ids[:1], augmenting_inputs={"senses": alone}), 1e-4)
 
 
+@pytest.mark.parametrize("connector", ["cross_attention", "legonn"])
+def test_a_mask_of_ones_hides_no_sound_before_or_behind_an_adapter(connector: str) -> None:
+    """Connected layers lie before the adapter, the head behind it."""
+    torch.manual_seed(0)
+    kind = Wav2Vec2ForCTC if connector == "legonn" else Wav2Vec2Model
+    ears = _wav2vec(kind, add_adapter=True).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"ears": ears}, 2, connector=connector))
+    ids, sound = tiny_tokens(2, 6), torch.randn(2, 320)
+    mask = torch.ones(2, 320, dtype=torch.long)
+    whole = logits_of(model, ids, augmenting_inputs={"ears": {"input_values": sound}})
+    found = logits_of(model, ids, augmenting_inputs={"ears": {"input_values": sound, "attention_mask": mask}})
+    assert_close(found, whole, 1e-5)
+
+
 def test_what_an_encoder_fills_a_text_up_with_is_not_seen() -> None:
     """Also where it is given without a mask: Longformer reads whole windows."""
     torch.manual_seed(0)
@@ -469,13 +504,48 @@ def test_what_an_encoder_fills_a_text_up_with_is_not_seen() -> None:
     assert_close(found, logits_of(model, ids, augmenting_inputs={"senses": given}), 1e-5)
 
 
+def _text_and_picture(kind: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """An encoder of both, and a text of five tokens with a picture, of which four states are patches."""
+    text, pixels = {"input_ids": torch.randint(5, 45, (2, 5))}, {"pixel_values": torch.randn(2, 3, 8, 8)}
+    image = {"image_size": 8, "patch_size": 4}
+    if kind == "layoutlmv3":
+        places = {"coordinate_size": 4, "shape_size": 4, "max_2d_position_embeddings": 64}
+        config = LayoutLMv3Config(vocab_size=50, input_size=8, patch_size=4, **places, **SIZE)
+        return LayoutLMv3Model(config), text | pixels | {"bbox": torch.zeros(2, 5, 4, dtype=torch.long)}
+    if kind == "vilt":
+        return ViltModel(ViltConfig(vocab_size=50, **image, **SIZE)), text | pixels
+    seen = {"visual_embeds": torch.randn(2, 4, 8)}
+    return VisualBertModel(VisualBertConfig(vocab_size=50, visual_embedding_dim=8, **SIZE)), text | seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["layoutlmv3", "vilt", "visual_bert"])
+def test_a_picture_behind_a_text_is_seen(kind: str, masked: bool) -> None:
+    """All of its states, and none of the text's padding, with a mask of the text or without."""
+    torch.manual_seed(0)
+    eyes, given = _text_and_picture(kind)
+    text = torch.ones(2, 5, dtype=torch.long)
+    if masked:
+        text[1, 3:] = 0
+        given["attention_mask"] = text
+    if kind == "visual_bert":
+        given["visual_attention_mask"] = torch.ones(2, 4)
+        given["visual_attention_mask"][0, 3:] = 0
+    model = calmlm.compose(tiny_model("llama"), {"eyes": eyes.eval()}, 2)
+    with torch.no_grad():
+        cache = model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given}, use_cache=True).past_key_values
+    seen = cache.frontiers["eyes"].owner >= 0
+    picture = given.get("visual_attention_mask", torch.ones(2, seen.shape[1] - 5))
+    assert seen.shape[1] > 8 and torch.equal(seen, torch.cat((text, picture), 1).bool())
+
+
 def test_layers_of_another_width_are_refused() -> None:
     """Swin's grow from stage to stage: a connection has the width of the last."""
     shape = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
     model = calmlm.compose(tiny_model("llama"), {"eyes": SwinModel(SwinConfig(window_size=2, **shape)).eval()}, 2)
     with pytest.raises(calmlm.ModelError) as caught:
         model(tiny_tokens(2, 5), augmenting_inputs={"eyes": {"pixel_values": torch.randn(2, 3, 64, 64)}})
-    assert_helpful(caught.value, "'eyes'", "64", "32")
+    assert_helpful(caught.value, "'eyes'", "64", "32", "augmenting_layers_path")
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:
@@ -487,6 +557,41 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     with pytest.raises(calmlm.DataError) as caught:
         model(tiny_tokens(2, 6), augmenting_inputs=given(torch.tensor([[1, 0, 1], [1, 1, 1]])))
     assert_helpful(caught.value, "'senses'")
+
+
+@pytest.mark.parametrize("kind", [Idefics2VisionTransformer, SmolVLMVisionTransformer])
+def test_a_mask_of_patches_is_heeded(kind: type[PreTrainedModel]) -> None:
+    """What it calls padding changes nothing; what it does not, does."""
+    torch.manual_seed(0)
+    config = {Idefics2VisionTransformer: Idefics2VisionConfig, SmolVLMVisionTransformer: SmolVLMVisionConfig}[kind]
+    eyes = kind(config(image_size=8, patch_size=4, initializer_range=0.3, **SIZE)).eval()
+    model = awaken(calmlm.compose(tiny_model("llama"), {"eyes": eyes}, 2))
+    ids, pixels = tiny_tokens(2, 6), torch.randn(2, 3, 8, 8)
+    mask = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    changed = pixels.clone()
+    changed[:, :, 4:] = 7
+    before, after = (
+        logits_of(model, ids, augmenting_inputs={"eyes": {"pixel_values": given, "patch_attention_mask": mask}})
+        for given in (pixels, changed)
+    )
+    assert_close(after[0], before[0], 1e-5)
+    assert float((after[1] - before[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 32])
+def test_a_mask_that_nobody_reads_is_refused_where_it_hides_something(hidden: int) -> None:
+    """ViLT's mask of pixels; where it hides nothing it is as good as none."""
+    torch.manual_seed(0)
+    eyes, given = _text_and_picture("vilt")
+    given["pixel_mask"] = torch.ones(2, 8, 8, dtype=torch.long)
+    given["pixel_mask"][0].view(-1)[64 - hidden :] = 0
+    model = calmlm.compose(tiny_model("llama"), {"eyes": eyes.eval()}, 2)
+    if not hidden:
+        model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given})
+        return
+    with pytest.raises(calmlm.DataError) as caught:
+        model(tiny_tokens(2, 6), augmenting_inputs={"eyes": given})
+    assert_helpful(caught.value, "pixel_mask", "(2, 8, 8)")
 
 
 def test_in_training_each_row_has_an_item_of_its_own() -> None:

@@ -19,9 +19,9 @@ from calmlm.bases.placement import execution_device
 from calmlm.bases.structure import (
     accepts,
     find_cache_argument,
+    find_encoder_layers,
     find_first_position,
     find_layers,
-    find_list,
     find_positions,
     find_turning_length,
     head_classes,
@@ -147,7 +147,7 @@ class Backbone:
             layers = layers_at(model, role, layers_path)[1]
         else:
             depth = getattr(config, "num_hidden_layers", None)
-            found = find_list(encoder, depth)
+            found = find_encoder_layers(encoder, depth, getattr(config, "hidden_size", None))
             part = MODEL_MAPPING.get(type(getattr(config, "vision_config", None)), None)
             if found is None and isinstance(part, type):
                 raise ModelError(
@@ -157,7 +157,7 @@ class Backbone:
             if found is None:
                 raise ModelError(
                     f"The layers of the {role} must be found in a module list, but {type(model).__name__} shows none "
-                    f"of length {depth}: name it with layers_path."
+                    f"of length {depth}: name it with augmenting_layers_path."
                 )
             layers = found
         size = getattr(config, "hidden_size", None)

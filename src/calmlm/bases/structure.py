@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,15 +54,30 @@ def head_classes(encoder: PreTrainedModel) -> int:
     return encoder.config.vocab_size if name.endswith("CTC") else 0
 
 
-def find_list(module: nn.Module, length: int | None) -> nn.ModuleList | None:
-    """The first module list of this length, breadth first."""
+def find_list(module: nn.Module, length: int | None, width: int | None = None) -> nn.ModuleList | None:
+    """The first module list of this length, breadth first; with ``width``, all its members have a linear map of it."""
     queue = deque([module])
     while queue:
         module = queue.popleft()
-        if isinstance(module, nn.ModuleList) and len(module) == length:
-            return module
+        fits = isinstance(module, nn.ModuleList) and len(module) == length
+        if fits and (width is None or all(_maps(member, width) for member in module.children())):
+            return module  # type: ignore[return-value]
         queue.extend(module.children())
     return None
+
+
+def find_encoder_layers(model: PreTrainedModel, length: int | None, width: int | None) -> nn.ModuleList | None:
+    """An encoder's layers: what comes before them (the convolutions of Wav2Vec2) may be as many."""
+    for part in (model.get_encoder(), getattr(model, "encoder", None), model):
+        found = find_list(part, length, width) if isinstance(part, nn.Module) else None
+        if found is not None:
+            return found
+    return find_list(model, length)
+
+
+def _maps(module: nn.Module, width: int) -> bool:
+    """Whether a linear map from or to states of this width is in ``module``."""
+    return any(isinstance(m, nn.Linear) and width in (m.in_features, m.out_features) for m in module.modules())
 
 
 def layers_at(model: PreTrainedModel, role: str, path: str) -> tuple[nn.Module, nn.ModuleList]:
@@ -111,7 +127,12 @@ def find_first_position(positions: list[Any]) -> int:
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether ``module.forward`` names ``argument``."""
-    return argument in inspect.signature(module.forward).parameters
+    return accepts_argument(module.forward, argument)
+
+
+def accepts_argument(function: Callable[..., Any], argument: str) -> bool:
+    """Whether ``function`` names ``argument``."""
+    return argument in inspect.signature(function).parameters
 
 
 def state_of(output: Any) -> Any:

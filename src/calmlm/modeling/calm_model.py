@@ -36,6 +36,7 @@ from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
 from calmlm.modeling.shortcut import run_anchor
 from calmlm.readers import (
+    EncoderReader,
     Inputs,
     Opening,
     OwnReader,
@@ -53,6 +54,7 @@ from calmlm.readers import (
     no_cache,
     positions_for,
     texts_of,
+    without_items,
 )
 from calmlm.state.cache import Bearer, CalmCache
 from calmlm.state.call import Call, Pointed, Slot
@@ -493,11 +495,12 @@ class CalmModel(CalmPreTrainedModel):
         Raises:
             DataError: for ids that an augmenting model does not have, or inputs that it lacks.
         """
-        streams = {}
+        streams, rows = {}, self._speaking(inputs.composed)
         for name, past in pasts.items():
             given = in_place(inputs, past, name) if self.reads_text(name) else (inputs, past)
+            if isinstance(self._readers[name], EncoderReader) and name in rows and not past.frontier.length:
+                given = without_items(inputs, name, rows[name]), past
             streams[name] = self._readers[name].read(*given)
-        rows = self._speaking(inputs.composed)
         return Call(streams, rows, scale=self.scale, merged=merged_in(self.merges, streams, rows, self.scale))
 
     def _speaking(self, rows: Tensor | None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from calmlm.readers.another_text import check_text, in_place
 from calmlm.readers.common import Reader
-from calmlm.readers.encoder import EncoderReader
+from calmlm.readers.encoder import EncoderReader, without_items
 from calmlm.readers.inputs import (
     Inputs,
     base_arguments,
@@ -55,6 +55,7 @@ __all__ = [
     "prompt_of",
     "starts_of",
     "texts_of",
+    "without_items",
 ]
 
 

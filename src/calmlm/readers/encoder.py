@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from calmlm.bases.structure import accepts_argument
 from calmlm.connectors.cross_attention import eager_attention, rotary_angles
 from calmlm.errors import DataError, ModelError, first_line
 from calmlm.readers.common import Common
@@ -19,8 +20,14 @@ from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.past import Past
 
-MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
+MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask", "patch_attention_mask")
 """What encoders call the mask of their input."""
+
+OTHER_MASKS = ("head_mask", "global_attention_mask", "visual_attention_mask", "entity_attention_mask", "observed_mask")
+"""How masks end that say nothing of these states' padding, or, of a picture's, only beside a text's."""
+
+OF_TEXT = ("ids", "mask", "bbox", "inputs_embeds")
+"""How what encoders take of a text ends; what else they take beside it has states behind the text's."""
 
 
 @dataclass
@@ -28,7 +35,7 @@ class EncoderReader(Common):
     """A text, image or sound encoder with inputs of its own.
 
     One item per row, visible from the first token on; or, with ``at``, several items per row, each visible from the
-    token at which it stands.
+    token at which it stands; where these are none in any row, the encoder does not run.
     """
 
     def read(self, inputs: Inputs, past: Past) -> Stream:
@@ -36,9 +43,10 @@ class EncoderReader(Common):
         stream = Stream(None, None, None, past.cross, eager_attention)
         owner = inputs.ids.new_zeros((inputs.ids.shape[0], 0))
         given = dict((inputs.augmenting or {}).get(self.name) or {})
-        if frontier.width == 0:
+        if frontier.width == 0 and frontier.length == 0:
             frontier.given = given
-            owner = self._encode(stream, dict(given), inputs)
+            if not self._is_empty(given, inputs.ids.shape[0]):
+                owner = self._encode(stream, dict(given), inputs)
         elif given and not _same(given, frontier.given):
             raise DataError(
                 f"The augmenting model {self.name!r} must be given its inputs once, in the first call, but got others "
@@ -66,6 +74,18 @@ class EncoderReader(Common):
                 inputs.ids.shape[1], owner.shape[1], self.connector.head_dim
             )
         return stream
+
+    def _is_empty(self, given: dict[str, Any], rows: int) -> bool:
+        """Whether ``at`` says that the call has no items."""
+        at = given.get("at")
+        if not isinstance(at, Tensor) or at.ndim != 2 or at.shape[1]:
+            return False
+        items = max(
+            (len(value) for key, value in given.items() if key != "at" and isinstance(value, Tensor) and value.ndim),
+            default=0,
+        )
+        self._check_items(at, items, rows)
+        return True
 
     def _forget(self, columns: Tensor, frontier: Frontier) -> None:
         """Continue counting without the anchor tokens that turned out to be padding."""
@@ -99,7 +119,8 @@ class EncoderReader(Common):
             layer, states = next(iter(other.items()))
             raise ModelError(
                 f"The connected layers of {self.name!r} must have states of width {size}, but layer {layer} of "
-                f"{type(self.model).__name__} has {states.shape[-1]}: connect layers of that width, or another encoder."
+                f"{type(self.model).__name__} has {states.shape[-1]}: name layers of that width "
+                f"with augmenting_layers_path, or choose another encoder."
             )
         return self._spread(stream, given, at, inputs.ids, inputs.texts)
 
@@ -134,10 +155,14 @@ class EncoderReader(Common):
 
     def _mask(self, given: dict[str, Any], states: Tensor) -> Tensor | None:
         """Which of an encoder's states stand for its input, (items, S); None where nothing says that some do not."""
-        found = [value for name in MASKS if isinstance(value := given.get(name), Tensor) and value.ndim == 2]
+        masks = {name: value for name in MASKS if isinstance(value := given.get(name), Tensor)}
+        fitting = {name: mask for name, value in masks.items() if (mask := _in_columns(value, states)) is not None}
+        name = next(iter(fitting), None)
+        self._check_masks(given, name, states.shape[1])
+        found = [] if name is None else [fitting[name]]
         ids = given.get("input_ids")
         if not found and isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] < states.shape[1]:
-            found = [torch.ones_like(ids)]  # what the encoder fills them up with is no text
+            found = [torch.ones_like(ids)]
         if not found:
             return None
         mask, length = found[0], states.shape[1]
@@ -148,12 +173,14 @@ class EncoderReader(Common):
             if shorten is not None and squeeze > 1:  # several of the frames that it counts are one state (SEW)
                 frames = self.model._get_feat_extract_output_lengths(mask.sum(-1))  # type: ignore[operator]
                 mask = torch.arange(length, device=mask.device) < (frames // squeeze)[:, None]
+            elif shorten is not None and not self.first.reads_distribution and accepts_argument(shorten, "add_adapter"):
+                mask = shorten(length, mask, add_adapter=False)  # connected layers lie before the adapter, the head not
             elif shorten is not None:
                 mask = shorten(length, mask)
             elif mask.shape[1] % length == 0:  # one state for several frames
                 mask = mask.reshape(len(mask), length, -1).amax(-1)
-            elif mask.shape[1] < length:  # filled up on the right by the encoder itself (Longformer)
-                mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
+            elif mask.shape[1] < length:
+                mask = _filled_up(mask, given, length)
         if mask.shape[1] != length and not bool(mask.all()):
             raise DataError(
                 f"The mask in augmenting_inputs[{self.name!r}] must tell which of the {length} states of "
@@ -161,6 +188,19 @@ class EncoderReader(Common):
                 f"without padding."
             )
         return mask if mask.shape[1] == length else None
+
+    def _check_masks(self, given: dict[str, Any], read: str | None, length: int) -> None:
+        """Raise where a mask other than ``read``, which tells of all states, calls something padding."""
+        for name, mask in given.items():
+            other = name == read or name.endswith(OTHER_MASKS) or name.startswith("decoder_")
+            if other or not name.endswith("_mask") or not isinstance(mask, Tensor) or not mask.numel():
+                continue
+            if bool((mask == 0).any() & (mask != 0).any()):  # with nothing but 0 it means that nothing is padding
+                raise DataError(
+                    f"Padding in augmenting_inputs[{self.name!r}] must be told by one mask of which it is known which "
+                    f"of the {length} states of {type(self.model).__name__} it hides, but {name} of shape "
+                    f"{tuple(mask.shape)} hides some of its input: give one item at a time, without padding."
+                )
 
     def _at_texts(self, texts: Texts, items: int) -> tuple[Tensor, Tensor]:
         """Where the texts of packed rows begin, (B, most), and the item of each, (B * most,)."""
@@ -191,6 +231,36 @@ class EncoderReader(Common):
                 f"augmenting_inputs[{self.name!r}] must hold one item per row, or say with 'at' which tokens the items "
                 f"belong to, but got {at.shape[0]} for {rows} rows: pass one each, or 'at'."
             )
+
+
+def _in_columns(mask: Tensor, states: Tensor) -> Tensor | None:
+    """A mask of an encoder's input as (items, columns); one of patches, (items, H, W), has one for each state."""
+    if mask.ndim == 3 and len(mask) == len(states) and mask[0].numel() == states.shape[1]:
+        return mask.flatten(1)
+    return mask if mask.ndim == 2 else None
+
+
+def _filled_up(mask: Tensor, given: dict[str, Any], length: int) -> Tensor:
+    """A text's mask, (items, S'), with what the encoder itself puts behind the text, (items, length).
+
+    That is no text where nothing else was given (Longformer reads whole windows), and else a picture (LayoutLMv3).
+    """
+    missing = length - mask.shape[1]
+    if all(name.endswith(OF_TEXT) or not isinstance(value, Tensor) for name, value in given.items()):
+        return nn.functional.pad(mask, (0, missing))
+    behind = given.get("visual_attention_mask")
+    if isinstance(behind, Tensor) and behind.shape == (len(mask), missing):
+        return torch.cat((mask.bool(), behind.to(mask.device).bool()), 1)
+    return nn.functional.pad(mask, (0, missing), value=1)
+
+
+def without_items(inputs: Inputs, name: str, rows: Tensor) -> Inputs:
+    """``inputs`` with no items for the encoder ``name`` where it is given nothing and speaks in none of ``rows``."""
+    given = inputs.augmenting or {}
+    if given.get(name) or bool(rows.any()):
+        return inputs
+    nothing = {"at": inputs.ids.new_zeros((inputs.ids.shape[0], 0))}
+    return replace(inputs, augmenting={**given, name: nothing})
 
 
 def _readings(given: dict[str, Any]) -> list[Reading]:

@@ -20,7 +20,7 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.tokens.chat import in_parts, takes_parts
 from calmlm.tokens.emitter import TextEmitter
 from calmlm.tokens.lookup import load_tokenizer
-from calmlm.tokens.text_ends import end_of
+from calmlm.tokens.text_ends import ends_of
 
 STRONGEST = 100  # guidance, beyond which scores overflow in float16
 COLDEST = 1e-4  # below such a temperature the likeliest token is the only one, and scores divided by it overflow
@@ -204,11 +204,9 @@ class TextModel:
                 )
         return wanted if length is None else min(wanted, length - len(ids))
 
-    def _ends(self) -> set[int]:
+    def _ends(self) -> frozenset[int]:
         """The tokens that end a text by themselves."""
-        given = self.model.generation_config.eos_token_id
-        found = given if isinstance(given, list) else [end_of(self.tokenizer) if given is None else given]
-        return {token for token in found if token is not None}
+        return ends_of(self.model, self.tokenizer)
 
     def _conversation(self, prompt: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:

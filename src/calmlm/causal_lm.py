@@ -31,7 +31,7 @@ from calmlm.bases.sharding import shape_of
 from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig, check_names
 from calmlm.decoding.loops import CalmGenerationMixin
-from calmlm.errors import ConfigError, WriteError, first_line, is_full
+from calmlm.errors import ConfigError, WriteError, unwritten
 from calmlm.files import saving, storage
 from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
@@ -453,10 +453,9 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         try:
             saving.save_composition(folder, self.config, tensors, self.generation_config, self.model.alignments)
         except (OSError, SafetensorError) as error:
-            reason = "the disk is full" if is_full(error) else first_line(error)
             raise WriteError(
-                f"Expected to write a composition in {folder}, but that failed ({reason}), and what was there stays: "
-                f"make room, or choose another folder."
+                f"Expected to write a composition in {folder}, but that failed ({unwritten(error)}), and what was "
+                f"there stays: make room, or choose another folder."
             ) from error
         if push_to_hub:
             given = {key: value for key, value in kwargs.items() if key not in SAVING_ARGUMENTS}

@@ -30,6 +30,7 @@ __all__ = [
     "WriteError",
     "first_line",
     "is_full",
+    "unwritten",
     "warn",
 ]
 
@@ -84,6 +85,11 @@ def is_full(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     full = full or (error.__cause__ is not None and is_full(error.__cause__))
     return full or any(sign in str(error) for sign in (f"os error {errno.ENOSPC}", "inline_container"))
+
+
+def unwritten(error: BaseException) -> str:
+    """Why something could not be written, in a few words."""
+    return "the disk is full" if is_full(error) else first_line(error)
 
 
 def warn(message: str) -> None:

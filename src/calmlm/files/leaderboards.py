@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
 
-from calmlm.errors import ConfigError, DataError, WriteError, first_line, is_full
+from calmlm.errors import ConfigError, DataError, WriteError, first_line, unwritten
 from calmlm.files.card import CARD_NAME, with_results
 from calmlm.files.storage import text_writer, write_together
 
@@ -60,9 +60,9 @@ def write_results(folder: str | Path, results: Sequence[EvalResultEntry]) -> Non
             every = [entry for entries in kept.values() for entry in entries]
             write_together(folder, {CARD_NAME: text_writer(with_results(card.read_text(encoding="utf-8"), every))})
     except OSError as error:
-        reason = "the disk is full" if is_full(error) else first_line(error)
         raise WriteError(
-            f"Expected to write results in {folder}, but that failed ({reason}): make room, then write them again."
+            f"Expected to write results in {folder}, but that failed ({unwritten(error)}): make room, then write "
+            f"them again."
         ) from error
 
 

@@ -24,7 +24,7 @@ from calmlm.serving.lanes import BaseLane, CompositionLane, Lane, Speaking
 from calmlm.serving.union import united
 from calmlm.tokens.lookup import find_tokenizer, load_tokenizer
 from calmlm.tokens.spelling import token_bytes
-from calmlm.tokens.text_ends import end_of
+from calmlm.tokens.text_ends import ends_of
 
 STATED_NOWHERE = 4096  # tokens of a text where no model states a context
 
@@ -51,9 +51,7 @@ class Served:
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text by themselves."""
-        given = self.lane.model.generation_config.eos_token_id
-        found = given if isinstance(given, list) else [end_of(self.tokenizer) if given is None else given]
-        return frozenset(token for token in found if token is not None)
+        return ends_of(self.lane.model, self.tokenizer)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["around", "end_of", "without_appended"]
+__all__ = ["around", "end_of", "ends_of", "without_appended"]
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -38,3 +38,10 @@ def end_of(tokenizer: Any) -> int | None:
         return int(tokenizer.eos_token_id)
     _, behind = around(tokenizer)
     return behind[-1] if behind else None
+
+
+def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end what a model writes: those of its generation settings, or else the one that ends a text."""
+    given = model.generation_config.eos_token_id
+    found = given if isinstance(given, list) else [end_of(tokenizer) if given is None else given]
+    return frozenset(token for token in found if token is not None)

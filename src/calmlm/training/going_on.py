@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer_pt_utils import nested_gather
 
-from calmlm.errors import CalmError, ConfigError, WriteError, first_line, is_full
+from calmlm.errors import CalmError, ConfigError, WriteError, is_full, unwritten
 from calmlm.files.storage import write_text
 from calmlm.training.changed_rates import let_hold, settings_of
 
@@ -65,7 +65,7 @@ class ResumedTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(place / f"checkpoint-{step}", ignore_errors=True)
             cause = error.__cause__ if isinstance(error, WriteError) and error.__cause__ is not None else error
-            reason = "the disk is full" if is_full(error) else first_line(cause)
+            reason = unwritten(cause)
             raise CalmError(
                 f"Expected to write the checkpoint of step {step} in {place}, but that failed ({reason}): make room "
                 f"there, then go on from the one before it with --resume."

@@ -48,7 +48,14 @@ from calmlm.tokens.transcoding import Transcoder
 # Arguments that belong to the loss, which the composition computes itself.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 # Arguments that other models are saved with, which an upload does not take: a composition is one file of safetensors.
-SAVING_ARGUMENTS = ("max_shard_size", "safe_serialization", "save_original_format", "save_peft_format", "variant")
+SAVING_ARGUMENTS = (
+    "distributed_checkpoint",
+    "max_shard_size",
+    "safe_serialization",
+    "save_original_format",
+    "save_peft_format",
+    "variant",
+)
 
 
 class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -572,13 +573,16 @@ def test_pushing_uploads_the_composition_alone(models: Path, monkeypatch: pytest
     assert calls == []
 
     model.config.anchor["id"], model.config.augmenting["augmenting"]["id"] = "someone/anchor", "someone/augmenting"
-    assert model.push_to_hub("someone/something", private=True, commit_message="first", token="t") == "done"
+    model.add_model_tags("sft")
+    usual = {"private": True, "commit_message": "first", "token": "t", "max_shard_size": "1GB", "tags": ["law", "calm"]}
+    assert model.push_to_hub("someone/something", **usual) == "done"
     assert calls[0] == {"token": "t"}
     assert calls[1] == {"created": "someone/something", "private": True, "exist_ok": True}
     assert calls[2]["repo_id"] == "someone/something"
     assert calls[2]["commit_message"] == "first"
     assert set(files) == {"model.safetensors", "config.json", "generation_config.json", "README.md"}
     assert "someone/anchor" in files["README.md"]
+    assert ModelCard(files["README.md"]).data.tags == ["calm", "composition", "sft", "law"]
 
     pushed: list[Any] = []
     monkeypatch.setattr(CalmForCausalLM, "push_to_hub", lambda _, *args, **kwargs: pushed.append((args, kwargs)))

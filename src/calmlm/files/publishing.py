@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResultEntry, HfApi
+from huggingface_hub import EvalResultEntry, HfApi, ModelCard
 from torch import Tensor
 
 from calmlm.config import CalmConfig
@@ -50,6 +50,7 @@ class Published:
 
     config: CalmConfig
     save_pretrained: Callable[..., None]
+    model_tags: Sequence[str] | None
     _place: str | None
 
     def push_to_hub(
@@ -62,6 +63,8 @@ class Published:
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
         datasets: Sequence[str] = (),
         results: Sequence[EvalResultEntry] = (),
         state_dict: dict[str, Tensor] | None = None,
@@ -78,6 +81,8 @@ class Published:
             token: the hub's access token; the stored one by default.
             revision: branch to upload to.
             create_pr: whether to open a pull request instead.
+            max_shard_size: without effect: a composition is one file.
+            tags: further ones for the card, beside those of ``add_model_tags``.
             datasets: ids of the data sets that it was trained on, for a card that is written now.
             results: of benchmarks, for the card and for the hub's leaderboards (``.eval_results/*.yaml``).
             state_dict: tensors to upload instead of the model's own, as of ``save_pretrained``.
@@ -97,6 +102,7 @@ class Published:
                 config = portable_config(self.config, Path(folder))
                 write_text(Path(folder) / CARD_NAME, model_card(config, Learned(datasets)))
             self.save_pretrained(folder, state_dict=state_dict)
+            _tag(Path(folder) / CARD_NAME, [*(self.model_tags or ()), *(tags or ())])
             if results:
                 write_results(folder, results)
             api = HfApi(token=token)
@@ -129,3 +135,11 @@ class Published:
             if path.is_file() and lies_in(path, place):
                 (folder / RESULTS).mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / RESULTS / path.name)
+
+
+def _tag(path: Path, tags: Sequence[str]) -> None:
+    """Give a card further tags, each once."""
+    card = ModelCard.load(path)
+    if set(tags) - set(card.data.tags or ()):
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+        card.save(path)

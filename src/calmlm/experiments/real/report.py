@@ -84,16 +84,17 @@ def goals(settings: Settings, rows: Mapping[str, Mapping[str, Any]]) -> list[str
         found = rows.get(name, {}).get(key)
         return found.mean if isinstance(found, Estimate) else found
 
-    def held(what: str, value: float | None, bound: float, least: bool = False) -> None:
+    def held(what: str, value: float | None, bound: float, least: bool = False, places: int = 3) -> None:
         if value is None:
             return
         missing = bound - value if least else value - bound
-        verdict = "reached" if missing <= 0 else f"**not reached, {missing:.3f} short**"
-        lines.append(f"- {what}: {value:,.3f}, {verdict};")
+        verdict = "reached" if missing <= 0 else f"**not reached, {missing:,.{places}f} short**"
+        lines.append(f"- {what}: {value:,.{places}f}, {verdict};")
 
     held("map of words alone, against LoRA at most -0.08", figure("words_map", "against_lora"), -0.08)
-    held("map of words alone, trained numbers at most 5,000", figure("words_map", "parameters"), 5000)
-    held("map of words alone, seconds of training at most 120", figure("words_map", "training_seconds"), 120)
+    held("map of words alone, trained numbers at most 5,000", figure("words_map", "parameters"), 5000, places=0)
+    seconds = figure("words_map", "training_seconds")
+    held("map of words alone, seconds of training at most 120", seconds, 120, places=0)
     pointer = figure("words_pointer_examples", "against_lora")
     held("pointer alone with examples, against LoRA at most -0.20", pointer, -0.2)
     held("states alone, against LoRA at most -0.20", figure("graft_adapters", "against_lora"), -0.2)

@@ -126,6 +126,22 @@ def test_who_is_above_whom_where_there_is_something_to_communicate() -> None:
     assert compare(SETTINGS, without)["methods"] == {}
 
 
+@pytest.mark.parametrize("guided_share", [0.5, 0.95])
+def test_what_is_written_with_guidance_is_compared_with_the_better_lora(guided_share: float) -> None:
+    guided = {name: Method("Guided", METHODS[name].system, of=name, guidance=1.5) for name in ("lora", "ours")}
+    methods = METHODS | {f"{name}_guided": method for name, method in guided.items()}
+    cells = CELLS | {"ours_guided": {"0": cell((0.0, 0.1))}, "lora_guided": {"0": cell((guided_share,) * 2, 1)}}
+    found = compare(dataclasses.replace(SETTINGS, methods=methods), cells)["methods"]
+    better = "lora_guided" if guided_share < 0.7 else "lora"
+
+    def above(name: str, lora: str) -> float:
+        return float(found[name]["chrf_all"].mean - found[lora]["chrf_all"].mean)
+
+    assert found["ours_guided"]["above_lora_all"].mean == pytest.approx(above("ours_guided", better))
+    assert found["ours"]["above_lora_all"].mean == pytest.approx(above("ours", "lora"))
+    assert found["lora_guided"]["above_lora_all"].mean == pytest.approx(above("lora_guided", "lora"))
+
+
 def test_goals_and_page_name_the_headline(tmp_path: Path) -> None:
     found = compare(SETTINGS, CELLS)
     lines = goals(SETTINGS, found)

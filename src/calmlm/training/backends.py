@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 from calmlm.bases.sharding import is_spread
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
-from calmlm.readers import given_of, prompt_of, starts_of
+from calmlm.readers import prompt_mask_of
 from calmlm.training.arguments import argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
@@ -336,9 +336,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
     )
-    if model.model.wants_prompts:
-        # TRL keeps the labels from the model, which could not tell prompts from completions.
-        trainer.data_collator = WithPrompts(trainer.data_collator, model.model.reads_prompts)
+    trainer.data_collator = with_prompts(trainer.data_collator, model)
     return trainer
 
 
@@ -357,16 +355,23 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
     class Held(RetainingTrainer, WatchedTrainer, ResumedTrainer, Composed):
         pass
 
-    # Despite its name the collator for any rows with labels: it pads those with -100.
-    collate = DataCollatorForSeq2Seq(tokenizer)
     return Held(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=WithPrompts(collate, True) if model.model.reads_prompts else collate,
+        # Despite its name the collator for any rows with labels: it pads those with -100.
+        data_collator=with_prompts(DataCollatorForSeq2Seq(tokenizer), model),
     )
+
+
+def with_prompts(collate: Any, model: Any) -> Any:
+    """A collator that also says which tokens belong to prompts, where that matters to the composition.
+
+    It could not tell by itself where a trainer keeps the labels from it, as TRL's does, and Trainer to smooth them.
+    """
+    return WithPrompts(collate, model.model.reads_prompts) if model.model.wants_prompts else collate
 
 
 @dataclass
@@ -383,9 +388,7 @@ class WithPrompts:
 
     def __call__(self, rows: Any) -> dict[str, Any]:
         batch = self.collate(rows)
-        labels = batch["labels"]
-        starts = starts_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
-        batch["prompt_mask"] = prompt_of(labels, starts) if self.first else given_of(labels, None, starts)
+        batch["prompt_mask"] = prompt_mask_of(batch, first=self.first)
         return batch
 
 

@@ -19,7 +19,7 @@ from calmlm.bases.sharding import is_spread
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
 from calmlm.readers import prompt_mask_of
-from calmlm.training.arguments import argument_class, argument_types, faults_of
+from calmlm.training.arguments import MEASURED, argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
@@ -139,6 +139,8 @@ def make_trainer(
     """
     _check_padding(model, arguments, tokenizer)
     _check_packing(model, arguments)
+    if backend == "sft" and model.model.points:
+        _check_pointed(arguments)
     if arguments.push_to_hub:
         try:
             check_published(model.config)
@@ -269,6 +271,26 @@ def _check_packing(model: Any, arguments: Any) -> None:
             f"trainer.{keys[0]}: expected an anchor that keeps texts apart whose positions begin anew within a row, "
             f"but {type(anchor.decoder).__name__} does not; leave it out."
         )
+
+
+def _check_pointed(arguments: Any) -> None:
+    """Raise where something is asked for that TRL computes from states, where pointers have no say.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    metric = (arguments.metric_for_best_model or "").removeprefix("eval_")
+    asked = {
+        "loss_type": (arguments.loss_type != "nll", "nll"),
+        "router_aux_loss_coef": (bool(arguments.router_aux_loss_coef), "none"),
+        "metric_for_best_model": (metric in {*MEASURED["sft"], "aux_loss"} - {*MEASURED["trainer"]}, "loss"),
+    }
+    for key, (refused, expected) in asked.items():
+        if refused:
+            raise ConfigError(
+                f"trainer.{key}: expected {expected} beside words: pointer, whose loss comes from logits and not from "
+                f"TRL, but got {getattr(arguments, key)!r}; leave it out, or choose words: map."
+            )
 
 
 def _try_out(trainer: Any, arguments: Any, train: Rows, evaluation: Rows | None) -> None:

@@ -38,7 +38,7 @@ from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, chec
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.modeling.probabilities import needed_for, pointed_logits
-from calmlm.readers import Inputs, given_of, prompt_of, starts_of
+from calmlm.readers import Inputs, given_of, prompt_mask_of, prompt_of, starts_of
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.beginning import Prefix, prefix_ids
 from calmlm.tokens.retokenization import Rewriting
@@ -78,6 +78,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             self.generation_config = copy.deepcopy(anchor.generation_config)
         self._note_tensors()
         self.post_init()
+        self.register_forward_pre_hook(_tell_prompts, with_kwargs=True)
         self._place: str | None = None  # where this composition can be loaded once more
         self._rename()
 
@@ -492,6 +493,15 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
         # It is loaded as a whole, or not at all.
         amiss: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, amiss | {"error_msgs": []}) if report else model  # type: ignore[return-value]
+
+
+def _tell_prompts(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Say which tokens are prompts where TRL asks for a loss from states: it keeps the labels to itself."""
+    inner: Any = model.model
+    asked = kwargs.get("fused_lm_head") and kwargs.get("labels") is not None and kwargs.get("prompt_mask") is None
+    if not asked or not inner.wants_prompts:
+        return None
+    return args, {**kwargs, "prompt_mask": prompt_mask_of(kwargs, first=inner.reads_prompts)}
 
 
 AutoConfig.register(CalmConfig.model_type, CalmConfig)

@@ -519,6 +519,19 @@ def test_shards_are_found_again_by_other_runs(tmp_path: Path) -> None:
     assert again.get(b"x" * 32) is None
 
 
+def test_of_two_runs_that_take_one_folder_the_last_one_has_it(tmp_path: Path) -> None:
+    """Or what one of them has read would be taken for what the other one reads."""
+    first, last = Shards(tmp_path, ABOUT), Shards(tmp_path, {**ABOUT, "layers": [2]})
+    first.put(b"a" * 32, record(1))
+    last.put(b"b" * 32, record(2))
+    with pytest.raises(ConfigError, match=r"needs a folder of its own, but .* has been taken since by a run with"):
+        first.flush()
+    last.flush()
+    again = Shards(tmp_path, {**ABOUT, "layers": [2]})
+    assert b"a" * 32 not in again
+    assert b"b" * 32 in again
+
+
 def test_an_interrupted_shard_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards(tmp_path, ABOUT)
     shards.put(b"a" * 32, record(1))

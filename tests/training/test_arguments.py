@@ -151,6 +151,10 @@ def test_later_trainings_do_not_find_what_one_set_in_the_environment(
         ({"eval_packing": True}, "trainer.eval_packing: expected packing beside it"),
         ({"packing": True, "packing_strategy": "zzz"}, "trainer.packing_strategy: expected 'bfd' or"),
         ({"loss_type": "zzz"}, "trainer.loss_type: expected 'nll' or 'dft'"),
+        (
+            {"loss_type": "dft", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor: expected 0 beside loss_type: dft",
+        ),
         ({"truncation_mode": "keep_end"}, "trainer.truncation_mode: expected 'keep_start'"),
         ({"pad_to_multiple_of": 0}, "trainer.pad_to_multiple_of: expected 1 or more"),
         ({"pad_to_multiple_of": "zz"}, "invalid literal"),
@@ -163,6 +167,23 @@ def test_later_trainings_do_not_find_what_one_set_in_the_environment(
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode", "ignore:`pad_token` is deprecated")
 def test_refused_of_trls(trainer: dict[str, Any], message: str, settings: Settings) -> None:
     assert message in refused(settings("sft", max_steps=2, **trainer))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"loss_type": "dft"}, "trainer.loss_type: expected nll beside words: pointer"),
+        ({"router_aux_loss_coef": 0.1}, "trainer.router_aux_loss_coef: expected none beside words: pointer"),
+        ({"metric_for_best_model": "entropy"}, "trainer.metric_for_best_model: expected loss beside words: pointer"),
+    ],
+    ids=str,
+)
+def test_what_trl_makes_of_states_is_refused_beside_pointers(
+    trainer: dict[str, Any], message: str, settings: Settings
+) -> None:
+    values = settings("sft", max_steps=2, **trainer)
+    values["model"] |= {"words": "pointer", "connections": "none"}
+    assert message in refused(values)
 
 
 def test_rows_of_several_texts(settings: Settings, tmp_path: Path) -> None:

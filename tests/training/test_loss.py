@@ -15,7 +15,7 @@ from calmlm.data import read_examples, read_jsonl
 from calmlm.data.labels import encode_examples
 from calmlm.training.backends import Rows, make_arguments, make_trainer
 from calmlm.training.run_folder import RunFolder
-from compositions import tiny_composition
+from compositions import own, tiny_composition
 
 BACKENDS = ["sft", "trainer"]
 
@@ -187,22 +187,51 @@ def test_packing_changes_nothing(
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.fixture
+def cut(tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Prompts that end within what would be a token of the augmenting model's own, were they generated."""
+    texts = [("3 h", "e+1"), ("1+v", "ela"), ("hel", "a 1")]
+    rows = [[tokenizer(part)["input_ids"] for part in text] for text in texts]
+    return [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in rows]
+
+
 @pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*:FutureWarning")
-@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("reads", ["tokens", "prompt", "text"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoothed_labels_are_those_of_the_next_token(
-    backend: str, refresh: bool, rows: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    backend: str, reads: str, cut: Rows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     """With next to nothing of it, smoothing changes next to nothing; and no answer becomes a prompt for it."""
-    model, rows = tiny_composition("llama", "gpt2", refresh=refresh), rows[:6]
+    options = own("unigram") if reads == "text" else {"refresh": reads == "tokens"}
+    model = tiny_composition("llama", "gpt2", **options)
     start = {name: tensor.clone() for name, tensor in model.composition_tensors().items()}
     losses = []
     for factor in (0.0, 1e-6):
         model.load_state_dict(start, strict=False)
         losses.append(
-            train_once(backend, model, rows, tokenizer, tmp_path, size=len(rows), label_smoothing_factor=factor)
+            train_once(backend, model, cut, tokenizer, tmp_path, size=len(cut), label_smoothing_factor=factor)
         )
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"refresh": False}, own("unigram")], ids=["prompt", "own tokens"])
+def test_losses_from_states_know_where_prompts_end(
+    options: dict[str, Any], cut: Rows, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """TRL's trainers, for policies as well, hold the labels back from the composition; also beneath PEFT."""
+    peft = pytest.importorskip("peft")
+    utils = pytest.importorskip("trl.trainer.utils")
+    model, batch = tiny_composition("llama", "gpt2", **options), DataCollatorForSeq2Seq(tokenizer)(cut)
+    with torch.no_grad():
+        likely = model(**batch).logits[:, :-1].log_softmax(-1)
+        everything = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
+    wanted = batch["labels"][:, 1:]
+    kept, wanted = wanted != -100, wanted.clamp(min=0)[..., None]
+    assert not torch.allclose(likely.gather(-1, wanted), everything.log_softmax(-1).gather(-1, wanted), atol=1e-3)
+    utils.add_fused_lm_head(model)
+    for one in (model.train(), peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))):
+        found = one(**batch, fused_lm_head=True).log_probs
+        torch.testing.assert_close(found[kept], likely.gather(-1, wanted)[..., 0][kept], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

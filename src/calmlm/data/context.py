@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,10 +70,37 @@ class OwnContext:
     writer: Transcoder | Rewriter
     branches: bool = True
 
-    def readable(self, ids: Sequence[int]) -> int:
-        """How many of a text's tokens, the anchor's, the model can read."""
+    def readable(self, ids: Sequence[int], given: Sequence[bool] | None = None) -> int:
+        """How many of a text's tokens, the anchor's, the model can read, at each of them and at the end.
+
+        Args:
+            ids: of the text.
+            given: which of them were given and not generated; None for all.
+        """
         owners = self._owners(ids, 0)
-        return len(ids) if len(owners) <= self.length else owners[self.length]
+        if not isinstance(self.writer, OwnWriter):
+            return len(ids) if len(owners) <= self.length else owners[self.length]
+        # A part of a text, or one that is cut where its prompt ends, takes a few tokens more than the whole.
+        if len(owners) <= (self.length if given is None else self.length // 2):
+            return len(ids)
+        told = np.ones(len(ids), dtype=bool) if given is None else np.array(given)
+        stream = self.writer.resume(np.zeros(0, dtype=np.int64), told[:0], branches=self.branches)
+        keep = len(ids)
+        for place in range(len(ids)):
+            stream.read(int(ids[place]), bool(told[place]))
+            predicts = place + 1 == len(ids) or not (told[place] and told[place + 1])
+            if predicts and stream.settled + len(stream.pending()) > self.length:
+                keep = place
+                break
+
+        def taken(count: int) -> int:
+            return (self._latest(ids[:count], told[:count]) or 0) if count else 0
+
+        if keep < len(ids) and taken(keep) > self.length:  # within what was given
+            keep = bisect_right(range(keep), self.length, key=taken) - 1
+            while taken(keep) > self.length:
+                keep -= 1
+        return keep
 
     def count(self, ids: Sequence[int], start: int = 0) -> int:
         """How many of its own tokens the model reads for ``ids[start:]``, behind those before."""
@@ -83,9 +111,12 @@ class OwnContext:
 
         None where these are not written anew as the text goes on, so that ``count`` can go on as well.
         """
+        return self._latest(ids, np.arange(len(ids)) < given)
+
+    def _latest(self, ids: Sequence[int], told: np.ndarray) -> int | None:
+        """The same for a text of which those tokens were given that ``told`` (n,) bool marks."""
         if not isinstance(self.writer, OwnWriter):
             return None
-        told = np.arange(len(ids)) < given
         stream = self.writer.resume(np.array(ids[:-1], dtype=np.int64), told[:-1], branches=self.branches)
         stream.read(ids[-1], bool(told[-1]))
         return stream.settled + len(stream.pending())

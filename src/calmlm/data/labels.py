@@ -90,7 +90,7 @@ def encode_examples(
                 f"model that reads it, but got {prompt}; shorten it."
             )
         for context in own:
-            keep = context.readable(ids)
+            keep = context.readable(ids, _given(labels[: len(ids)]))
             if not any(learned[1:keep]):
                 first = learned.index(True, 1)
                 raise DataError(
@@ -103,6 +103,12 @@ def encode_examples(
                 outgrown[context.name] = outgrown.get(context.name, 0) + 1
         rows.append({"input_ids": ids, "labels": labels[: len(ids)]})
     return Encoded(rows, truncated, outgrown)
+
+
+def _given(labels: list[int]) -> list[bool]:
+    """Which tokens a composition takes for given, see ``calmlm.readers.given_of``."""
+    given = [label == IGNORE for label in labels]
+    return [*given[1:2], *given[1:]]
 
 
 def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:

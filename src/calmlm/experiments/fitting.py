@@ -28,7 +28,7 @@ from calmlm.data.context import own_contexts
 from calmlm.data.labels import IGNORE as IGNORED
 from calmlm.errors import ConfigError
 from calmlm.experiments.flops import Meter
-from calmlm.readers import given_of, prompt_of, starts_of
+from calmlm.readers import prompt_mask_of
 
 __all__ = [
     "IGNORED",
@@ -159,8 +159,8 @@ def prompt_argument(model: Any, labels: torch.Tensor, mask: torch.Tensor | None)
     """
     if not isinstance(model, CalmForCausalLM) or not (model.model.enabled and model.model.wants_prompts):
         return {}
-    starts = starts_of(labels, mask, None)
-    return {"prompt_mask": prompt_of(labels, starts) if model.model.reads_prompts else given_of(labels, None, starts)}
+    batch = {"labels": labels, "attention_mask": mask}
+    return {"prompt_mask": prompt_mask_of(batch, first=model.model.reads_prompts)}
 
 
 def _own_positions(model: Any) -> bool:

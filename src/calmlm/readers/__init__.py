@@ -25,7 +25,7 @@ from calmlm.readers.inputs import (
 )
 from calmlm.readers.own_text import OwnReader
 from calmlm.readers.own_tokens import AlignedReader
-from calmlm.readers.packing import starts_of, texts_of
+from calmlm.readers.packing import prompt_mask_of, starts_of, texts_of
 from calmlm.readers.preamble import Opening, check_opening
 from calmlm.readers.prompt import PromptReader
 from calmlm.readers.shared import SharedReader
@@ -52,6 +52,7 @@ __all__ = [
     "needs_tokens",
     "no_cache",
     "positions_for",
+    "prompt_mask_of",
     "prompt_of",
     "starts_of",
     "texts_of",

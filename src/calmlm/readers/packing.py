@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 
 from calmlm.connectors.cross_attention import Rotation
 from calmlm.errors import DataError
-from calmlm.readers.inputs import Inputs
+from calmlm.readers.inputs import Inputs, given_of, prompt_of
 from calmlm.state.call import Stream
 from calmlm.state.frontier import NOBODY
 from calmlm.state.past import Past
 
-__all__ = ["Texts", "read_apart", "starts_of", "texts_of"]
+__all__ = ["Texts", "prompt_mask_of", "read_apart", "starts_of", "texts_of"]
 
 
 class Reads(Protocol):
@@ -201,6 +202,18 @@ def starts_of(like: Tensor, mask: Any, positions: Tensor | None) -> Tensor:
         # As transformers tells them apart.
         starts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1).to(like.device)
     return starts
+
+
+def prompt_mask_of(batch: Mapping[str, Any], *, first: bool) -> Tensor:
+    """The ``prompt_mask`` of a batch whose labels do not reach the composition, (B, T) bool.
+
+    Args:
+        batch: with ``labels`` (B, T) int64, and ``attention_mask`` and ``position_ids`` if there are any.
+        first: whether only what stands before the first label of a text is meant, and not all that has no label.
+    """
+    labels = batch["labels"]
+    starts = starts_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
+    return prompt_of(labels, starts) if first else given_of(labels, None, starts)
 
 
 def _begins_anew(positions: Tensor, mask: Tensor) -> Tensor:

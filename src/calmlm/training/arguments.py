@@ -237,6 +237,11 @@ def _single(made: Any) -> Iterator[str]:
         value = getattr(made, key, None)
         if value is not None and value not in choices:
             yield f".{key}: expected {' or '.join(map(repr, choices))}, but got {show(value)}; choose another."
+    if made.label_smoothing_factor and getattr(made, "loss_type", "nll") != "nll":
+        yield (
+            f".label_smoothing_factor: expected 0 beside loss_type: {made.loss_type}, which smooths nothing, but got "
+            f"{made.label_smoothing_factor}; leave one of both out."
+        )
     steps = (made.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
     if not isinstance(steps, int) or steps < 1:
         yield (

@@ -18,8 +18,8 @@ from transformers.trainer_utils import SchedulerType
 from calmlm.bases.sharding import is_spread
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
-from calmlm.readers import given_of, prompt_of, starts_of
-from calmlm.training.arguments import argument_class, argument_types, faults_of
+from calmlm.readers import prompt_mask_of
+from calmlm.training.arguments import MEASURED, argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
 from calmlm.training.first_step import ComposedTrainer, FirstStep, reason_of
 from calmlm.training.going_on import ResumedTrainer
@@ -139,6 +139,8 @@ def make_trainer(
     """
     _check_padding(model, arguments, tokenizer)
     _check_packing(model, arguments)
+    if backend == "sft" and model.model.points:
+        _check_pointed(arguments)
     if arguments.push_to_hub:
         try:
             check_published(model.config)
@@ -271,6 +273,26 @@ def _check_packing(model: Any, arguments: Any) -> None:
         )
 
 
+def _check_pointed(arguments: Any) -> None:
+    """Raise where something is asked for that TRL computes from states, where pointers have no say.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    metric = (arguments.metric_for_best_model or "").removeprefix("eval_")
+    asked = {
+        "loss_type": (arguments.loss_type != "nll", "nll"),
+        "router_aux_loss_coef": (bool(arguments.router_aux_loss_coef), "none"),
+        "metric_for_best_model": (metric in {*MEASURED["sft"], "aux_loss"} - {*MEASURED["trainer"]}, "loss"),
+    }
+    for key, (refused, expected) in asked.items():
+        if refused:
+            raise ConfigError(
+                f"trainer.{key}: expected {expected} beside words: pointer, whose loss comes from logits and not from "
+                f"TRL, but got {getattr(arguments, key)!r}; leave it out, or choose words: map."
+            )
+
+
 def _try_out(trainer: Any, arguments: Any, train: Rows, evaluation: Rows | None) -> None:
     """Make what the trainer would make later: batches, and a learning rate for every step.
 
@@ -336,9 +358,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
     )
-    if model.model.wants_prompts:
-        # TRL keeps the labels from the model, which could not tell prompts from completions.
-        trainer.data_collator = WithPrompts(trainer.data_collator, model.model.reads_prompts)
+    trainer.data_collator = with_prompts(trainer.data_collator, model)
     return trainer
 
 
@@ -357,16 +377,23 @@ def _plain_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, eval
     class Held(RetainingTrainer, WatchedTrainer, ResumedTrainer, Composed):
         pass
 
-    # Despite its name the collator for any rows with labels: it pads those with -100.
-    collate = DataCollatorForSeq2Seq(tokenizer)
     return Held(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=WithPrompts(collate, True) if model.model.reads_prompts else collate,
+        # Despite its name the collator for any rows with labels: it pads those with -100.
+        data_collator=with_prompts(DataCollatorForSeq2Seq(tokenizer), model),
     )
+
+
+def with_prompts(collate: Any, model: Any) -> Any:
+    """A collator that also says which tokens belong to prompts, where that matters to the composition.
+
+    It could not tell by itself where a trainer keeps the labels from it, as TRL's does, and Trainer to smooth them.
+    """
+    return WithPrompts(collate, model.model.reads_prompts) if model.model.wants_prompts else collate
 
 
 @dataclass
@@ -383,9 +410,7 @@ class WithPrompts:
 
     def __call__(self, rows: Any) -> dict[str, Any]:
         batch = self.collate(rows)
-        labels = batch["labels"]
-        starts = starts_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
-        batch["prompt_mask"] = prompt_of(labels, starts) if self.first else given_of(labels, None, starts)
+        batch["prompt_mask"] = prompt_mask_of(batch, first=self.first)
         return batch
 
 

@@ -217,7 +217,7 @@ def _retained(config: TrainingConfig, model: Any, tokenizer: Any, max_length: in
     rows = [list(tokenizer(line, verbose=False)["input_ids"])[:max_length] for line in read_lines(settings.text)]
     check_ids(model, [{"input_ids": row} for row in rows], "retain.text", "the text has")
     for context in own_contexts(model):
-        rows = [row[: context.readable(row)] for row in rows]
+        rows = [row[: context.readable(row, [False] * len(row))] for row in rows]
     if not any(len(row) > 1 for row in rows):
         raise DataError(f"Expected lines of two tokens or more in {settings.text}, but got none; name other text.")
     pad = tokenizer.pad_token_id

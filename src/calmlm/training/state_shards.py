@@ -73,24 +73,30 @@ class Shards:
 
     def _check(self, about: dict[str, Any]) -> None:
         path = self.folder / ABOUT
+        self._about = json.dumps(about, indent=2, sort_keys=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists() or not any(self.folder.glob("index-*.arrow")):  # or nothing was ever kept
-                write_text(path, json.dumps(about, indent=2, sort_keys=True))
-            found = json.loads(path.read_text(encoding="utf-8"))
+                write_text(path, self._about)
+            found = self._found_about()
         except OSError as error:
             raise ConfigError(
                 f"The activation cache must lie in a folder that can be written to, but {self.folder} cannot "
                 f"({first_line(error)}): name another."
             ) from None
-        except ValueError:
-            found = None
-        if found != json.loads(json.dumps(about)):
+        if found != json.loads(self._about):
             other = [key for key in about if not isinstance(found, dict) or found.get(key) != about[key]]
             raise CheckpointError(
                 f"{self.folder} must hold states of this composition's models and settings, but they were made with "
                 f"another {', '.join(other) or 'form'}: name another folder, or remove this one."
             )
+
+    def _found_about(self) -> Any:
+        """What the records in the folder belong to; None where that cannot be read."""
+        try:
+            return json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+        except ValueError:
+            return None
 
     def _sweep(self) -> None:
         """Remove what a writer that was killed has left; one that lives takes less time to name its shard."""
@@ -158,7 +164,7 @@ class Shards:
         """Write what has not been written yet.
 
         Raises:
-            ConfigError: the disk is full, or cannot be written to.
+            ConfigError: the disk is full, or cannot be written to, or other models' states lie in the folder by now.
         """
         if not self._waiting:
             return
@@ -167,6 +173,12 @@ class Shards:
         lengths = [len(next(iter(record.values()))) for record in records]
         tensors = {name: torch.cat([record[name] for record in records]).contiguous() for name in records[0]}
         offset, places = 0, []
+        with suppress(OSError):  # of which writing says more
+            if self._found_about() != json.loads(self._about):
+                raise ConfigError(
+                    f"The activation cache needs a folder of its own, but {self.folder} has been taken since by a run "
+                    f"with other models or settings: name another in activation_cache.folder."
+                )
         for key, length in zip(keys, lengths, strict=True):
             places.append((key, shard, offset, length))
             offset += length

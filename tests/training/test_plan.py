@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BertModel, LlamaConfig, ViTModel
 
 import calmlm
 from calmlm.cli import main
@@ -201,6 +201,14 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
     values = {"output": "x", "model": {"composition": "y"}, "data": {"train": "x"}}
     with pytest.raises(ConfigError, match="A plan needs model.anchor and model.augmenting"):
         make_plan(parse_config(values), Texts())
+
+
+@pytest.mark.parametrize("kind", [BertModel, ViTModel])
+def test_an_encoder_is_refused_as_in_training(tmp_path: Path, kind: Any) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "anchor")
+    kind.config_class(architectures=[kind.__name__]).save_pretrained(tmp_path / "eyes")
+    with pytest.raises(ConfigError, match="expected models that read the data's text, but 'eyes' is an encoder"):
+        planned({"anchor": str(tmp_path / "anchor"), "augmenting": {"eyes": str(tmp_path / "eyes")}}, {}, Texts())
 
 
 def test_the_shipped_configuration_is_planned() -> None:

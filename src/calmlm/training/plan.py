@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from calmlm.bases.families import Backbone, text_config
-from calmlm.bases.opening import saved_config
+from calmlm.bases.opening import holds_decoder, saved_config
 from calmlm.composing.aligning import aligned_count, check_alignable, middle
 from calmlm.composing.low_rank import planned_adapters
 from calmlm.composing.manner import RECIPE, is_recipe
@@ -24,6 +24,7 @@ from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
+from calmlm.training.run_checks import reads_no_text
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
@@ -241,6 +242,9 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
     connector.pop("opened", None)
     recipe = is_recipe(model.plain_text, connector | said)
     wanted_adapters = RECIPE["adapters"] if recipe else model.adapters
+    for name, base in given.items():
+        if not holds_decoder(base.name, revision=base.revision, trust_remote_code=model.trust_remote_code):
+            raise reads_no_text(name)
     anchor = _base(model.anchor_base, *common, "anchor", wanted_adapters)
     augmenting = {name: _base(base, *common, f"augmenting model {name!r}") for name, base in given.items()}
     parts = {name: _part(name, base, anchor, config, recipe) for name, base in augmenting.items()}

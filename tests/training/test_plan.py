@@ -211,6 +211,30 @@ def test_an_encoder_is_refused_as_in_training(tmp_path: Path, kind: Any) -> None
         planned({"anchor": str(tmp_path / "anchor"), "augmenting": {"eyes": str(tmp_path / "eyes")}}, {}, Texts())
 
 
+def test_code_that_comes_with_a_model_runs_where_the_file_says_so(tmp_path: Path) -> None:
+    mine, usual = tmp_path / "mine", tmp_path / "usual"
+    model = tiny_model("llama")
+    for folder in (mine, usual):
+        model.save_pretrained(folder)
+    (mine / "modeling_planned.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class PlannedConfig(LlamaConfig):\n    model_type = 'planned'\n"
+        "class PlannedForCausalLM(LlamaForCausalLM):\n    config_class = PlannedConfig\n"
+    )
+    names = {"AutoConfig": "PlannedConfig", "AutoModelForCausalLM": "PlannedForCausalLM"}
+    config = json.loads((mine / "config.json").read_text()) | {
+        "model_type": "planned",
+        "architectures": ["PlannedForCausalLM"],
+        "auto_map": {auto: f"modeling_planned.{name}" for auto, name in names.items()},
+    }
+    (mine / "config.json").write_text(json.dumps(config))
+    folders = {"anchor": str(usual), "augmenting": str(mine)}
+    plan = planned({**folders, "trust_remote_code": True}, {}, Texts())
+    assert plan.augmenting["augmenting"].parameters == model.num_parameters()
+    with pytest.raises(ModelError, match="whose configuration can be read, but"):  # nothing of it runs unasked
+        planned(folders, {}, Texts())
+
+
 def test_the_shipped_configuration_is_planned() -> None:
     models = ROOT / "models"
     if not models.is_dir():

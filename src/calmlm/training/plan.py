@@ -236,7 +236,7 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
         raise ConfigError("A plan needs model.anchor and model.augmenting, but got model.composition: name the two.")
     wanted = model.augmenting_bases
     given = wanted if isinstance(wanted, dict) else {"augmenting": wanted}
-    common = model.dtype, model.quantization_config
+    common = model.dtype, model.quantization_config, model.trust_remote_code
     said = {name: getattr(model, name) for name in ("connections", "num_heads", "words", "init", "adapters", "refresh")}
     connector = {"connector" if key == "kind" else key: value for key, value in model.connector.items()}
     connector.pop("opened", None)
@@ -305,12 +305,12 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
     )
 
 
-def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str, adapters: Any = None) -> Base:
-    name = given.name
+def _base(given: BaseConfig, dtype: str | None, quantised: Any, trusted: bool, role: str, adapters: Any = None) -> Base:
+    name, options = given.name, {"trust_remote_code": trusted}
     try:
-        config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}))
+        config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}), **options)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:  # transformers raises different errors, depending on what is missing
         raise ModelError(
             f"The {role} must be a causal language model whose configuration can be read, but {name!r} is not "

@@ -234,7 +234,7 @@ def test_prompts_alone_give_no_probabilities() -> None:
         assert rolling(wrapped, "abc") < 0
 
 
-def test_settings_and_context_are_the_compositions() -> None:
+def test_settings_and_context_are_the_compositions(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     anchor = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
     anchor.generation_config = GenerationConfig(repetition_penalty=9.0, num_beams=4, eos_token_id=[2, 5])
@@ -242,6 +242,7 @@ def test_settings_and_context_are_the_compositions() -> None:
     settings = wrapped.model.generation_config
     assert settings.num_beams in (None, 1) and settings.repetition_penalty in (None, 1.0)
     assert settings.eos_token_id == [2, 5] and wrapped.max_length == 64
+    assert not caplog.records  # the harness would warn of a model that is no name
 
 
 @pytest.mark.slow

@@ -146,8 +146,7 @@ def evaluate(
 @contextmanager
 def _undescribed() -> Iterator[None]:
     """The harness asks pip, git and others about this machine behind each task, in seconds; we say it ourselves."""
-    asked = {"add_env_info": lambda storage: None, "get_git_commit_hash": lambda: None}
-    with patch.multiple("lm_eval.evaluator", **asked):
+    with patch.multiple("lm_eval.evaluator", add_env_info=lambda storage: None, get_git_commit_hash=lambda: None):
         yield
 
 

@@ -198,6 +198,12 @@ def test_the_table_in_the_docs_is_what_is_planned(monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="anchor must be a causal language model whose configuration can be read, but"):
         planned({"anchor": str(tmp_path / "none"), "augmenting": "x"}, {}, Texts())
+    for name in ("anchor", "augmenting"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in ("anchor", "augmenting")}
+    made(folders, {}).save_pretrained(tmp_path / "composed")
+    with pytest.raises(ModelError, match=r"must be a single model, but .*composed' is a composition"):
+        planned({**folders, "augmenting": str(tmp_path / "composed")}, {}, Texts())
     values = {"output": "x", "model": {"composition": "y"}, "data": {"train": "x"}}
     with pytest.raises(ConfigError, match="A plan needs model.anchor and model.augmenting"):
         make_plan(parse_config(values), Texts())

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.opening import holds_decoder, saved_config
+from calmlm.bases.origins import check_config, check_folder
 from calmlm.composing.aligning import aligned_count, check_alignable, middle
 from calmlm.composing.low_rank import planned_adapters
 from calmlm.composing.manner import RECIPE, is_recipe
@@ -307,10 +308,14 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
 
 def _base(given: BaseConfig, dtype: str | None, quantised: Any, trusted: bool, role: str, adapters: Any = None) -> Base:
     name, options = given.name, {"trust_remote_code": trusted}
+    check_folder(name, role)
     try:
         config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}), **options)
+        check_config(config, name, role)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises different errors, depending on what is missing
         raise ModelError(
             f"The {role} must be a causal language model whose configuration can be read, but {name!r} is not "

@@ -467,8 +467,20 @@ def test_inspect_looks_into_an_answer(composition: Path, tmp_path: Path, capsys:
     assert main([*map(str, (*given, "--answer", " = 15"))]) == 0
     assert "= 15" in capsys.readouterr().out
     assert "write --prompt TEXT" in fault(capsys, "inspect", composition, "--png", tmp_path / "other.png")
+    assert "write --text FILE" in fault(capsys, "inspect", composition, "--output", tmp_path / "other.json")
     assert "cannot" in fault(capsys, *given, "--json", tmp_path)
     assert not (tmp_path / "other.png").exists()
+
+
+def test_files_are_written_before_a_pipe_is_closed(
+    composition: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `| head` does while a table is printed."""
+    monkeypatch.setattr("calmlm.communication.looking.show_trace", lambda *arguments: sys.exit(1))
+    given = ("inspect", composition, "--prompt", "7 + 8", "--max-new-tokens", "2", "--json", tmp_path / "trace.json")
+    with pytest.raises(SystemExit):
+        main([*map(str, given)])
+    assert len(json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["tokens"]) == 2
 
 
 def test_seeds_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,16 @@ def test_another_prompt_in_tokens_of_its_own(theirs: str, tmp_path: Path, values
     assert all(bool(p.isfinite().all()) for p in model.model.connectors.parameters())
 
 
+def test_a_control_keeps_the_white_space_that_others_keep(tmp_path: Path, values: dict[str, Any]) -> None:
+    """An answer that begins with `stop` is an empty one, whoever writes it."""
+    domain = domain_of(tmp_path, values)
+    model = domain.compose(domain.base("augmenting")).eval()
+    swapped, prompts = Swapped(domain, model), ["hello world", "12 + 34 =", "a fox and a dog"]
+    with model.disable_composition():
+        found, plain = swapped(prompts), domain.answerer(model)(prompts)
+    assert found == plain != [text.strip() for text in plain]
+
+
 @pytest.mark.slow
 def test_two_tokenizers_and_other_families(tmp_path: Path, values: dict[str, Any]) -> None:
     own(values)["model"]["anchor"] = save(tmp_path / "a", "gpt2", tokenizer_of("bytes"), n_embd=36, n_head=4)

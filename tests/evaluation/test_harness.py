@@ -155,8 +155,10 @@ def test_results_are_written_whatever_they_hold(
     monkeypatch.setattr("lm_eval.simple_evaluate", measured)
     path = tmp_path / "out.json"
     arguments = ["--tasks", "calm_humaneval,calm_mbpp", "--data", str(SLICES), "--device", "cpu"]
-    assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 0
-    assert "calm_mbpp came to a ZeroDivisionError" in capsys.readouterr().out
+    assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "calm_mbpp came to a ZeroDivisionError" in printed.out
+    assert "Expected all tasks to be measured, but calm_mbpp failed" in printed.err
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))["results"]
     expected = {"a,none": 0.5, "b,none": None, "c,none": "<built-in function len>", "d,none": [1, 2], "e,none": [1]}
     assert found["calm_humaneval"] == expected | {"f,none": {"(1, 2)": 3}}
@@ -232,7 +234,7 @@ def test_prompts_alone_give_no_probabilities() -> None:
         assert rolling(wrapped, "abc") < 0
 
 
-def test_settings_and_context_are_the_compositions() -> None:
+def test_settings_and_context_are_the_compositions(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     anchor = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
     anchor.generation_config = GenerationConfig(repetition_penalty=9.0, num_beams=4, eos_token_id=[2, 5])
@@ -240,6 +242,22 @@ def test_settings_and_context_are_the_compositions() -> None:
     settings = wrapped.model.generation_config
     assert settings.num_beams in (None, 1) and settings.repetition_penalty in (None, 1.0)
     assert settings.eos_token_id == [2, 5] and wrapped.max_length == 64
+    assert not caplog.records  # the harness would warn of a model that is no name
+
+
+@pytest.mark.slow
+def test_the_machine_is_not_described_by_the_harness(
+    composition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run git and pip behind each task."""
+
+    def started(command: Any, *arguments: Any, **options: Any) -> Any:
+        pytest.fail(f"{command} was started")
+
+    monkeypatch.setattr("subprocess.check_output", started)
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: started("pip"))
+    found = evaluate(composition, ["calm_code_to_text"], data=SLICES, limit=1, device="cpu")
+    assert "chrf,none" in found["calm_code_to_text"]
 
 
 def test_views_want_the_template(composition: str, tmp_path: Path) -> None:
@@ -254,8 +272,21 @@ def test_what_cannot_be_run_is_said_in_a_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match="data: expected a folder"):
         evaluate(composition, ["calm_humaneval"], data=tmp_path / "nowhere", device="cpu")
-    with pytest.raises(DataError, match="calm_humaneval came to a KeyError"):
+    with pytest.raises(DataError, match=r"there is no .*openai_humaneval.test.jsonl: put it there"):
         evaluate(composition, ["calm_humaneval"], data=tmp_path, device="cpu")
+    with pytest.raises(DataError, match=r"there is no .*flores_plus.amh_Ethi.test.jsonl"):
+        evaluate(composition, ["calm_humaneval", "calm_flores"], data=SLICES, device="cpu")
+    (tmp_path / "none.jsonl").touch()
+    asks = {"good": SLICES / "openai_humaneval.test.jsonl", "empty": tmp_path / "none.jsonl"}
+    for name, data in asks.items():
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+            'output_type: generate_until\ndoc_to_text: "{{prompt}}"\ndoc_to_target: "a"\n'
+            "metric_list: [{metric: exact_match}]\n",
+            encoding="utf-8",
+        )
+    with pytest.raises(DataError, match=r"but empty came to a StopIteration \(there may be no documents\)"):
+        evaluate(composition, ["good", "empty"], include=tmp_path, device="cpu")
     arguments = ["evaluate", composition, "--tasks", "calm_humaneval", "--data", str(SLICES), "--device", "cpu"]
     assert main([*arguments, "--output", str(tmp_path)]) == 2
     assert "Expected a file that can be written" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from calmlm.experiments.fitting import collator
 from calmlm.experiments.kv_arithmetic import report as report_module
 from calmlm.experiments.kv_arithmetic.report import goals, summarise, write_report
 from calmlm.experiments.kv_arithmetic.run import run
-from calmlm.experiments.record import Stages
+from calmlm.experiments.record import Stages, origin
 from calmlm.experiments.visual_arithmetic.digits import Digits
 from calmlm.experiments.visual_arithmetic.joined import with_pictures
 from calmlm.experiments.visual_arithmetic.run import run as run_visual
@@ -113,3 +113,9 @@ def test_an_output_that_has_gone_leaves_the_figures_elsewhere(tmp_path: Path) ->
     assert json.loads(place.read_text(encoding="utf-8"))["preset"] == "tiny"
     place.unlink()
     place.parent.rmdir()
+
+
+@pytest.mark.parametrize("started", ["/bin/calmlm", "/lib/calmlm/__main__.py"])
+def test_a_command_is_told_as_it_can_be_typed(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [started, "evaluate", "my runs/it", "--limit", "2"])
+    assert origin(None)["command"] == "calmlm evaluate 'my runs/it' --limit 2"

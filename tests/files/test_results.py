@@ -6,6 +6,8 @@ import dataclasses
 import enum
 import json
 import math
+import os
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from calmlm.errors import CalmError
 from calmlm.files import results
 from calmlm.files.results import plain, to_json, write_result
+from calmlm.files.storage import check_writable
 
 
 class Kind(enum.Enum):
@@ -111,3 +114,27 @@ def test_a_second_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(CalmError, match="it was printed instead"):
         write_result(tmp_path / "file" / "a.json", '{"a": 1}')
     assert '{"a": 1}' in capsys.readouterr().out
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.json", tmp_path / "there" / "real.json"
+    target.write_text("old", encoding="utf-8")
+    link.symlink_to(target)
+    check_writable(link)
+    write_result(link, "new")
+    assert link.is_symlink()
+    assert target.read_text(encoding="utf-8") == "new"
+
+
+def test_a_pipe_or_a_device_is_written_into_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    reader.start()
+    write_result(pipe, "figures")
+    reader.join(10)
+    assert read == ["figures"]
+    assert pipe.is_fifo()

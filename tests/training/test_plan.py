@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import BertModel, LlamaConfig, ViTModel
 
 import calmlm
 from calmlm.cli import main
@@ -198,9 +198,47 @@ def test_the_table_in_the_docs_is_what_is_planned(monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="anchor must be a causal language model whose configuration can be read, but"):
         planned({"anchor": str(tmp_path / "none"), "augmenting": "x"}, {}, Texts())
+    for name in ("anchor", "augmenting"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+    folders = {name: str(tmp_path / name) for name in ("anchor", "augmenting")}
+    made(folders, {}).save_pretrained(tmp_path / "composed")
+    with pytest.raises(ModelError, match=r"must be a single model, but .*composed' is a composition"):
+        planned({**folders, "augmenting": str(tmp_path / "composed")}, {}, Texts())
     values = {"output": "x", "model": {"composition": "y"}, "data": {"train": "x"}}
     with pytest.raises(ConfigError, match="A plan needs model.anchor and model.augmenting"):
         make_plan(parse_config(values), Texts())
+
+
+@pytest.mark.parametrize("kind", [BertModel, ViTModel])
+def test_an_encoder_is_refused_as_in_training(tmp_path: Path, kind: Any) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "anchor")
+    kind.config_class(architectures=[kind.__name__]).save_pretrained(tmp_path / "eyes")
+    with pytest.raises(ConfigError, match="expected models that read the data's text, but 'eyes' is an encoder"):
+        planned({"anchor": str(tmp_path / "anchor"), "augmenting": {"eyes": str(tmp_path / "eyes")}}, {}, Texts())
+
+
+def test_code_that_comes_with_a_model_runs_where_the_file_says_so(tmp_path: Path) -> None:
+    mine, usual = tmp_path / "mine", tmp_path / "usual"
+    model = tiny_model("llama")
+    for folder in (mine, usual):
+        model.save_pretrained(folder)
+    (mine / "modeling_planned.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class PlannedConfig(LlamaConfig):\n    model_type = 'planned'\n"
+        "class PlannedForCausalLM(LlamaForCausalLM):\n    config_class = PlannedConfig\n"
+    )
+    names = {"AutoConfig": "PlannedConfig", "AutoModelForCausalLM": "PlannedForCausalLM"}
+    config = json.loads((mine / "config.json").read_text()) | {
+        "model_type": "planned",
+        "architectures": ["PlannedForCausalLM"],
+        "auto_map": {auto: f"modeling_planned.{name}" for auto, name in names.items()},
+    }
+    (mine / "config.json").write_text(json.dumps(config))
+    folders = {"anchor": str(usual), "augmenting": str(mine)}
+    plan = planned({**folders, "trust_remote_code": True}, {}, Texts())
+    assert plan.augmenting["augmenting"].parameters == model.num_parameters()
+    with pytest.raises(ModelError, match="whose configuration can be read, but"):  # nothing of it runs unasked
+        planned(folders, {}, Texts())
 
 
 def test_the_shipped_configuration_is_planned() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from calmlm.commands.options import Device, Dtype, Folder, TokenizerId, Trust, say
-from calmlm.errors import ConfigError
+from calmlm.errors import CalmError, ConfigError
 from calmlm.files.paths import expanded
 
 __all__ = ["compare", "evaluate"]
@@ -47,7 +47,7 @@ def evaluate(
     from calmlm.evaluation.harness import evaluate
     from calmlm.experiments.record import origin
     from calmlm.files.results import to_json, write_result
-    from calmlm.files.storage import check_writable, write_text
+    from calmlm.files.storage import check_writable, is_stream, write_text
 
     names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
     if output is not None:
@@ -58,7 +58,7 @@ def evaluate(
 
     def keep(found: dict[str, dict[str, Any]]) -> None:
         """What was measured outlives an interruption; where it cannot be written, the end says so."""
-        if output is not None:
+        if output is not None and not is_stream(output):
             with suppress(OSError):
                 write_text(output, written(found))
 
@@ -79,11 +79,19 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         report=keep,
     )
-    for task, metrics in found.items():
-        for name, value in metrics.items():
-            print(f"{task:32}{name:32}{value}")
-    if output is not None:
-        write_result(output, written(found))
+    try:  # the file comes first: who reads what is printed may go away
+        if output is not None:
+            write_result(output, written(found))
+    finally:
+        for task, metrics in found.items():
+            for name, value in metrics.items():
+                print(f"{task:32}{name:32}{value}")
+    failed = [task for task, metrics in found.items() if "failed" in metrics]
+    if failed:
+        raise CalmError(
+            f"Expected all tasks to be measured, but {', '.join(failed)} failed: the others have their figures, and "
+            f"the reason stands among them."
+        )
 
 
 def compare(

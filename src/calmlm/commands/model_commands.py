@@ -114,7 +114,11 @@ def inspect(
     lonely = [name for name, value in only.items() if value is not None]
     if prompt is None and lonely:
         raise ConfigError(f"{lonely[0]} must come with --prompt, but there is none: write --prompt TEXT.")
-    for path in (json_file, png_file):
+    if text is None and output is not None:
+        raise ConfigError(
+            "--output must come with --text, but there is none: write --text FILE, or --json FILE beside --prompt."
+        )
+    for path in (json_file, png_file, output):
         if path is not None:
             check_writable(path)
     if png_file is not None:
@@ -148,8 +152,6 @@ def inspect(
     from calmlm.experiments.record import origin
     from calmlm.files.results import to_json, write_result
 
-    if output is not None:
-        check_writable(output)
     found = listen_to_file(
         folder,
         text,
@@ -159,11 +161,13 @@ def inspect(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    _show(found.lines())
-    for warning in found.warnings():
-        say(f"warning: {warning}")
-    if output is not None:
-        write_result(output, to_json({"results": found.to_json(), **origin(None)}, indent=1) + "\n")
+    try:  # the file comes first: who reads what is printed may go away
+        if output is not None:
+            write_result(output, to_json({"results": found.to_json(), **origin(None)}, indent=1) + "\n")
+    finally:
+        _show(found.lines())
+        for warning in found.warnings():
+            say(f"warning: {warning}")
 
 
 def _show(lines: list[tuple[str, str]]) -> None:

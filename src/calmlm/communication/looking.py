@@ -77,7 +77,7 @@ def look_to_files(
     console: Console | None = None,
     **options: Any,
 ) -> None:
-    """Look into a saved composition; print what is found, and write it to files.
+    """Look into a saved composition; write what is found to files, and print it.
 
     Args:
         source: folder or id of the composition.
@@ -97,11 +97,13 @@ def look_to_files(
         max_new_tokens=max_new_tokens,
         apply_chat_template=apply_chat_template,
     )
-    show_trace(found, console or Console())
-    if json_file is not None:
-        write_result(json_file, to_json(found.to_json(), indent=1) + "\n")
-    if png_file is not None:
-        draw_trace(found, png_file)
+    try:  # the files come first: who reads what is printed may go away
+        if json_file is not None:
+            write_result(json_file, to_json(found.to_json(), indent=1) + "\n")
+        if png_file is not None:
+            draw_trace(found, png_file)
+    finally:
+        show_trace(found, console or Console())
 
 
 def check_looked_into(model: Any) -> None:

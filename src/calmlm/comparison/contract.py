@@ -158,6 +158,8 @@ class TextDomain(Domain):
 
     full_rate: float = 1e-3  # where all weights of m_B are trained
     evaluation_batch_size: int = 200
+    bare_answers: ClassVar[bool] = True
+    """Whether answers come without the white space around them."""
 
     def __init__(self, preset: Any, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

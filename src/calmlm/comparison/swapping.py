@@ -64,7 +64,8 @@ class Swapped:
                     **forced,
                 )
             texts = self.domain.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-            answers |= {prompt: text.strip() for prompt, text in zip(chosen, texts, strict=True)}
+            texts = [text.strip() for text in texts] if self.domain.bare_answers else texts
+            answers |= dict(zip(chosen, texts, strict=True))
         self.read.append((pairs, answers))
         return [answers[prompt] for prompt in prompts]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from calmlm.answering import TextModel
 from calmlm.data.context import context_length
@@ -112,23 +113,25 @@ def evaluate(
     failures: dict[str, CalmError] = {}
     with model.disable_composition() if anchor_only else nullcontext():
         wrapped = (SwappedLM if swapped else ComposedLM)(model, text.tokenizer, batch_size)
-        try:
-            manager.load(names)  # what cannot be read is found before anything is measured
-        except Exception as error:  # whatever a task's files, its data and the network give rise to
-            raise error if isinstance(error, CalmError) else _failed(tasks, error, model) from error
+        for name in names:  # what cannot be read is found before anything is measured
+            try:
+                manager.load([name])
+            except Exception as error:  # whatever a task's files, its data and the network give rise to
+                raise error if isinstance(error, CalmError) else _failed(name, error, model) from error
         for name in names:
             try:
-                measured = simple_evaluate(
-                    wrapped,
-                    tasks=[name],
-                    num_fewshot=num_fewshot,
-                    limit=limit,
-                    task_manager=manager,
-                    log_samples=False,
-                    apply_chat_template=apply_chat_template,
-                )
+                with _undescribed():
+                    measured = simple_evaluate(
+                        wrapped,
+                        tasks=[name],
+                        num_fewshot=num_fewshot,
+                        limit=limit,
+                        task_manager=manager,
+                        log_samples=False,
+                        apply_chat_template=apply_chat_template,
+                    )
             except Exception as error:  # the others are measured all the same
-                failures[name] = error if isinstance(error, CalmError) else _failed([name], error, model)
+                failures[name] = error if isinstance(error, CalmError) else _failed(name, error, model)
                 continue
             assert measured is not None
             for task, metrics in measured["results"].items():
@@ -140,11 +143,18 @@ def evaluate(
     return found | {name: {"failed": str(failure)} for name, failure in failures.items()}
 
 
-def _failed(tasks: Sequence[str], error: Exception, model: Any) -> DataError:
-    """What is raised where the harness cannot run tasks."""
-    reason = str(error).strip().splitlines() or [""]
+@contextmanager
+def _undescribed() -> Iterator[None]:
+    """The harness asks pip, git and others about this machine behind each task, in seconds; we say it ourselves."""
+    with patch.multiple("lm_eval.evaluator", add_env_info=lambda storage: None, get_git_commit_hash=lambda: None):
+        yield
+
+
+def _failed(task: str, error: Exception, model: Any) -> DataError:
+    """What is raised where the harness cannot run a task."""
+    reason = (str(error).strip().splitlines() or ["there may be no documents"])[0]
     return DataError(
-        f"Expected tasks and data that lm-evaluation-harness can run, but {', '.join(tasks)} came to a "
-        f"{type(error).__name__} ({reason[0]}): check the data, the number of examples, and that prompts and answers "
-        f"fit into the context of {context_length(model) or 'any number of'} tokens."
+        f"Expected tasks and data that lm-evaluation-harness can run, but {task} came to a {type(error).__name__} "
+        f"({reason}): check the data, the number of examples, and that prompts and answers fit into the context of "
+        f"{context_length(model) or 'any number of'} tokens."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,15 +43,16 @@ class ComposedLM(HFLM):  # type: ignore[misc]
                 "Evaluation needs a tokenizer with a beginning or an end of text, but this one has neither: give it "
                 "one and save it."
             )
-        super().__init__(
-            prefix_token_id=None if known else before[0],
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            device=str(model.device),
-            backend="causal",
-            max_length=context_length(model),
-        )
+        with _unwarned():
+            super().__init__(
+                prefix_token_id=None if known else before[0],
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                device=str(model.device),
+                backend="causal",
+                max_length=context_length(model),
+            )
         self._given: dict[tuple[int, ...], int] = {}  # how many tokens of what is scored were given
         self._coming: Counter[tuple[int, ...]] = Counter()  # how many rows of it the harness has not asked for yet
         # A token that stands before what is decoded: some decoders take a space from the beginning of a text.
@@ -251,6 +253,18 @@ class ComposedLM(HFLM):  # type: ignore[misc]
             yield
         finally:
             settings.update(given)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Within this context the harness does not warn of a model that was loaded before, as all of ours are."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Ending:

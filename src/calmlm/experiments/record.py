@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,9 +111,14 @@ def origin(command: str | None) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "commit": commit(),
-        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or shlex.join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "machine": machine(),
     }
+
+
+def _program(path: Path) -> str:
+    """What a program is called; `python -m` starts the file __main__.py of a package."""
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def made_by(result: dict[str, Any]) -> str:

@@ -64,8 +64,20 @@ def temporaries_in(folder: Path) -> list[Path]:
 
 
 def write_atomically(path: Path, write: Writer) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
+    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step.
+
+    Where ``path`` is a link, it is what the link leads to. A device or a pipe is written into, and stays what it is.
+    """
+    if is_stream(path):
+        write(path)
+        return
+    path = Path(os.path.realpath(path))
     write_together(path.parent, {path.name: write})
+
+
+def is_stream(path: Path) -> bool:
+    """Whether something stands at a path that is no file and no folder: a terminal, a pipe, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
@@ -126,7 +138,10 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        probe_folder(path.parent)
+        if not is_stream(path):
+            probe_folder(Path(os.path.realpath(path)).parent)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(None, "it takes nothing from this user")
     except OSError as error:
         raise ConfigError(
             f"Expected a file that can be written at {path}, but it cannot ({error.strerror}): name another."

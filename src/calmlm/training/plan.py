@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from calmlm.bases.families import Backbone, text_config
-from calmlm.bases.opening import saved_config
+from calmlm.bases.opening import holds_decoder, saved_config
+from calmlm.bases.origins import check_config, check_folder
 from calmlm.composing.aligning import aligned_count, check_alignable, middle
 from calmlm.composing.low_rank import planned_adapters
 from calmlm.composing.manner import RECIPE, is_recipe
@@ -24,6 +25,7 @@ from calmlm.connectors import CONNECTORS, build_connector
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import reading_once
 from calmlm.training.cache_settings import CacheConfig, bytes_of, number_bytes
+from calmlm.training.run_checks import reads_no_text
 from calmlm.training.schema import BaseConfig, TrainingConfig
 
 __all__ = ["GPUS", "Base", "Part", "Plan", "Texts", "make_plan"]
@@ -235,12 +237,15 @@ def make_plan(config: TrainingConfig, texts: Texts, devices: int = 1) -> Plan:
         raise ConfigError("A plan needs model.anchor and model.augmenting, but got model.composition: name the two.")
     wanted = model.augmenting_bases
     given = wanted if isinstance(wanted, dict) else {"augmenting": wanted}
-    common = model.dtype, model.quantization_config
+    common = model.dtype, model.quantization_config, model.trust_remote_code
     said = {name: getattr(model, name) for name in ("connections", "num_heads", "words", "init", "adapters", "refresh")}
     connector = {"connector" if key == "kind" else key: value for key, value in model.connector.items()}
     connector.pop("opened", None)
     recipe = is_recipe(model.plain_text, connector | said)
     wanted_adapters = RECIPE["adapters"] if recipe else model.adapters
+    for name, base in given.items():
+        if not holds_decoder(base.name, revision=base.revision, trust_remote_code=model.trust_remote_code):
+            raise reads_no_text(name)
     anchor = _base(model.anchor_base, *common, "anchor", wanted_adapters)
     augmenting = {name: _base(base, *common, f"augmenting model {name!r}") for name, base in given.items()}
     parts = {name: _part(name, base, anchor, config, recipe) for name, base in augmenting.items()}
@@ -301,12 +306,16 @@ def _part(name: str, base: Base, anchor: Base, config: TrainingConfig, recipe: b
     )
 
 
-def _base(given: BaseConfig, dtype: str | None, quantised: Any, role: str, adapters: Any = None) -> Base:
-    name = given.name
+def _base(given: BaseConfig, dtype: str | None, quantised: Any, trusted: bool, role: str, adapters: Any = None) -> Base:
+    name, options = given.name, {"trust_remote_code": trusted}
+    check_folder(name, role)
     try:
-        config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}))
+        config = saved_config(name, **({} if given.revision is None else {"revision": given.revision}), **options)
+        check_config(config, name, role)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises different errors, depending on what is missing
         raise ModelError(
             f"The {role} must be a causal language model whose configuration can be read, but {name!r} is not "

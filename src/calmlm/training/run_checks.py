@@ -142,10 +142,15 @@ def check_inputs(model: Any) -> None:
     """
     for name, entry in model.config.augmenting.items():
         if entry["reads"] == "inputs":
-            raise ConfigError(
-                f"model.augmenting: expected models that read the data's text, but {name!r} is an encoder with inputs "
-                f"of its own; train it in Python, with transformers' Trainer and augmenting_inputs in each batch."
-            )
+            raise reads_no_text(name)
+
+
+def reads_no_text(name: str) -> ConfigError:
+    """What is raised for an augmenting model that reads what no text has."""
+    return ConfigError(
+        f"model.augmenting: expected models that read the data's text, but {name!r} is an encoder with inputs of its "
+        f"own; train it in Python, with transformers' Trainer and augmenting_inputs in each batch."
+    )
 
 
 def check_saving(model: Any, tokenizer: Any, *, checkpoints: bool) -> None:

@@ -60,6 +60,7 @@ class OwnModels(TextDomain):
     name = "own"
     folder = "own"
     same_items = True
+    bare_answers = False  # one that begins with what `stop` says is empty, whoever writes it
 
     def __init__(self, preset: Own, seed: int, cache: Path, report: Callable[[str], None]) -> None:
         super().__init__(preset, seed, cache, report)

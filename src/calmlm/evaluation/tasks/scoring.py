@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calmlm.errors import DataError
 from calmlm.evaluation.sandbox import run_python
 
 _SECONDS, _MEMORY = 10.0, 1024 * 2**20
@@ -38,6 +39,10 @@ def documents(
             found[ours] = load_dataset(path, name, split=theirs)
         elif local.is_file():
             found[ours] = load_dataset("json", data_files=str(local), split="train")
+        elif ours == "test":
+            raise DataError(
+                f"Expected a local slice of the documents that are asked, but there is no {local}: put it there."
+            )
     for split, wanted in (only or {}).items():
         if split in found:
             rows = {row: index for index, row in enumerate(found[split]["task_id"])}
@@ -60,6 +65,11 @@ def sentences(source: str, target: str, path: str, folder: str | None = None, **
             sides.append({row["id"]: row["text"] for row in rows.get(ours, [])})
         shared = sorted(set(sides[0]) & set(sides[1]))
         found[ours] = Dataset.from_list([{"id": i, "source": sides[0][i], "target": sides[1][i]} for i in shared])
+    if folder is not None and not len(found["test"]):
+        raise DataError(
+            f"Expected sentences of {source} and {target} with the same ids among the test slices of {folder}, but "
+            f"there are none: make them anew."
+        )
     return found
 
 

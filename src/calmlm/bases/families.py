@@ -317,13 +317,15 @@ class Backbone:
             return True
         differences, half = found
         # The first layer of attention tells, and that with a state; they are the ones that rounding reaches least.
-        telling = [0, *find_state_layers(self.decoder.config.get_text_config(decoder=True))[:1]]
+        config: Any = self.decoder.config
+        telling = [0, *find_state_layers(config.get_text_config(decoder=True))[:1]]
         return bool(differences[telling].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
 
     @cached_property
     def counts_on(self) -> bool:
         """Whether it counts on behind a cache where nothing tells positions, unlike Bamba; tried out once."""
-        config: Any = self.decoder.config.get_text_config(decoder=True)
+        config: Any = self.decoder.config
+        config = config.get_text_config(decoder=True)
         if not (self.takes_positions and self.cache_argument and find_state_layers(config)):
             return True  # only families that keep a state are known to begin anew
         ids = torch.arange(4, device=execution_device(self.decoder))[None] % self.vocab_size

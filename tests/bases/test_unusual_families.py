@@ -35,6 +35,12 @@ BERT = {"is_decoder": True, "hidden_size": 48, "num_hidden_layers": 4, "num_atte
 BART = {"d_model": 48, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
 
 
+MINIMAX = {  # attention first, then a state
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "block_size": 4, "num_local_experts": 4, "layer_types": ["full_attention", "linear_attention"] * 2,
+}  # fmt: skip
+
+
 def other(family: str, *, seed: int = 0, **options: object) -> PreTrainedModel:
     """A tiny random model of a family that the other tests have not."""
     given = {"vocab_size": VOCAB_SIZE, "intermediate_size": 64, "max_position_embeddings": 128, **options}
@@ -255,10 +261,11 @@ def packed() -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("role", ["anchor", "augmenting"])
-@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "opt", "biogpt", "xglm"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "opt", "biogpt", "xglm", "minimax"])
 def test_models_that_mix_packed_texts_are_given_none(family: str, role: str) -> None:
     options = {"alibi": True} if family == "falcon" else {}
-    models = [tiny_model(family, **options), tiny_model("llama", seed=2)]
+    odd = other(family, **MINIMAX) if family == "minimax" else tiny_model(family, **options)
+    models = [odd, tiny_model("llama", seed=2)]
     model = awaken(calmlm.compose(*(models if role == "anchor" else reversed(models)), 2))
     ids, positions, texts = packed()
     try:
@@ -303,3 +310,14 @@ def test_such_a_decoder_drafts() -> None:
     ids = tiny_tokens(1, 9)
     found = model.generate(ids, drafting=True, max_new_tokens=8, **GREEDY)
     assert found.tolist() == greedy_without_cache(model, ids, 8).tolist()
+
+
+def test_layers_that_see_padding_of_their_own_are_refused() -> None:
+    """Reformer pads a text to whole chunks before its layers."""
+    sizes = {
+        "is_decoder": True, "hidden_size": 32, "attn_layers": ["local"] * 2, "attention_head_size": 8,
+        "feed_forward_size": 48, "num_attention_heads": 4, "axial_pos_embds": False,
+    }  # fmt: skip
+    with pytest.raises(calmlm.ModelError) as error:
+        calmlm.compose(other("reformer", **sizes), tiny_model(), 1)
+    assert_helpful(error.value, "anchor", "ReformerModel")

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import calmlm
 from calmlm.connectors.adapters import JOINT, Adapters
 from calmlm.errors import CheckpointError, ConfigError, MissingExtraError
 from calmlm.files.inspection import describe
 from compositions import assert_close, logits_of, tiny_composition
-from tiny import tiny_model, tiny_tokens
+from tiny import FAMILIES as FAMILY_SIZES
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokens
 
 QUIET: dict[str, Any] = {"connections": "none", "words": "map"}  # words are silent at the start
 FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox"]
@@ -197,14 +201,39 @@ def test_inspect_and_the_card_name_them(tmp_path: Path) -> None:
     assert "adapters (rank 3)" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
-def test_experts_keep_their_weights(family: str) -> None:
-    """Where experts are stacked, adapters stand beside the linear maps alone."""
-    anchor = tiny_model(family, seed=1)
+ODD: dict[str, dict[str, Any]] = {
+    "mixtral": {}, "olmoe": {}, "qwen2_moe": {},
+    # Some layers have no experts, all have shared ones: linear maps of the names that the experts' maps once had.
+    "deepseek_v3": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 8,
+    },
+    # The head has a linear map of the name that the layers' maps have.
+    "roberta": {"is_decoder": True, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                "intermediate_size": 48, "pad_token_id": 1},
+    # Maps lie at places 0 and 1 of a list, as layers do.
+    "ctrl": {"n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 64},
+    # Its kernels take some maps' weights alone.
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "n_groups": 1,
+               "state_size": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_all_linear_maps_of_the_decoder_and_nothing_else(family: str) -> None:
+    if family in FAMILY_SIZES:
+        anchor = tiny_model(family, seed=1)
+    else:
+        config = AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **ODD[family])
+        anchor = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     before = {name: type(module) for name, module in anchor.named_modules()}
     model = calmlm.compose(anchor, tiny_model("mistral"), 2, adapters=2)
     assert {name: type(module) for name, module in anchor.named_modules()} == before
-    assert any("q_proj" in name for name in model.config.augmenting["augmenting"]["adapters"]["targets"])
+    linear = {n for n, m in model.model.backbone().decoder.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    taken = {name for name in linear if name.endswith("mixer.out_proj")}
+    assert set(model.config.augmenting["augmenting"]["adapters"]["targets"]) == linear - taken
     ids = tiny_tokens(2, 5)
     assert torch.equal(logits_of(model, ids), logits_of(anchor, ids))
     model.train()(input_ids=ids, labels=ids).loss.backward()

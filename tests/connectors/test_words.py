@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import calmlm
 from calmlm.connectors.gate import OPENING
@@ -26,7 +27,7 @@ from equalities import (
     assert_static_and_drafts,
     assert_steps,
 )
-from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer, tiny_tokens
 from tokenizers_tiny import tokenizer
 from words import COMPOSITIONS, KINDS, speaking
 
@@ -133,6 +134,19 @@ def test_last_states_of_another_width_are_refused(kind: str, role: str) -> None:
     models[role] = tiny_model("opt", word_embed_proj_dim=22)
     with pytest.raises(ModelError, match="22 wide: leave words out"):
         calmlm.compose(**models, connections=1, words=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
+def test_models_with_a_past_of_their_own_speak(kind: str, role: str) -> None:
+    """xLSTM is never asked for its past, in which widths other than those of its checkpoint do not fit."""
+    sizes = {"hidden_size": 32, "num_heads": 4, "num_blocks": 2, "embedding_dim": 32, "vocab_size": VOCAB_SIZE}
+    models = {"anchor": tiny_model("llama"), "augmenting": tiny_model("mistral")}
+    models[role] = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlstm", **sizes)).eval()
+    alone = logits_of(models["anchor"], tiny_tokens(2, 6))
+    model = calmlm.compose(**models, connections=1, words=kind)
+    assert torch.equal(logits_of(model, tiny_tokens(2, 6)), alone)
+    assert model.generate(tiny_tokens(1, 4), max_new_tokens=3, **GREEDY).shape == (1, 7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
-}
+    "bamba": {
+        "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "attn_layer_indices": [1, 3],
+    },
+}  # fmt: skip
+CONTINUING = ("mamba2", "bamba")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -106,7 +111,7 @@ def test_several_tokens_behind_a_cache(family: str, position: str) -> None:
         cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
         one = model(input_ids=ids[:, 5:6], past_key_values=cache).logits
         assert_close(one, expected[:, 5:6], 1e-4)
-        if family == "mamba2":
+        if family in CONTINUING:
             assert_close(model(input_ids=ids[:, 6:], past_key_values=cache).logits, expected[:, 6:], 1e-4)
             return
         with pytest.raises(calmlm.DataError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from calmlm.bases.placement import execution_device
@@ -23,8 +24,10 @@ from calmlm.bases.structure import (
     find_first_position,
     find_layers,
     find_positions,
+    find_state_layers,
     find_turning_length,
     head_classes,
+    last_state,
     layers_at,
     state_of,
 )
@@ -313,8 +316,28 @@ class Backbone:
         if found is None:
             return True
         differences, half = found
-        # The first layer tells, and is the one that rounding reaches least.
-        return bool(differences[0].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
+        # The first layer of attention tells, and that with a state; they are the ones that rounding reaches least.
+        config: Any = self.decoder.config
+        telling = [0, *find_state_layers(config.get_text_config(decoder=True))[:1]]
+        return bool(differences[telling].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
+
+    @cached_property
+    def counts_on(self) -> bool:
+        """Whether it counts on behind a cache where nothing tells positions, unlike Bamba; tried out once."""
+        config: Any = self.decoder.config
+        config = config.get_text_config(decoder=True)
+        if not (self.takes_positions and self.cache_argument and find_state_layers(config)):
+            return True  # only families that keep a state are known to begin anew
+        ids = torch.arange(4, device=execution_device(self.decoder))[None] % self.vocab_size
+        place, found = torch.full_like(ids[:, :1], 3), []
+        for given in ({}, {"position_ids": place}):
+            own: dict[str, Any] = {self.cache_argument: DynamicCache(config=config), "use_cache": True}
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+                self.decoder(input_ids=ids[:, :3], **own)
+                found.append(last_state(self.decoder(input_ids=ids[:, 3:], **own, **given)).float())
+        half = self.dtype not in (torch.float32, torch.float64)
+        far = (found[0] - found[1]).abs().max() / found[1].abs().max().clamp(min=1e-6)
+        return bool(far <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -387,13 +410,18 @@ class Backbone:
             ModelError: when a layer does not give states of shape (batch, length, size), or when an earlier state
                 depends on a later token.
         """
+        name = type(self.decoder).__name__
+        if hasattr(self.decoder, "_pad_to_mult_of_chunk_length"):  # Reformer, beyond some length
+            raise ModelError(
+                f"The layers of the {role} must give a state for each token, but {name} pads texts to whole chunks "
+                f"before them: this architecture cannot be composed."
+            )
         ids = torch.arange(6, device=execution_device(self.decoder)).view(2, 3) % self.vocab_size
         everything = torch.ones_like(ids)
         first = self._layer_outputs(ids, role, everything)
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
         second = self._layer_outputs(changed, role, everything)
-        name = type(self.decoder).__name__
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
             if not isinstance(a, Tensor) or a.shape != (2, 3, self.size):
                 shape = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__

@@ -131,7 +131,8 @@ def _asked(model: PreTrainedModel, backbone: Backbone) -> tuple[Tensor, Tensor]:
     model.eval()
     try:
         ids = torch.arange(1, 9, device=execution_device(backbone.decoder))[None] % backbone.vocab_size
-        logits = model(input_ids=ids).logits[0].float().cpu()
+        given = {"use_cache": False} if backbone.takes_use_cache else {}
+        logits = model(input_ids=ids, **given).logits[0].float().cpu()
     finally:
         handle.remove()
         model.train(training)

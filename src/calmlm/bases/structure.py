@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from calmlm.errors import ModelError
 
@@ -98,6 +99,12 @@ def find_cache_argument(model: PreTrainedModel, decoder: nn.Module) -> str | Non
     if not model._supports_default_dynamic_cache():
         return None
     return next((name for name in ("past_key_values", "cache_params") if accepts(decoder, name)), None)
+
+
+def find_state_layers(config: PreTrainedConfig) -> list[int]:
+    """Which layers keep a state of their past, of linear attention or a convolution, besides keys and values."""
+    layers = DynamicCache(config=config).layers
+    return [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
 
 def find_turning_length(config: PreTrainedConfig) -> int | None:

@@ -21,6 +21,7 @@ MORE = (
     "use_qalora", "alora_invocation_tokens", "arrow_config",
 )  # fmt: skip
 """Settings of PEFT that do more than add a low-rank map to the outputs of linear maps."""
+TAKEN = (".out_proj", ".x_proj", ".dt_proj")
 STARTS = (True, "gaussian")
 """Settings of ``init_lora_weights`` with which the anchor stays as it is, and starts as itself."""
 
@@ -47,18 +48,21 @@ def build_adapters(model: nn.Module, decoder: nn.Module, wanted: Any) -> tuple[d
     from peft.tuners.lora import LoraLayer
 
     settings = _checked(model, decoder, wanted)
-    attributes = set(vars(model))
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Without its configuration, by which PEFT would take other maps than those named: experts' stacked weights.
+    parts = nn.Module()
+    for name, child in model.named_children():
+        parts.add_module(name, child)
     try:
-        inject_adapter_in_model(settings, model)
-        start = next(name for name, module in model.named_modules() if module is decoder)
-        found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        inject_adapter_in_model(settings, parts)
+        start = next(name for name, module in parts.named_modules() if module is decoder)
+        found = {name: module for name, module in parts.named_modules() if isinstance(module, LoraLayer)}
     except Exception as error:  # of settings of any form
         raise ConfigError(
             f"adapters must fit the anchor, but PEFT finds that they do not ({first_line(error)}): correct them."
         ) from None
     finally:
-        _restore(model, LoraLayer, attributes)
+        _restore(parts, LoraLayer)
         for parameter, before in trained:
             parameter.requires_grad_(before)
     outside = sorted(name for name in found if not name.startswith(f"{start}." if start else ""))
@@ -105,7 +109,7 @@ def _checked(model: nn.Module, decoder: nn.Module, wanted: Any) -> Any:
     # Linear maps of transformers' own, of GPT-2 and its kin, have their weights the other way round.
     settings = replace(settings, fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
     if settings.target_modules == "all-linear":  # which PEFT takes to mean the experts' stacked weights as well
-        settings = replace(settings, target_modules=sorted({name.rpartition(".")[2] for name in _linear(decoder)}))
+        settings = replace(settings, target_modules=_endings(model, decoder))
     strange = [name for name in MORE if getattr(settings, name, None)]
     strange += ["bias"] if settings.bias != "none" else []
     strange += ["peft_type"] if settings.peft_type != "LORA" else []
@@ -123,8 +127,17 @@ def _checked(model: nn.Module, decoder: nn.Module, wanted: Any) -> Any:
 
 
 def _linear(decoder: nn.Module) -> list[str]:
-    """The names of a decoder's linear maps."""
-    return [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    """The names of a decoder's linear maps, but for those whose weights the kernels of Mamba take alone."""
+    scans = {name for name, module in decoder.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return [name for name in linear if not (name.rpartition(".")[0] in scans and name.endswith(TAKEN))]
+
+
+def _endings(model: nn.Module, decoder: nn.Module) -> list[str]:
+    """How the names of a decoder's linear maps end in the anchor, and no others': PEFT takes whole names otherwise."""
+    start = next(name for name, module in model.named_modules() if module is decoder)
+    last = start.rpartition(".")[2] + "." if "." in start else ""
+    return [last + name for name in _linear(decoder)]
 
 
 def _settings(wanted: Any, kind: Any) -> Any:
@@ -145,7 +158,7 @@ def _settings(wanted: Any, kind: Any) -> Any:
         ) from None
 
 
-def _restore(model: nn.Module, kind: Any, attributes: set[str]) -> None:
+def _restore(model: nn.Module, kind: Any) -> None:
     """Put the anchor's own maps back where PEFT has put its layers around them."""
     around = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     for name, module in around:
@@ -155,8 +168,6 @@ def _restore(model: nn.Module, kind: Any, attributes: set[str]) -> None:
         while isinstance(module, kind):
             module = module.base_layer
         setattr(model.get_submodule(parent), last, module)
-    for name in set(vars(model)) - attributes:
-        delattr(model, name)
 
 
 def _record(layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

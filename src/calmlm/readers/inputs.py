@@ -238,6 +238,9 @@ def base_arguments(
         attention_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask.ndim == 2 else None
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
+    if position_ids is None and cache is not None and not backbone.counts_on:
+        past = length_in(cache) or 0
+        position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
     if position_ids is not None and backbone.takes_positions:
         arguments["position_ids"] = position_ids + backbone.first_position if backbone.first_position else position_ids
     if cache is not None and backbone.cache_argument is not None:

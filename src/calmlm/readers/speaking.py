@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
 
-from calmlm.bases.families import Backbone
+from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.heads import output_matrix
 from calmlm.bases.placement import execution_device
 from calmlm.config import WORDS
 from calmlm.connectors.pointer import NOTHING
 from calmlm.connectors.word_map import fit_map
 from calmlm.errors import ConfigError, ModelError
+from calmlm.readers.inputs import base_arguments
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.retokenization import Rewriting
 from calmlm.tokens.vocabularies import first_tokens, frequencies, shared_pieces
@@ -66,15 +67,14 @@ def expected_tokens(model: PreTrainedModel, backbone: Backbone) -> Tensor:
     model.eval()
     total = torch.zeros(0)
     try:
-        cache: Any = None
+        cache = None if backbone.cache_argument is None else DynamicCache(config=text_config(model))
         new = ids
-        argument = backbone.cache_argument
         for _ in range(WRITTEN[1]):
-            given: dict[str, Any] = {} if cache is None or argument is None else {argument: cache}
-            output = model(input_ids=new if given else ids, use_cache=True, **given)
+            read = ids if cache is None else new
+            given = base_arguments(backbone, input_ids=read, attention_mask=None, position_ids=None, cache=cache)
+            output = model(**given)
             likely = output.logits[:, -1].float().softmax(-1).cpu()
             total = likely.sum(0) if not total.numel() else total + likely.sum(0)
-            cache = getattr(output, argument or "past_key_values", None)
             new = torch.multinomial(likely, 1, generator=generator).to(ids)
             ids = torch.cat((ids, new), dim=1)
     finally:

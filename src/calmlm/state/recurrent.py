@@ -59,11 +59,12 @@ def _trial(backbone: Backbone) -> bool:
     decoder: Any = backbone.decoder
     ids = torch.arange(6, device=execution_device(decoder))[None] % backbone.vocab_size
     own = {str(backbone.cache_argument): DynamicCache(config=decoder.config.get_text_config(decoder=True))}
+    behind = {"position_ids": torch.arange(3, 6, device=ids.device)[None]} if backbone.takes_positions else {}
     with torch.no_grad():
         whole = decoder(input_ids=ids, use_cache=False)[0][:, 3:].float()
         decoder(input_ids=ids[:, :3], use_cache=True, **own)
         try:
-            continued = decoder(input_ids=ids[:, 3:], use_cache=True, **own)[0].float()
+            continued = decoder(input_ids=ids[:, 3:], use_cache=True, **own, **behind)[0].float()
         except RuntimeError:
             return False
     return bool((whole - continued).abs().max() <= TOLERANCE * whole.abs().max())

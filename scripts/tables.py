@@ -91,7 +91,7 @@ TRANSLATORS = {
     "m_A_examples": "m_A, which reads 5 examples",
     "ensemble_examples": "both models' probabilities at one weight",
     "lora": "LoRA on m_B, as many parameters",
-    "graft_adapters_pointer_examples_long": "**composed**",
+    "graft_adapters_map_long": "**composed**",
     "graft_adapters_map_random": "composed with a random m_A",
 }
 
@@ -126,6 +126,33 @@ def translators(result: dict[str, Any]) -> str:
     )
 
 
+RECIPES = {
+    "m_B": "m_B alone",
+    "m_A_examples": "m_A alone, with five examples",
+    "lora": "LoRA on m_B",
+    "words_map": "`words: map` alone",
+    "words_pointer_examples": "`words: pointer` alone, five examples for m_A",
+    "graft_adapters": "graft and adapters",
+    "graft_adapters_map": "graft, adapters and `words: map`",
+    "graft_adapters_map_long": "the same, three times as long",
+    "graft_adapters_map_random": "the same with a *random* m_A, 60 steps",
+    "graft_adapters_pointer_examples": "graft, adapters, `words: pointer`, five examples",
+    "graft_adapters_pointer_examples_long": "the same, three times as long",
+}
+
+
+def recipes(result: dict[str, Any]) -> str:
+    """What each part of a composition of two real models adds."""
+    lines = ["| | trained numbers | bits per byte | gain | seeds |", "|---|---:|---:|---:|---:|"]
+    for name, title in RECIPES.items():
+        row = result["rows"][name]
+        trained = row.get("parameters", 0)
+        shown = f"{trained / 1e6:.1f}M" if trained > 1e5 else f"{trained:,.0f}"
+        gain = f"{row['gain']['mean']:.3f}" if "gain" in row else ""
+        lines.append(f"| {title} | {shown} | {row['inside']['mean']:.3f} | {gain} | {row['seeds']} |")
+    return "\n".join(lines)
+
+
 VARIETIES = {
     "m_B_examples": "m_B, 5 examples",
     "m_A_examples": "m_A, 5 examples",
@@ -133,6 +160,7 @@ VARIETIES = {
     "lora": "LoRA",
     "lora_guided": "LoRA, guidance 1.5",
     "lora_more": "LoRA, 2,460 pairs",
+    "lora_more_guided": "LoRA, 2,460 pairs, guidance 1.5",
     "random": "composed with a random m_A",
     "composed": "**composed**",
     "composed_held": "the same, held to m_B on plain English",
@@ -414,6 +442,7 @@ TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ("docs/key-value.md", "table", "experiments/kv_arithmetic/results/small.json", key_values),
     ("docs/any-two-models.md", "overhead", "benchmarks/results/alignment_cpu.json", overheads),
     ("docs/any-two-models.md", "real", "benchmarks/results/real_cpu.json", real),
+    ("docs/real-models.md", "recipes", "experiments/real/results/translation.json", recipes),
     ("docs/real-models.md", "real-decoding", "benchmarks/results/real_decoding_cpu.json", real_decoding),
     ("docs/any-two-models.md", "listening", "benchmarks/results/listening.json", listening),
     ("docs/training.md", "steps", "benchmarks/results/train_cpu.json", training),

@@ -67,7 +67,7 @@ def test_the_small_table_is_that_of_the_real_models() -> None:
     result = json.loads((ROOT / "experiments/real/results/translation.json").read_text(encoding="utf-8"))["rows"]
     found = {row[0]: row[1:] for row in rows[2:]}
     assert list(found)[:2] == ["m_B", "m_A, which reads 5 examples"]
-    best = result["graft_adapters_pointer_examples_long"]
+    best = result["graft_adapters_map_long"]
     shown = [f"{best[name]['mean']:.2f}" for name in ("inside", "outside", "swapped")]
     assert found["composed"] == [*shown, f"{best['english']:.2f}"]
     controls = [name for name in found if "random" in name or "LoRA" in name]

@@ -317,15 +317,15 @@ class Backbone:
             return True
         differences, half = found
         # The first layer of attention tells, and that with a state; they are the ones that rounding reaches least.
-        config: Any = self.decoder.config
-        telling = [0, *find_state_layers(config.get_text_config(decoder=True))[:1]]
-        return bool(differences[telling].max() <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
+        decoder: Any = self.decoder
+        telling = [0, *find_state_layers(text_config(decoder))[:1]]
+        return bool(differences[telling].max() <= _tolerance(half))
 
     @cached_property
     def counts_on(self) -> bool:
         """Whether it counts on behind a cache where nothing tells positions, unlike Bamba; tried out once."""
-        config: Any = self.decoder.config
-        config = config.get_text_config(decoder=True)
+        decoder: Any = self.decoder
+        config = text_config(decoder)
         if not (self.takes_positions and self.cache_argument and find_state_layers(config)):
             return True  # only families that keep a state are known to begin anew
         ids = torch.arange(4, device=execution_device(self.decoder))[None] % self.vocab_size
@@ -333,11 +333,10 @@ class Backbone:
         for given in ({}, {"position_ids": place}):
             own: dict[str, Any] = {self.cache_argument: DynamicCache(config=config), "use_cache": True}
             with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-                self.decoder(input_ids=ids[:, :3], **own)
-                found.append(last_state(self.decoder(input_ids=ids[:, 3:], **own, **given)).float())
-        half = self.dtype not in (torch.float32, torch.float64)
+                decoder(input_ids=ids[:, :3], **own)
+                found.append(last_state(decoder(input_ids=ids[:, 3:], **own, **given)).float())
         far = (found[0] - found[1]).abs().max() / found[1].abs().max().clamp(min=1e-6)
-        return bool(far <= (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE))
+        return bool(far <= _tolerance(_is_half(self.dtype)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -363,10 +362,10 @@ class Backbone:
             together = self._layer_outputs(ids, "model", mask, place)
             for branch in ([0, 1, 2, 4], [0, 1, 3, 5]):
                 alone = self._layer_outputs(ids[:, branch], "model", torch.ones_like(ids[:, branch]))
-                half = alone[0].dtype not in (torch.float32, torch.float64)
+                tolerance = _tolerance(_is_half(alone[0].dtype))
                 for a, b in zip(alone, together, strict=True):
                     far = (a.float() - b[:, branch].float()).abs().max() / a.float().abs().max().clamp(min=1e-6)
-                    if far > (PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE):
+                    if far > tolerance:
                         return False
         except ModelError:
             return False
@@ -392,7 +391,7 @@ class Backbone:
             (a[:, -length:].float() - b[:, -length:].float()).abs().amax((0, 2)) / a.float().abs().max().clamp(min=1e-6)
             for a, b in zip(first, second, strict=True)
         ]
-        return torch.stack(differences), first[0].dtype not in (torch.float32, torch.float64)
+        return torch.stack(differences), _is_half(first[0].dtype)
 
     def positions(self, ids: Tensor, mask: Any) -> Tensor | None:
         """Positions (B, T) that the model has to be given, counted over real tokens; None where it counts by itself.
@@ -485,6 +484,15 @@ def counted(ids: Tensor, mask: Any) -> Tensor | None:
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of the text decoder in ``model``."""
     return model.config.get_text_config(decoder=True)
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype not in (torch.float32, torch.float64)
+
+
+def _tolerance(half: bool) -> float:
+    """How far states may lie apart, relative to the largest, and still count as equal but for rounding."""
+    return PADDING_TOLERANCE_HALF if half else PADDING_TOLERANCE
 
 
 def _alike(differences: Tensor, half: bool) -> bool:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
-from calmlm.bases.families import Backbone
+from calmlm.bases.families import Backbone, text_config
 from calmlm.bases.placement import execution_device
 from calmlm.errors import DataError
 from calmlm.state.cache import CalmCache
@@ -58,7 +58,7 @@ def _trial(backbone: Backbone) -> bool:
     """Three tokens behind three others, against all six at once."""
     decoder: Any = backbone.decoder
     ids = torch.arange(6, device=execution_device(decoder))[None] % backbone.vocab_size
-    own = {str(backbone.cache_argument): DynamicCache(config=decoder.config.get_text_config(decoder=True))}
+    own = {str(backbone.cache_argument): DynamicCache(config=text_config(decoder))}
     behind = {"position_ids": torch.arange(3, 6, device=ids.device)[None]} if backbone.takes_positions else {}
     with torch.no_grad():
         whole = decoder(input_ids=ids, use_cache=False)[0][:, 3:].float()

@@ -24,7 +24,7 @@ from calmlm.serving import batching
 from calmlm.serving.catalogue import Catalogue
 from calmlm.serving.engine import Engine
 from calmlm.serving.protocol import CompletionRequest
-from calmlm.serving.requests import make_job
+from calmlm.serving.requests import find, make_job
 from calmlm.serving.writing import Writing
 from compositions import tiny_composition
 from served import PROMPTS, catalogue, expected, running, serving, wait
@@ -228,10 +228,11 @@ def test_a_batch_that_cannot_be_joined_is_written_apart(served: Catalogue, monke
 
 @torch.no_grad()
 def test_a_text_that_is_written_apart_stays_apart(served: Catalogue) -> None:
-    """Others would be too much for it again."""
+    """Others would be too much for it again. No text may end at its first token, which is drawn."""
     engine, made = Engine(8, 8, 128), list[Writing]()
+    ends = [str(token) for token in find(served, "one").ends]
     for prompt in ("abc", "def"):
-        asked = CompletionRequest(model="one", prompt=prompt)
+        asked = CompletionRequest(model="one", prompt=prompt, logit_bias=dict.fromkeys(ends, -100.0))
         made += make_job(served, asked, lambda _place, _piece: None, 8).writings
     engine._read_apart(made[:1])
     engine._read_on(*engine._readings[0])

@@ -14,8 +14,9 @@ forward passes of both models, without anything trained, the anchor's head inclu
 cache, in memory, holds all texts, and the anchor's stream below the lowest connection. ``flops_x_limit``: matrix
 products and attention, over the least that the placement allows (see ``least``). ``saved_mib``: what is in memory
 behind the forward pass, weights left out. ``checkpointing``: which activations of the anchor's layers are kept, all
-where it is null. ``calm_pytorch`` is run where it is installed (``pip install CALM-pytorch``), on the tiny pair alone,
-since it takes one tokenizer.
+where it is null. Attention is what ``calmlm train`` chooses: eager for the real pair's short texts in bfloat16 on a
+processor, else sdpa, which all others have unless they say so. ``calm_pytorch`` is run where it is installed (``pip
+install CALM-pytorch``), on the tiny pair alone, since it takes one tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import calmlm
 from calmlm.bases.families import Backbone
+from calmlm.bases.speed import faster_attention
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import device, origin
 from calmlm.tokens.lookup import find_tokenizer
@@ -59,6 +61,7 @@ CONNECTIONS: dict[str, dict[str, Any]] = {
     "real": {"even": "every-4", "top": "top"},
 }
 TINY = (8, 128)
+FULL = "full fine-tuning"
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Work:
         forward: gives the loss.
         models: whose weights are in memory.
         trained: what trains.
+        attention: what is around a step, where attention is chosen.
         limit: see ``least``; None where nothing of the kind is known.
     """
 
@@ -81,17 +85,24 @@ class Work:
     cache: str | None = None
     checkpointing: str | None = None
     limit: float | None = None
+    attention: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, fused=True) if self.trained else None
 
     def step(self) -> None:
         """Forward, and where something trains backward and update."""
-        loss = self.forward()
-        if self.optimizer is not None:
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        with self.attention():
+            loss = self.forward()
+            if self.optimizer is not None:
+                loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def kept_mib(self) -> float:
+        """What is in memory behind the forward pass, weights left out."""
+        with self.attention():
+            return round(kept_bytes(self.forward, *self.models) / 2**20, 1)
 
 
 def forward_of(model: Any, rows: dict[str, Tensor], recorder: Any = None) -> Callable[[], Tensor]:
@@ -261,9 +272,13 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
                 count = batch, tokens_read(model, rows) // batch
             limit = least(*pair, model, rows, count, warm=cache == "warm")
             forward = forward_of(model, rows, recorder)
-            works.append(Work("calmlm", forward, (model,), trainable(model), placement, cache, kept, limit))
-    full = copy.deepcopy(anchor).requires_grad_(True)
-    works.append(Work("full fine-tuning", forward_of(full, rows), (full,), trainable(full)))
+            attention = partial(faster_attention, model, rows["input_ids"].shape[1])
+            works.append(Work("calmlm", forward, (model,), trainable(model), placement, cache, kept, limit, attention))
+    for method in (FULL, *([f"{FULL}, eager attention"] if tokenizers else [])):
+        full = copy.deepcopy(anchor).requires_grad_(True)
+        if method != FULL:
+            full.set_attn_implementation("eager")
+        works.append(Work(method, forward_of(full, rows), (full,), trainable(full)))
     low = lora_of(anchor, size_of(works[1].trained))
     works.append(Work("LoRA", forward_of(low, rows), (low,), trainable(low)))
     if tokenizers is None and find_spec("CALM_pytorch"):
@@ -275,7 +290,7 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
 def cases_of(name: str, works: list[Work], rounds: int) -> list[dict[str, Any]]:
     """The figures of one pair of models."""
     seconds = take_turns([work.step for work in works], rounds)
-    full = next(place for place, work in enumerate(works) if work.method == "full fine-tuning")
+    full = next(place for place, work in enumerate(works) if work.method == FULL)
     cases = []
     for place, work in enumerate(works):
         flops = flops_of(work.step)
@@ -292,7 +307,7 @@ def cases_of(name: str, works: list[Work], rounds: int) -> list[dict[str, Any]]:
             "gflops": round(flops / 1e9, 2),
             "flops_x_limit": round(flops / work.limit, 4) if work.limit else None,
             "trained": size_of(work.trained),
-            "saved_mib": round(kept_bytes(work.forward, *work.models) / 2**20, 1) if work.trained else None,
+            "saved_mib": work.kept_mib() if work.trained else None,
             "peak_mib": round(peak_bytes(work.step, *work.models) / 2**20, 1),
         }
         print(case, flush=True)

@@ -600,6 +600,51 @@ def test_numbers_that_the_processor_is_slow_in_are_named(
     assert lines.count(message) == said
 
 
+@pytest.mark.parametrize(
+    ("changes", "eager"),
+    [
+        ({}, True),
+        ({"model": {"attn_implementation": "sdpa"}}, False),
+        ({"model": {"dtype": "float32"}}, False),
+        ({"trainer": {"packing": True}, "data": {"max_length": 64}}, False),
+        ({"align": True}, True),
+        ({"retain": True}, False),
+    ],
+)
+def test_short_texts_are_learned_with_the_faster_attention(
+    changes: dict[str, Any], eager: bool, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bfloat16 is read on a processor, nothing is packed, no text is long, and no attention was chosen."""
+    monkeypatch.setattr("calmlm.training.pipeline.slowness", lambda _: 1.0)
+    monkeypatch.setattr("calmlm.bases.speed.SHORT", 16)
+    long = tmp_path / "long.txt"
+    long.write_text("7+2=9 " * 6 + "\n", encoding="utf-8")
+    values = settings(max_steps=2)
+    values["model"]["dtype"] = "bfloat16"
+    for section, given in changes.items():
+        if section == "align":
+            short = tmp_path / "short.txt"
+            short.write_text("7+2=9\n2+2=4\n", encoding="utf-8")
+            values["align"] = {"text": str(short), "trainer": {"max_steps": 1}}
+        elif section == "retain":
+            values["retain"] = {"text": str(long)}
+        else:
+            values[section] |= given
+    kinds: set[str] = set()
+    forward = calmlm.CalmModel.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            kinds.add(self.anchor.config._attn_implementation)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(calmlm.CalmModel, "forward", watched)
+    lines: list[str] = []
+    train(parse_config(values), report=lines.append)
+    assert kinds == {"eager" if eager else "sdpa"}
+    assert any(line.startswith("Attention is eager") for line in lines) == eager
+
+
 def test_plain_text_alone_stands_for_the_recipe(settings: Settings, tmp_path: Path) -> None:
     text = tmp_path / "plain.txt"
     text.write_text("\n".join(f"{number}+{number}={2 * number} and so on" for number in range(12)), encoding="utf-8")

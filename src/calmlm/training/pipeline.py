@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from calmlm.bases.sharding import is_spread
-from calmlm.bases.speed import slowness
+from calmlm.bases.speed import faster_attention, slowness
 from calmlm.communication import listen, tokenizers_of
 from calmlm.data.context import context_length, own_contexts, prompt_length
 from calmlm.data.formats import Example
@@ -140,10 +141,10 @@ def train(
     stage = None
     if config.align is not None and checkpoint is None:
         stage = AlignStage(config, model, tokenizer, max_length, folder)
+    texts = [*rows, *(eval_rows or []), *(stage.rows if stage is not None else [])]
     if cache is not None:
         general = trainer.retained.rows_read(batches_of(trainer)) if trainer.retained is not None else []
-        plain = stage.rows if stage is not None else []
-        _check_room([*rows, *(eval_rows or []), *general, *plain], len(rows), cache, report)
+        _check_room([*texts, *general], len(rows), cache, report)
 
     def start() -> None:
         kept = resume or (stage is not None and stage.begun)  # the stage lies in the folder
@@ -158,7 +159,8 @@ def train(
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     _warn_of_slow_numbers(model, report)
-    with contextlib.nullcontext() if cache is None else cache.recording():
+    texts += [{"input_ids": row} for row in trainer.retained.rows] if trainer.retained is not None else []
+    with contextlib.nullcontext() if cache is None else cache.recording(), _attention(config, model, texts, report):
         if stage is not None:
             stage.run(start, resume=resume, report=report)
             set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
@@ -195,6 +197,20 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
     if times > SLOW:
         name = str(base.dtype).removeprefix("torch.")
         report(f"This processor takes {times:.0f} times as long in {name} as in float32: set model.dtype=float32.")
+
+
+@contextlib.contextmanager
+def _attention(config: TrainingConfig, model: Any, texts: Rows, report: Report) -> Iterator[None]:
+    """The faster attention for these texts, where the configuration names none and packs none."""
+    given = [config.trainer, *([] if config.align is None else [config.align.trainer])]
+    packed = any(one.get(key) for one in given for key in ("packing", "eval_packing", "padding_free"))
+    if packed or config.model.attn_implementation is not None:
+        yield
+        return
+    with faster_attention(model, max(len(text["input_ids"]) for text in texts)) as other:
+        if other:
+            report("Attention is eager while it trains: faster for short texts in bfloat16 on a processor.")
+        yield
 
 
 def _retained(config: TrainingConfig, model: Any, tokenizer: Any, max_length: int | None, seed: int) -> Retained | None:

@@ -52,7 +52,7 @@ def test_short_texts_in_bfloat16_are_learned_with_plain_products(anchor: str) ->
 
 
 def test_other_attention_is_left_alone() -> None:
-    """Long texts, float32, and what was chosen."""
+    """Long texts, float32, what was chosen, and what cannot change."""
 
     def other(model: calmlm.CalmForCausalLM, longest: int) -> bool:
         with speed.faster_attention(model, longest) as found:
@@ -63,4 +63,6 @@ def test_other_attention_is_left_alone() -> None:
     assert other(model, speed.SHORT) and not other(model, speed.SHORT + 1)
     model.set_attn_implementation("eager")
     assert not other(model, 1)
+    falcon = tiny_model("falcon", attn_implementation="sdpa").bfloat16()  # which cannot change it
+    assert not other(calmlm.compose(falcon, small, [(0, 1)]), 1) and falcon.config._attn_implementation == "sdpa"
     assert not other(calmlm.compose(tiny_model("llama", attn_implementation="sdpa"), small, [(0, 1)]), 1)

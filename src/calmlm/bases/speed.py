@@ -71,6 +71,9 @@ def faster_attention(model: Any, longest: int) -> Iterator[bool]:
     configs = [part.config for part in anchor.modules() if isinstance(part, PreTrainedModel)]
     before = [(config, config._attn_implementation) for config in (model.config, *configs)]
     anchor.set_attn_implementation("eager")
+    if anchor.config._attn_implementation != "eager":  # of a family that cannot change it, as transformers has warned
+        yield False
+        return
     model.config._attn_implementation = "eager"
     try:
         yield True

@@ -735,6 +735,46 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
         assert any(message in fault for fault in faults)
 
 
+def test_cells_of_other_data_or_models_are_not_taken_for_these(
+    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calmlm.experiments.real import run as run_module
+
+    monkeypatch.setattr(run_module, "load_settings", lambda path: TINY)
+    monkeypatch.setattr(run_module, "open_pair", lambda *_: pair)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("these", "longer", "learned")}
+    rows = sentences()
+    learned = World(TINY, 0, rows).training[0]["eng_Latn"]
+    files["these"].write_text("\n".join(json.dumps(row) for row in rows))
+    files["longer"].write_text("\n".join(json.dumps({k: f"{v} more" for k, v in row.items()}) for row in rows))
+    changed = [{**row, "xx_Latn": "y"} if row["eng_Latn"] == learned else row for row in rows]
+    files["learned"].write_text("\n".join(json.dumps(row) for row in changed))
+    output = tmp_path / "results"
+
+    def go(name: str, wanted: list[str], **options: Any) -> dict[str, Any]:
+        return run("x.yaml", (0,), wanted, output, data=files[name], report=lambda line: None, **options)
+
+    go("these", ["m_B"])
+    assert go("these", ["m_B"])["rows"].keys() == {"m_B"}
+    for name in ("longer", "learned"):
+        for wanted in (["m_B"], ["m_A", "m_B"]):  # all stored, and some missing
+            with pytest.raises(ConfigError, match="the same sentences, but that of m_B, seed 0, was made of others"):
+                go(name, wanted)
+    place = cell_path(output, TINY, "m_B", 0)
+    cell = json.loads(place.read_text())
+    cell["models"]["augmenting"]["values"] = "others"
+    place.write_text(json.dumps(cell))
+    with pytest.raises(ConfigError, match="the same models, but that of m_B, seed 0, was made of others"):
+        go("these", ["m_A"])
+    other = json.loads(json.dumps(cell)) | {"sizes": {**cell["sizes"], "english": [1, 2, 3]}}
+    cell_path(output, TINY, "m_A", 0).write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="the same sentences, but that of m_B, seed 0, was made of others"):
+        go("these", ["m_A"], stored_only=True)  # of two that are stored
+    del other["sentences"], other["models"]  # as earlier versions wrote them
+    cell_path(output, TINY, "m_A", 0).write_text(json.dumps(other | {"sizes": cell["sizes"]}))
+    assert go("these", ["m_A"], stored_only=True)["rows"].keys() == {"m_A", "m_B"}
+
+
 @pytest.mark.slow
 def test_every_system_makes_a_cell(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     from calmlm.experiments.real import run as run_module

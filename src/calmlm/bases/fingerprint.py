@@ -95,28 +95,34 @@ def check_fingerprint(
 ) -> None:
     """Raise unless ``model`` is the base that a composition was made on.
 
-    Values are compared where both sides are of one dtype, or of float32 and bfloat16; others round differently, so that
-    only architecture and shapes can be held against each other.
-
     Raises:
         CheckpointError: naming both models.
     """
     if not expected:
         return
     found = fingerprint(model)
-    keys = ["architecture", "shapes"]
-    if comparable(found["dtype"], expected.get("dtype")):
-        keys.append("values")
-    for key in keys:
-        if None not in (found[key], expected.get(key)) and found[key] != expected[key]:
-            made, now = f"{wanted!r} ({expected.get('architecture')})", f"{got!r} ({found['architecture']})"
-            if wanted == got:
-                raise CheckpointError(
-                    f"The {role} must be {made} as it was when this composition was made, but it has changed since and "
-                    f"is now a model {DIFFERENCES[key]}: bring that model back, or pass it as "
-                    f"{'anchor' if role == 'anchor' else 'augmenting'}=."
-                )
-            raise CheckpointError(
-                f"The {role} must be {made}, on which this composition was made, but got {now}, a model "
-                f"{DIFFERENCES[key]}: load it on the model that it was made on."
-            )
+    key = difference(found, expected)
+    if key is None:
+        return
+    made, now = f"{wanted!r} ({expected.get('architecture')})", f"{got!r} ({found['architecture']})"
+    if wanted == got:
+        raise CheckpointError(
+            f"The {role} must be {made} as it was when this composition was made, but it has changed since and "
+            f"is now a model {DIFFERENCES[key]}: bring that model back, or pass it as "
+            f"{'anchor' if role == 'anchor' else 'augmenting'}=."
+        )
+    raise CheckpointError(
+        f"The {role} must be {made}, on which this composition was made, but got {now}, a model "
+        f"{DIFFERENCES[key]}: load it on the model that it was made on."
+    )
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """In which of ``DIFFERENCES`` two fingerprints differ first; None where nothing is known to differ.
+
+    Values are compared where both sides are of one dtype, or of float32 and bfloat16; others round differently, so that
+    only architecture and shapes can be held against each other.
+    """
+    keys = ["architecture", "shapes", *(["values"] if comparable(found["dtype"], expected.get("dtype")) else [])]
+    different = (key for key in keys if None not in (found[key], expected.get(key)) and found[key] != expected[key])
+    return next(different, None)

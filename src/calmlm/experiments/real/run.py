@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.speed import faster_dtype
 from calmlm.errors import CalmError, ConfigError, first_line
 from calmlm.experiments.fitting import check_seeds
+from calmlm.experiments.real.alike import about_data, about_models, check_alike
 from calmlm.experiments.real.ensemble import Ensemble
 from calmlm.experiments.real.joined import (
     Pair,
@@ -131,11 +131,15 @@ def run(
     # A seed after the other, so that a run that is stopped has whole ones.
     wanted = dict.fromkeys((name, seed if settings.methods[name].seeded else 0) for seed in seeds for name in names)
     failed: list[str] = []
-    if not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted):
+    missing = not stored_only and not all(cell_path(folder, settings, *key).is_file() for key in wanted)
+    if missing or (data is not None and not stored_only):
         sentences = read_sentences(settings, data)
-        World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
+        first = World(settings, seeds[0], sentences)  # says what is wrong with them before models are loaded
+        check_alike(stored(settings, folder, seeds), about_data(first))
+    if missing:
         chosen = DTYPES[dtype] if dtype else faster_dtype(device())
         pair = open_pair(settings.anchor, settings.augmenting, models, chosen)
+        check_alike(stored(settings, folder, seeds), about_models(pair))
         for name, seed in wanted:
             path = cell_path(folder, settings, name, seed)
             if path.is_file():  # made before, or by another run meanwhile
@@ -153,6 +157,7 @@ def run(
             report(f"{name}, seed {seed}: {cell['seconds']:.0f} s")
             gc.collect()  # a composition and its hooks hold each other
     cells = stored(settings, folder, seeds)
+    check_alike(cells)
     result = {
         "experiment": "real",
         "name": settings.name,
@@ -215,13 +220,12 @@ def make_cell(
     else:
         system, about = opened(settings, name, pair, world, report, kept, command, anew=True)
         found = measure(system, world, settings.swapped, report)
-    items = {"tested": world.tested, "english": world.english}
     return {
         "settings": dataclasses.asdict(method),
         "dtype": str(pair.anchor.dtype).removeprefix("torch."),
-        "models": {role: fingerprint(model) for role, model in vars(pair).items() if hasattr(model, "config")},
+        **about_models(pair),
         "left_out": world.left_out,
-        "sizes": {group: [item.size for item in chosen] for group, chosen in items.items()},
+        **about_data(world),
         "varieties": [item.variety for item in world.tested],
         **about,
         **found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -186,6 +187,12 @@ class World:
         kept = [texts[str(row[settings.english])] for row in kept]
         self.test, rest = kept[: settings.test], kept[settings.test :]
         self.development, self.training = rest[: settings.development], rest[settings.development :]
+
+    @property
+    def digest(self) -> str:
+        """16 digits that stand for all sentences and their order."""
+        parts = json.dumps([self.test, self.development, self.training, self.longer], ensure_ascii=False)
+        return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @cached_property
     def drawn(self) -> list[Sentence]:

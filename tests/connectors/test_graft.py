@@ -138,6 +138,15 @@ def test_texts_are_read_as_far_as_the_models_can() -> None:
     assert bool(model.model.connectors["augmenting"][0].map.weight.any())
 
 
+@pytest.mark.filterwarnings("ignore:The augmenting model cannot take back what it has read")
+def test_a_model_that_counts_padding_reads_texts_one_by_one() -> None:
+    """MPT, in tokens of its own behind a beginning."""
+    options: dict[str, Any] = {**GRAFT, "connections": "aligned-1", **own("characters")}
+    examples = [{"prompt": text[: 9 + place], "completion": text[9 + place :]} for place, text in enumerate(TEXTS)]
+    model = tiny_composition("qwen2", "mpt", **options, development=examples, awake=False)
+    assert bool(model.model.connectors["augmenting"][0].map.weight.any())
+
+
 def test_off_switch(model: calmlm.CalmForCausalLM) -> None:
     equalities.assert_off_switch(model)
 

@@ -274,8 +274,9 @@ def _loss(model: Any, rows: Sequence[dict[str, list[int]]]) -> float:
     """Nats per labelled token."""
     total, count = 0.0, 0
     order = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(order), AT_ONCE):
-        batch = order[start : start + AT_ONCE]
+    at_once = _at_once(model)
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
         ids = padded([row["input_ids"] for row in batch], 0, model.device)
         mask = padded([[1] * len(row["input_ids"]) for row in batch], 0, model.device)
         labels = padded([row["labels"] for row in batch], IGNORE, model.device)
@@ -296,11 +297,18 @@ def _batches(
     rows.sort(key=len)
     device = composition.device
     rows = [row for row in rows if row]
-    for start in range(0, len(rows), AT_ONCE):
-        batch = rows[start : start + AT_ONCE]
+    at_once = _at_once(composition)
+    for start in range(0, len(rows), at_once):
+        batch = rows[start : start + at_once]
         ids = padded(batch, 0, device)
         mask = padded([[1] * len(row) for row in batch], 0, device)
         yield Inputs(ids, mask, None, mask.bool(), None)
+
+
+def _at_once(composition: CalmForCausalLM) -> int:
+    """How many texts are read together: one where a model would count what fills up rows of tokens of its own."""
+    names = [name for name, entry in composition.config.augmenting.items() if entry["reads"] == "text"]
+    return AT_ONCE if all(composition.model.backbone(name).skips_gaps for name in names) else 1
 
 
 @contextmanager

@@ -125,6 +125,12 @@ def test_unknown_preset_and_seeds_given_twice():
         run("tiny", also=["thirds"])
 
 
+def test_what_is_stored_alone_trains_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="models of seed 1 in .*, but they are not stored: name seeds that are"):
+        run("tiny", (1,), tmp_path / "results", tmp_path / "cache", stored_only=True, report=pytest.fail)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_run_resumes_and_reports(preset, tmp_path, monkeypatch):

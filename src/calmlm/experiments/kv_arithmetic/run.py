@@ -110,11 +110,20 @@ def run_seed(
         report: called with each line of progress.
         variants: which compositions to train; the paper's by default.
         stored_only: leave out compositions that are not stored, instead of training them.
+
+    Raises:
+        ConfigError: nothing of this seed is stored, though it should be.
     """
     here = SeedRun(preset, seed, cache, report)
     chosen = list(CORE) if variants is None else list(variants)
     if stored_only:
-        chosen = [name for name in chosen if here.stages.has(name)]
+        if not all(here.stages.has(name) for name in ("augmenting", "anchor")):
+            raise ConfigError(
+                f"Expected the models of seed {seed} in {here.folder}, but they are not stored: name seeds that are "
+                f"with --seeds, or run it without --stored-only first."
+            )
+        made_of = {name: (name, VARIANTS[name].augmenting, VARIANTS[name].anchor) for name in chosen}
+        chosen = [name for name in chosen if all(map(here.stages.has, made_of[name]))]
     needed = {
         "augmenting",
         "anchor",
@@ -206,7 +215,8 @@ def run(
         what the JSON file holds.
 
     Raises:
-        ConfigError: for an unknown preset or group, no seeds, or an output that cannot be written to.
+        ConfigError: for an unknown preset or group, no seeds or seeds that are not stored, or an output that cannot be
+            written to.
     """
     unknown = sorted(set(also) - set(GROUPS))
     if unknown:

@@ -243,9 +243,9 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
 
         A token of a small anchor costs a quarter less so. The merged weights take as much memory as those that the
         adapters stand beside, which stay as they are: the anchor is itself bit for bit where the composition is off.
-        Calls that want gradients, and batches with a ``composition_mask`` or a ``composition_scale``, are computed as
-        before. What changes, by training or loading, is merged again; after others have written to a parameter's
-        ``.data``, as PEFT does to merge its own adapters, call this once more.
+        Calls that want gradients or are compiled, and batches with a ``composition_mask`` or a ``composition_scale``,
+        are computed as before. What changes, by training or loading, is merged again; after others have written to a
+        parameter's ``.data``, as PEFT does to merge its own adapters, call this once more.
 
         Raises:
             ModelError: the anchor's weights are quantised or not in memory, or PEFT has put something around them.

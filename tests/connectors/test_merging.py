@@ -290,6 +290,20 @@ def test_a_compiled_anchor_has_one_graph() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_a_compiled_composition_has_one_graph() -> None:
+    """Its adapters stand beside the weights then: whether these are up to date cannot be asked within a graph."""
+    model = adapted()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(IDS, **options)
+    model.merge_adapters()
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+    found = model.generate(IDS, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
 def test_a_model_that_cannot_be_merged_does_not_join() -> None:
     model = adapted(adapters={"r": 2, "target_modules": ["q_proj"]})
     other = adapted(adapters={"r": 2, "target_modules": ["up_proj"]})

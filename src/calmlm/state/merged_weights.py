@@ -161,7 +161,8 @@ def merged_in(merges: Sequence[Merge], streams: Iterable[str], rows: Mapping[str
         rows: those of them that do so in some rows alone.
         scale: of all that the composition adds.
     """
-    if not merges or scale != 1 or torch.is_grad_enabled():
+    # Whether weights are up to date cannot be asked within a graph.
+    if not merges or scale != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return frozenset()
     for one in merges:
         one.update()

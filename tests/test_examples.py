@@ -74,7 +74,7 @@ def test_sentences_that_cannot_be_had_are_one_line(
 def test_the_configuration_of_the_real_pair_is_complete() -> None:
     config = load_config(ROOT / "configs" / "real" / "train.yaml")
     settings = load_settings(ROOT / "configs" / "real" / "varieties.yaml")
-    method = settings.methods[settings.headline]
+    method = settings.methods["composed"]
     assert config.model.connections == method.compose["connections"]
     assert config.model.adapters == method.compose["adapters"]["r"]
     assert config.model.words == method.compose["words"]

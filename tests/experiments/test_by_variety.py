@@ -158,6 +158,14 @@ def test_goals_and_page_name_the_headline(tmp_path: Path) -> None:
     assert goals(SETTINGS, compare(SETTINGS, {"lora": CELLS["lora"]})) == []
 
 
+def test_beside_the_headline_stands_lora_with_the_same_pairs() -> None:
+    more = Method("LoRA, more", "lora", pairs=5, steps=1, learning_rate=1.0)
+    methods = {**METHODS, "lora_more": more, "ours": dataclasses.replace(METHODS["ours"], pairs=5)}
+    settings = dataclasses.replace(SETTINGS, methods=methods)
+    text = page(settings, compare(settings, {**CELLS, "lora_more": CELLS["lora"]}), None)
+    assert "| | gain | m_B | m_B, examples | m_A | LoRA, more | Ours |" in text
+
+
 def test_the_picture_needs_its_figures(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     assert draw(SETTINGS, compare(SETTINGS, {"lora": CELLS["lora"]}), path) is None
@@ -180,6 +188,6 @@ def test_the_committed_file_asks_for_every_rival() -> None:
     assert {"m_A", "m_B", "cascade", "router", "ensemble", "lora", "full", "composed"} == {
         method.system for method in settings.methods.values()
     }
-    assert settings.methods["random"].compose == settings.methods[settings.headline].compose
-    assert settings.methods["swapped"].compose == settings.methods[settings.headline].compose
+    assert settings.methods["random"].compose == settings.methods["composed"].compose
+    assert settings.methods["swapped"].compose == settings.methods["composed"].compose
     assert settings.pairs <= 2500

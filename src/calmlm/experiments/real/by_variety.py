@@ -217,7 +217,8 @@ def page(settings: Settings, found: Mapping[str, Any], plot: str | None) -> str:
         lines += ["", "## What is asked for", "", *reached]
     if plot is not None:
         lines += ["", f"![chrF above m_B, by what there is to communicate]({plot})"]
-    columns = [name for name in (*BASES["m_B"], *BASES["m_A"], "lora", settings.headline) if name in methods]
+    beside = (*BASES["m_B"], *BASES["m_A"], settings.lora_beside(settings.headline), settings.headline)
+    columns = [name for name in beside if name in methods]
     to_communicate = found["to_communicate"]
     lines += [
         "",

@@ -27,7 +27,7 @@ def draw(settings: Settings, found: Mapping[str, Any], path: Path) -> Path | Non
     """
     methods, x = found["methods"], found["to_communicate"]
     ours = [methods[name]["chrf"] for name in BASES["m_B"] if name in methods]
-    shown = {"headline": settings.headline, "lora": "lora", "m_A": "m_A_examples"}
+    shown = {"headline": settings.headline, "lora": settings.lora_beside(settings.headline), "m_A": "m_A_examples"}
     shown = {style: name for style, name in shown.items() if name in methods}
     if not (x and ours and "headline" in shown):
         return None

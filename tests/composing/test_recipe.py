@@ -78,3 +78,8 @@ def test_an_encoder_has_no_part_in_it() -> None:
             tiny_model("llama"), {"eyes": ENCODERS["bert"][0]()}, plain_text=TEXTS, tokenizer=tiny_tokenizer()
         )
     assert_helpful(caught.value, "plain_text", "encoder")
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(calmlm.DataError, match="plain_text, text 2: expected text in Unicode, but got half of a"):
+        made(plain_text=["the fox", "the \ud800 dog"])

@@ -133,6 +133,7 @@ def test_another_prefix_is_read_from_the_next_text_on(tmp_path: Path) -> None:
         (("x",), "needs the augmenting model's tokenizer"),
         (("x", own, "other"), "name must be one of the augmenting models augmenting, but got 'other'"),
         ((5, own), "must be a text or a list of messages"),
+        (("a \udc80", own), "must be text in Unicode, but holds half of a character .* at position 3: repair it"),
     ):
         with pytest.raises(ConfigError, match=message):
             model.set_augmenting_prefix(*given)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError
 
 RECIPE: dict[str, Any] = {
@@ -129,6 +130,7 @@ def _check_starts(plain_text: Any, init: Any) -> None:
 
     Raises:
         ConfigError: for texts that are no list of texts, or another ``init``.
+        DataError: for a text that cannot be written down.
     """
     if plain_text is not None and (
         isinstance(plain_text, str) or not all(isinstance(text, str) for text in plain_text)
@@ -137,5 +139,7 @@ def _check_starts(plain_text: Any, init: Any) -> None:
             f"plain_text must be a list of texts, but got {type(plain_text).__name__} or other things in it: put each "
             f"line into a list."
         )
+    for number, text in enumerate(plain_text or (), start=1):
+        check_text(text, f"plain_text, text {number}")
     if init not in (None, "aligned"):
         raise ConfigError(f"init must be 'aligned', or None for noise, but got {init!r}: use one of these.")

@@ -27,14 +27,21 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase | None, prefix: Prefix) -> lis
     """The tokens of a prefix, without what its tokenizer puts before any text.
 
     Raises:
-        ConfigError: without a tokenizer; for messages without a chat template, or such as it refuses, or a prefix of
-            another type.
+        ConfigError: without a tokenizer; for a text that cannot be written down, messages without a chat template, or
+            such as it refuses, or a prefix of another type.
     """
     if tokenizer is None:
         raise ConfigError(
             "augmenting_prefix needs the augmenting model's tokenizer, but there is none: pass augmenting_tokenizer."
         )
     if isinstance(prefix, str):
+        try:
+            prefix.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"augmenting_prefix must be text in Unicode, but holds half of a character ({prefix[error.start]!r}) "
+                f"at position {error.start + 1}: repair it."
+            ) from None
         return list(tokenizer(prefix, add_special_tokens=False).input_ids)
     if not isinstance(prefix, Sequence) or not all(isinstance(message, dict) for message in prefix):
         raise ConfigError(

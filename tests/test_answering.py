@@ -176,3 +176,13 @@ def test_counting_in_steps_is_counting_at_once() -> None:
         assert steps == context.count(ids)
         room = context.readable(ids)
         assert context.count(ids[:room]) <= 30 < context.count(ids[: room + 1])
+
+
+def test_a_chat_template_that_refuses_a_prompt() -> None:
+    text = text_model(64)
+    text.tokenizer.chat_template = "{{ raise_exception('say the language') }}"
+    try:
+        with pytest.raises(DataError, match=r"the prompt: expected messages .* it refused them \(say the"):
+            written(text, apply_chat_template=True)
+    finally:
+        text.tokenizer.chat_template = None

@@ -14,10 +14,10 @@ from transformers import StoppingCriteriaList, set_seed
 
 import calmlm
 from calmlm.data.context import EndOfContext, context_length, own_contexts, prompt_length
+from calmlm.data.conversations import Conversations
 from calmlm.data.labels import encode_prompt
 from calmlm.data.messages import check_text
 from calmlm.errors import ConfigError, DataError
-from calmlm.tokens.chat import in_parts, takes_parts
 from calmlm.tokens.emitter import TextEmitter
 from calmlm.tokens.lookup import load_tokenizer
 from calmlm.tokens.text_ends import ends_of
@@ -156,7 +156,7 @@ class TextModel:
         """The token ids of a prompt, as ``write`` takes it.
 
         Raises:
-            DataError: the prompt is empty, or the tokenizer is another model's.
+            DataError: the prompt is empty, the chat template refuses it, or the tokenizer is another model's.
             ConfigError: the tokenizer has no chat template.
         """
         check_text(prompt, "the prompt")
@@ -213,13 +213,9 @@ class TextModel:
             raise ConfigError(
                 "Expected a tokenizer with a chat template, but this one has none: leave the template out."
             )
-        messages: Any = [{"role": "user", "content": prompt}]
-        if takes_parts(self.tokenizer):
-            messages = in_parts(messages)
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=True
+        return Conversations(self.tokenizer).render(
+            [{"role": "user", "content": prompt}], "the prompt", add_generation_prompt=True
         )
-        return list(rendered["input_ids"])
 
     def _check_views(self, ids: list[int]) -> None:
         for name in self.model.model.active:

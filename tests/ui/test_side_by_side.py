@@ -98,6 +98,16 @@ def test_an_augmenting_model_answers_behind_its_own_opening(tmp_path: Any) -> No
     assert new == alone[0, len(ids) :].tolist() and "".join(found) == theirs.decode(new, skip_special_tokens=True)
     with pytest.raises(DataError, match="'augmenting'"):
         voice.write("the quick fox " * 99, found.append, max_new_tokens=5, templated=False)
+    theirs = voice.tokenizer
+    theirs.chat_template = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    asked = theirs("12 dogs", add_special_tokens=False).input_ids  # such a template leaves out what comes as text
+    alone = model.augmenting["augmenting"].generate(
+        torch.tensor([asked]), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    assert voice.write("12 dogs", found.append, max_new_tokens=5, templated=True) == alone[0, len(asked) :].tolist()
+    theirs.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(DataError, match="the prompt: expected messages that the tokenizer's chat template accepts"):
+        voice.write("12 dogs", found.append, max_new_tokens=5, templated=True)
 
 
 def test_who_goes_away_ends_the_writing() -> None:

@@ -11,6 +11,7 @@ import torch
 from calmlm.answering import TextModel
 from calmlm.config import opening_of
 from calmlm.data.context import stated_length
+from calmlm.data.conversations import Conversations
 from calmlm.data.labels import encode_prompt
 from calmlm.errors import DataError
 from calmlm.tokens.emitter import TextEmitter
@@ -109,10 +110,7 @@ class AugmentingVoice:
     def _read(self, prompt: str, templated: bool) -> list[int]:
         if templated and getattr(self.tokenizer, "chat_template", None):
             said = [{"role": "user", "content": prompt}]
-            found = self.tokenizer.apply_chat_template(
-                said, tokenize=True, return_dict=True, add_generation_prompt=True
-            )
-            return list(found["input_ids"])
+            return Conversations(self.tokenizer).render(said, "the prompt", add_generation_prompt=True)
         if not self.opening:
             return encode_prompt(prompt, self.tokenizer)
         return [*self.opening, *self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]

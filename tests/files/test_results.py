@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from calmlm.errors import CalmError
-from calmlm.files import results
+from calmlm.errors import CalmError, ConfigError
+from calmlm.files import results, storage
 from calmlm.files.results import plain, to_json, write_result
 from calmlm.files.storage import check_writable
+from calmlm.training.run_folder import RunFolder
 
 
 class Kind(enum.Enum):
@@ -138,3 +139,14 @@ def test_a_pipe_or_a_device_is_written_into_and_stays_one(tmp_path: Path) -> Non
     reader.join(10)
     assert read == ["figures"]
     assert pipe.is_fifo()
+
+
+def test_a_full_disk_is_found_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("this system has no device that is always full")
+    monkeypatch.setattr(storage.tempfile, "TemporaryFile", lambda dir, **options: full.open("wb", **options))
+    with pytest.raises(ConfigError, match=r"but it cannot \(No space left on device\): name another\.$"):
+        check_writable(tmp_path / "a.json")
+    with pytest.raises(ConfigError, match="No space left on device"):
+        RunFolder(tmp_path / "run").check(resume=False, overwrite=False)

@@ -125,8 +125,8 @@ def probe_place(folder: Path) -> None:
         raise ValueError("its name holds a null character")
     while not folder.exists():
         folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+        probe.write(b"\n")  # which a full disk refuses
 
 
 def check_writable(path: Path) -> None:

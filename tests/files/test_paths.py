@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from calmlm.errors import ConfigError
 from calmlm.files.paths import expanded
+from calmlm.training.schema import load_config
+from compositions import assert_helpful
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +44,22 @@ def test_the_home_of_another_user() -> None:
 
 def test_what_is_not_given_stays_so() -> None:
     assert expanded(None) is None
+
+
+NAMES = {"x" * 300: "File name too long", "a\0b": "null", "a\ud800": "half of a character"}
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["long", "null", "half"])
+def test_what_no_file_can_be_called_is_refused(name: str) -> None:
+    for written in (name, Path(name)):
+        with pytest.raises(ConfigError) as caught:
+            expanded(written)
+        assert_helpful(caught.value, NAMES[name])
+    assert expanded("a\udc80") == "a\udc80"  # a name that is no UTF-8, as Python reads it
+
+
+def test_names_in_a_configuration_are_faults_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output: {'x' * 300}\nmodel: {{anchor: a, augmenting: b}}\ndata: {{train: 'a', evil: 1}}\n")
+    with pytest.raises(ConfigError, match=r"has 2 faults: .*output: a path or an id must be .* but got .xxx"):
+        load_config(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Annotated, TypeVar
+
+from calmlm.errors import ConfigError
 
 Written = TypeVar("Written", str, Path, None)
 
@@ -13,8 +16,26 @@ def expanded(path: Written) -> Written:
     """``path`` with ``~`` or ``~user`` at its start written out, as a shell and transformers' Trainer read it.
 
     Called once, where a path is read. Everything else stays: an id of the hub, ``$HOME``, the name of no user.
+
+    Raises:
+        ConfigError: no file can be called so: it is too long, or holds a null character or half of another.
     """
-    return path if path is None else type(path)(os.path.expanduser(path))
+    if path is None:
+        return path
+    try:
+        written = os.path.expanduser(path)
+        os.lstat(written)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return type(path)(written)  # nothing lies there yet, or nobody may look
+        half = isinstance(error, UnicodeEncodeError)
+        reason = "half of a character" if half else getattr(error, "strerror", None) or error
+        shown = repr(str(path))
+        raise ConfigError(
+            f"A path or an id must be a name that a file can have, but got "
+            f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({reason}): write another."
+        ) from None
+    return type(path)(written)
 
 
 def lies_in(path: Path, folder: Path) -> bool:

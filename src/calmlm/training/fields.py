@@ -10,6 +10,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+from calmlm.errors import ConfigError
+
 T = TypeVar("T")
 
 NAMES = {
@@ -109,9 +111,13 @@ def read_value(hint: Any, value: Any, faults: list[str], path: str) -> Any:
     if origin is typing.Annotated:
         before = len(faults)
         inner = read_value(arguments[0], value, faults, path)
-        return (
-            functools.reduce(lambda found, then: then(found), arguments[1:], inner) if len(faults) == before else value
-        )
+        if len(faults) > before:
+            return value
+        try:
+            return functools.reduce(lambda found, then: then(found), arguments[1:], inner)
+        except ConfigError as error:
+            faults.append(f"{path}: {str(error)[0].lower()}{str(error)[1:]}")
+            return value
     if origin in (typing.Union, types.UnionType):
         return _read_union(hint, value, faults, path)
     if origin is list and isinstance(value, list):

@@ -455,12 +455,19 @@ def test_arguments_that_a_trainer_refuses_change_nothing(refused: dict[str, Any]
     assert snapshot(run.path) == before
 
 
-@pytest.mark.parametrize("place", ["file/run", "/proc/run", "a\0b"])
-def test_an_output_that_cannot_be_written(place: str, settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file/run", "Expected a folder for the output"),
+        ("/proc/run", "Expected a folder for the output"),
+        ("a\0b", "output: a path or an id must be a name that a file can have"),
+    ],
+)
+def test_an_output_that_cannot_be_written(place: str, said: str, settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     values = settings()
     values["output"] = place if place.startswith("/") else str(tmp_path / place)
-    with pytest.raises(ConfigError, match="Expected a folder for the output"):
+    with pytest.raises(ConfigError, match=said):
         go(values)
 
 

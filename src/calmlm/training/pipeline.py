@@ -141,10 +141,10 @@ def train(
     stage = None
     if config.align is not None and checkpoint is None:
         stage = AlignStage(config, model, tokenizer, max_length, folder)
-    texts = [*rows, *(eval_rows or []), *(stage.rows if stage is not None else [])]
     if cache is not None:
         general = trainer.retained.rows_read(batches_of(trainer)) if trainer.retained is not None else []
-        _check_room([*texts, *general], len(rows), cache, report)
+        plain = stage.rows if stage is not None else []
+        _check_room([*rows, *(eval_rows or []), *general, *plain], len(rows), cache, report)
 
     def start() -> None:
         kept = resume or (stage is not None and stage.begun)  # the stage lies in the folder
@@ -159,11 +159,14 @@ def train(
     trainable, total = model.get_nb_trainable_parameters()
     report(f"{len(rows)} examples; {trainable:,} of {total:,} parameters train.")
     _warn_of_slow_numbers(model, report)
-    texts += [{"input_ids": row} for row in trainer.retained.rows] if trainer.retained is not None else []
-    with contextlib.nullcontext() if cache is None else cache.recording(), _attention(config, model, texts, report):
+    general = [{"input_ids": row} for row in trainer.retained.rows] if trainer.retained is not None else []
+    read = [*rows, *(eval_rows or []), *general]  # without those of a stage, which a run that goes on does not read
+    with contextlib.nullcontext() if cache is None else cache.recording(), contextlib.ExitStack() as training:
         if stage is not None:
-            stage.run(start, resume=resume, report=report)
+            with _attention(config, stage.rows, model, report, of_stage=True):
+                stage.run(start, resume=resume, report=report)
             set_seed(arguments.seed)  # the same steps follow, whether the stage was run now or before
+        training.enter_context(_attention(config, read, model, report))
         done = 0 if checkpoint is None else steps_of(checkpoint)
         if checkpoint is not None and done >= arguments.max_steps > 0:
             report(f"All {arguments.max_steps} steps are done: nothing is left to train.")
@@ -200,10 +203,12 @@ def _warn_of_slow_numbers(model: Any, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _attention(config: TrainingConfig, model: Any, texts: Rows, report: Report) -> Iterator[None]:
+def _attention(
+    config: TrainingConfig, texts: Rows, model: Any, report: Report, *, of_stage: bool = False
+) -> Iterator[None]:
     """The faster attention for these texts, where the configuration names none and packs none."""
-    given = [config.trainer, *([] if config.align is None else [config.align.trainer])]
-    packed = any(one.get(key) for one in given for key in ("packing", "eval_packing", "padding_free"))
+    given = config.trainer | (config.align.trainer if of_stage and config.align is not None else {})
+    packed = any(given.get(key) for key in ("packing", "eval_packing", "padding_free"))
     if packed or config.model.attn_implementation is not None:
         yield
         return

@@ -18,7 +18,18 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from calmlm.experiments.record import device
 from calmlm.files.storage import write_text
 
-__all__ = ["VOCABULARY", "gemma", "keep", "kept_bytes", "peak_bytes", "ratio", "synchronise", "take_turns", "timed"]
+__all__ = [
+    "VOCABULARY",
+    "gemma",
+    "keep",
+    "kept_bytes",
+    "peak_bytes",
+    "ratio",
+    "saved_bytes",
+    "synchronise",
+    "take_turns",
+    "timed",
+]
 
 VOCABULARY = 2000
 
@@ -119,6 +130,25 @@ def kept_bytes(work: Callable[[], Any], *models: Any) -> int:
         now = live.now
     del kept
     return now
+
+
+def saved_bytes(work: Callable[[], Any], *models: Any) -> int:
+    """The memory of tensors that are saved for backward, the models' weights left out.
+
+    The same figure as ``kept_bytes``, but for what is compiled too, whose tensors nothing can follow.
+    """
+    known = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        work()
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def peak_bytes(work: Callable[[], Any], *models: Any) -> int:

@@ -15,8 +15,9 @@ cache, in memory, holds all texts, and the anchor's stream below the lowest conn
 products and attention, over the least that the placement allows (see ``least``). ``saved_mib``: what is in memory
 behind the forward pass, weights left out. ``checkpointing``: which activations of the anchor's layers are kept, all
 where it is null. Attention is what ``calmlm train`` chooses: eager for the real pair's short texts in bfloat16 on a
-processor, else sdpa, which all others have unless they say so. ``calm_pytorch`` is run where it is installed (``pip
-install CALM-pytorch``), on the tiny pair alone, since it takes one tokenizer.
+processor, else sdpa, which all others have unless they say so. ``compiled``: by ``torch.compile``, whose
+first step is not counted; such a step's operations are not counted, and neither is its peak. ``calm_pytorch`` is run
+where it is installed (``pip install CALM-pytorch``), on the tiny pair alone, since it takes one tokenizer.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import VOCABULARY, gemma, keep, kept_bytes, peak_bytes, ratio, take_turns
+from measuring import VOCABULARY, gemma, keep, kept_bytes, peak_bytes, ratio, saved_bytes, take_turns
 from peft import LoraConfig, get_peft_model
 from real import ANCHOR, AUGMENTING, load, rows_of, tokens_read
 from torch import Tensor
@@ -44,6 +45,7 @@ from calmlm.bases.families import Backbone
 from calmlm.bases.speed import faster_attention
 from calmlm.experiments.flops import Meter
 from calmlm.experiments.record import device, origin
+from calmlm.modeling.recomputing import keeping_compiled
 from calmlm.tokens.lookup import find_tokenizer
 from calmlm.training.activation_cache import ActivationCache
 from calmlm.training.cache_settings import CacheConfig
@@ -61,6 +63,15 @@ CONNECTIONS: dict[str, dict[str, Any]] = {
     "real": {"even": "every-4", "top": "top"},
 }
 TINY = (8, 128)
+# The activation cache, what checkpointing keeps, and whether the step is compiled.
+WAYS: tuple[tuple[str, str | None, bool], ...] = (
+    ("off", None, False),
+    ("off", None, True),
+    ("warm", None, False),
+    ("off", "matmuls", False),
+    ("off", "matmuls", True),
+    ("off", "nothing", False),
+)
 FULL = "full fine-tuning"
 
 
@@ -73,8 +84,9 @@ class Work:
         forward: gives the loss.
         models: whose weights are in memory.
         trained: what trains.
-        attention: what is around a step, where attention is chosen.
         limit: see ``least``; None where nothing of the kind is known.
+        around: what is around a step: the attention that is chosen, and what a compiled one keeps.
+        compiled: whether it is run by ``torch.compile``.
     """
 
     method: str
@@ -85,14 +97,15 @@ class Work:
     cache: str | None = None
     checkpointing: str | None = None
     limit: float | None = None
-    attention: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, fused=True) if self.trained else None
 
     def step(self) -> None:
         """Forward, and where something trains backward and update."""
-        with self.attention():
+        with self.around():
             loss = self.forward()
             if self.optimizer is not None:
                 loss.backward()
@@ -101,20 +114,31 @@ class Work:
 
     def kept_mib(self) -> float:
         """What is in memory behind the forward pass, weights left out."""
-        with self.attention():
-            return round(kept_bytes(self.forward, *self.models) / 2**20, 1)
+        kept = saved_bytes if self.compiled else kept_bytes
+        with self.around():
+            return round(kept(self.forward, *self.models) / 2**20, 1)
 
 
-def forward_of(model: Any, rows: dict[str, Tensor], recorder: Any = None) -> Callable[[], Tensor]:
+def forward_of(
+    model: Any, rows: dict[str, Tensor], recorder: Any = None, *, compiled: bool = False
+) -> Callable[[], Tensor]:
     """The loss as a trainer takes it."""
     model.train()
+    called = torch.compile(model) if compiled else model
 
     def forward() -> Tensor:
         with nullcontext() if recorder is None else recorder.recording():
-            loss: Tensor = model(**lean(rows), use_cache=False).loss
+            loss: Tensor = called(**lean(rows), use_cache=False).loss
         return loss
 
     return forward
+
+
+@contextmanager
+def chosen(model: Any, longest: int, *, keeps: bool) -> Iterator[None]:
+    """A step as ``calmlm train`` runs it: the attention that it chooses, and what a compiled one keeps."""
+    with faster_attention(model, longest), keeping_compiled() if keeps else nullcontext():
+        yield
 
 
 def trainable(model: Any) -> list[Any]:
@@ -258,7 +282,7 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
     known = {"tokenizer": tokenizers[0], "augmenting_tokenizer": tokenizers[1]} if tokenizers else {}
     placements = CONNECTIONS[name]
     for placement, connections in placements.items():
-        for cache, kept in (("off", None), ("warm", None), ("off", "matmuls"), ("off", "nothing")):
+        for cache, kept, compiled in WAYS:
             pair = copy.deepcopy(anchor), copy.deepcopy(small)
             torch.manual_seed(0)
             model = calmlm.compose(*pair, connections, **known)
@@ -271,14 +295,17 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
             if tokenizers:
                 count = batch, tokens_read(model, rows) // batch
             limit = least(*pair, model, rows, count, warm=cache == "warm")
-            forward = forward_of(model, rows, recorder)
-            attention = partial(faster_attention, model, rows["input_ids"].shape[1])
-            works.append(Work("calmlm", forward, (model,), trainable(model), placement, cache, kept, limit, attention))
-    for method in (FULL, *([f"{FULL}, eager attention"] if tokenizers else [])):
+            forward = forward_of(model, rows, recorder, compiled=compiled)
+            around = partial(chosen, model, rows["input_ids"].shape[1], keeps=compiled and kept is not None)
+            learned = trainable(model)
+            works.append(Work("calmlm", forward, (model,), learned, placement, cache, kept, limit, around, compiled))
+    eager = f"{FULL}, eager attention"
+    for method, compiled in ((FULL, False), (FULL, True), *([(eager, False), (eager, True)] if tokenizers else [])):
         full = copy.deepcopy(anchor).requires_grad_(True)
         if method != FULL:
             full.set_attn_implementation("eager")
-        works.append(Work(method, forward_of(full, rows), (full,), trainable(full)))
+        forward = forward_of(full, rows, compiled=compiled)
+        works.append(Work(method, forward, (full,), trainable(full), compiled=compiled))
     low = lora_of(anchor, size_of(works[1].trained))
     works.append(Work("LoRA", forward_of(low, rows), (low,), trainable(low)))
     if tokenizers is None and find_spec("CALM_pytorch"):
@@ -293,22 +320,23 @@ def cases_of(name: str, works: list[Work], rounds: int) -> list[dict[str, Any]]:
     full = next(place for place, work in enumerate(works) if work.method == FULL)
     cases = []
     for place, work in enumerate(works):
-        flops = flops_of(work.step)
+        flops = None if work.compiled else flops_of(work.step)
         case = {
             "models": name,
             "method": work.method,
             "placement": work.placement,
             "cache": work.cache,
             "checkpointing": work.checkpointing,
+            "compiled": work.compiled,
             "seconds": round(statistics.median(seconds[place]), 4),
             "time_x_floor": round(ratio(seconds[place], seconds[0])[0], 3),
             "quartile_distance": round(ratio(seconds[place], seconds[0])[1], 3),
             "time_x_full_fine_tuning": round(ratio(seconds[place], seconds[full])[0], 3),
-            "gflops": round(flops / 1e9, 2),
-            "flops_x_limit": round(flops / work.limit, 4) if work.limit else None,
+            "gflops": round(flops / 1e9, 2) if flops else None,
+            "flops_x_limit": round(flops / work.limit, 4) if work.limit and flops else None,
             "trained": size_of(work.trained),
             "saved_mib": work.kept_mib() if work.trained else None,
-            "peak_mib": round(peak_bytes(work.step, *work.models) / 2**20, 1),
+            "peak_mib": None if work.compiled else round(peak_bytes(work.step, *work.models) / 2**20, 1),
         }
         print(case, flush=True)
         cases.append(case)
@@ -381,6 +409,7 @@ def main() -> None:
             models, batch = (load(ANCHOR), load(AUGMENTING)), options.batch or 16
             tokenizers = find_tokenizer(ANCHOR), find_tokenizer(AUGMENTING)
         cases += cases_of(name, works_of(name, *models, tokenizers, batch), options.rounds)
+        torch._dynamo.reset()  # what is compiled holds its models
     result = {
         "benchmark": "train",
         "goals": GOALS,

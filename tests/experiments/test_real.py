@@ -668,6 +668,8 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
         "random_guided": Method("Random, guided", "composed", of="random", guidance=4.0),
         "m_A": Method("m_A", "m_A"),
         "m_A_guided": Method("m_A, guided", "m_A", of="m_A", guidance=4.0),
+        "lora": Method("LoRA", "lora", rank=4, steps=2, learning_rate=0.1),
+        "lora_guided": Method("LoRA, guided", "lora", of="lora", guidance=4.0),
     }
     settings = dataclasses.replace(TINY, methods=methods, shots_in="own", shown=["xx_Latn"])
     assert settings.faults() == []
@@ -676,8 +678,9 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in sentences()))
     places: dict[str, Any] = {"data": tmp_path / "data.jsonl", "report": lambda line: None, "keep": tmp_path / "kept"}
     result = run("x.yaml", (0,), None, tmp_path / "a", **places)
-    assert [row["seeds"] for row in result["rows"].values()] == [1] * 7
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["random-seed-0", "words-seed-0"]
+    assert [row["seeds"] for row in result["rows"].values()] == [1] * 9
+    kept = {"lora-seed-0", "random-seed-0", "words-seed-0"}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == kept
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -689,7 +692,7 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     assert found["parameters"] == cell("a", "words")["parameters"] and "training_seconds" not in found
     assert found["english_nats"] == pytest.approx(cell("a", "words")["english_nats"], rel=0.01)
     assert found["nats"] != pytest.approx(cell("a", "words")["nats"], rel=1e-3)
-    for name, source in (("guided", "shown"), ("m_A_guided", "m_A")):
+    for name, source in (("guided", "shown"), ("m_A_guided", "m_A"), ("lora_guided", "lora")):
         guided = cell("a", name)
         assert all(guided.get(key) == cell("a", source).get(key) for key in ("nats", "swapped_nats", "parameters"))
         assert guided["written"] != cell("a", source)["written"]
@@ -706,17 +709,27 @@ def test_a_row_measures_the_composition_of_another(tmp_path: Path, pair: Pair, m
     run("x.yaml", (0,), ["shown"], tmp_path / "d", **{**places, "keep": tmp_path / "later"})
     assert [path.name for path in (tmp_path / "later").iterdir()] == ["words-seed-0"]  # and so it is not trained twice
     with monkeypatch.context() as patch:  # a folder that is full costs no cell
-        patch.setattr(
-            run_module, "save_trained", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
+        patch.setitem(run_module.KEPT, "composed", full)
         lines: list[str] = []
         run("x.yaml", (0,), ["words"], tmp_path / "g", **{**places, "keep": tmp_path / "full", "report": lines.append})
     assert cell("g", "words")["nats"] == cell("a", "words")["nats"]
     assert any("is not kept in" in line and "No space left" in line for line in lines)
+    path = cell_path(tmp_path / "a", settings, "lora_guided", 0)
+    path.rename(path.with_suffix(".before"))
+    for folder in (tmp_path / "kept", None):  # as it was kept, and trained anew
+        with monkeypatch.context() as patch:
+            patch.setitem(run_module.TRAININGS, "lora", full if folder else run_module.TRAININGS["lora"])
+            run("x.yaml", (0,), ["lora_guided"], tmp_path / "a", **{**places, "keep": folder})
+        again = json.loads(path.read_text())
+        assert again["written"] == json.loads(path.with_suffix(".before").read_text())["written"]
+        path.unlink()
+    (tmp_path / "kept" / "lora-seed-0" / "lora.safetensors").write_text("cut")
+    with pytest.raises(CalmError, match="the trained matrices of LoRA, but they cannot be read"):
+        run("x.yaml", (0,), ["lora_guided"], tmp_path / "a", **places)
     other = dataclasses.replace(settings, methods=methods | {"words": dataclasses.replace(methods["words"], steps=1)})
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "load_settings", lambda path: other)
-        with pytest.raises(CalmError, match="the composition of words with these settings, but it was trained with"):
+        with pytest.raises(CalmError, match="what words trains with these settings, but it was trained with"):
             run("x.yaml", (0,), ["shown"], tmp_path / "f", **places)
     (tmp_path / "kept" / "words-seed-0").rename(tmp_path / "kept" / "words-seed-1")
     with pytest.raises(CalmError, match="the composition of seed 1, but its m_A reads other examples"):

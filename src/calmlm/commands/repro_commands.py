@@ -153,7 +153,7 @@ def _with_real_models(name: str, config_file: str, folder: str, about: str) -> N
         ] = False,
         keep: Annotated[
             Path | None,
-            typer.Option(help="Where trained compositions are saved.", show_default=False, callback=expanded),
+            typer.Option(help="Where trained compositions and LoRA are saved.", show_default=False, callback=expanded),
         ] = None,
     ) -> None:
         from transformers.utils import logging

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as partitioning  # where torch.compile is told what to keep; it has no public name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from calmlm.errors import ConfigError
 
-__all__ = ["KEEP", "MATMULS", "with_kept"]
+__all__ = ["KEEP", "MATMULS", "keeping_compiled", "with_kept"]
 
 KEEP = "keep"
 """The key of ``activation_checkpointing_kwargs`` that says what is kept; without it, nothing is."""
@@ -96,4 +97,20 @@ def with_kept(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         )
     options["use_reentrant"] = False
     function: Any = checkpoint
-    return partial(function.func, **options, context_fn=_contexts)
+    keeping = partial(function.func, **options, context_fn=_contexts)
+
+    def layer_of(run: Callable[..., Any], *args: Any) -> Any:
+        # torch's compiler looks at all layers at once, and cannot look into a checkpointed one that writes states down.
+        return run(*args) if torch.compiler.is_compiling() else keeping(run, *args)
+
+    return layer_of
+
+
+def keeping_compiled() -> AbstractContextManager[None]:
+    """While torch compiles a model, give ``keep="matmuls"`` its meaning there.
+
+    By itself the compiler keeps whatever is the fastest. Here it computes again all that takes no matrix product and no
+    attention.
+    """
+    manager: AbstractContextManager[None] = partitioning.patch(aggressive_recomputation=True)
+    return manager

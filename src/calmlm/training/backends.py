@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -18,6 +19,7 @@ from transformers.trainer_utils import SchedulerType
 from calmlm.bases.sharding import is_spread
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
+from calmlm.modeling.recomputing import KEEP, keeping_compiled
 from calmlm.readers import prompt_mask_of
 from calmlm.training.arguments import MEASURED, argument_class, argument_types, faults_of
 from calmlm.training.failures import reason_outside
@@ -181,8 +183,11 @@ def train_with(trainer: Any, checkpoint: Path | None) -> Any:
         CalmError: the disk is full, or a worker or another process is lost.
         ConfigError: for whatever the trainer finds out about its arguments in its first step.
     """
+    args = trainer.args
+    kept = args.torch_compile and args.activation_checkpointing and KEEP in (args.activation_checkpointing_kwargs or {})
     try:
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with keeping_compiled() if kept else contextlib.nullcontext():
+            return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except CalmError:
         raise
     except Exception as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, set_seed
 
 import calmlm
@@ -23,7 +25,7 @@ from calmlm.data.extras import require
 from calmlm.data.formats import Example
 from calmlm.data.labels import encode_examples, encode_prompt
 from calmlm.data.padding import pad_id
-from calmlm.errors import ModelError
+from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.experiments.fitting import Row, SupervisedTrainer, fit
 from calmlm.experiments.real.layout import AUGMENTING, reading_others
 from calmlm.experiments.real.presets import BaseModel, Method, Settings
@@ -45,14 +47,17 @@ __all__ = [
     "fine_tuned",
     "fresh",
     "fresh_for",
+    "open_lora",
     "open_pair",
     "open_trained",
     "rows_of",
+    "save_lora",
     "save_trained",
     "train_composition",
     "with_lora",
 ]
 
+LORA = "lora.safetensors"
 HELD_LINES, HELD_POSITIONS = 4, 48
 """How many lines are read with each part of a batch where a method retains, and at how many columns."""
 
@@ -257,14 +262,63 @@ def with_lora(pair: Pair, method: Method, world: World) -> Trained:
     Raises:
         MissingExtraError: without PEFT.
     """
+    model = _lora(pair, method, world.seed)
+    return _trained(model, rows_of(world.composition(method.pairs), pair.tokenizer), pair, method, world.seed)
+
+
+def _lora(pair: Pair, method: Method, seed: int) -> Any:
+    """m_B with low-rank matrices that have learned nothing, which are all that trains."""
     require("peft", "compare", "LoRA")
     from peft import LoraConfig, get_peft_model
 
     model = copy.deepcopy(pair.anchor)
-    set_seed(world.seed)
+    set_seed(seed)
     settings = LoraConfig(r=method.rank, lora_alpha=2 * method.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, settings)  # the matrices live inside `model`, which is what trains and writes
-    return _trained(model, rows_of(world.composition(method.pairs), pair.tokenizer), pair, method, world.seed)
+    return model
+
+
+def save_lora(model: Any, folder: Path, settings: Settings, command: str | None, mark: str) -> None:
+    """Save the matrices that ``with_lora`` trained, in float32, with where they come from.
+
+    Args:
+        model: m_B with them inside.
+        folder: to write.
+        settings: the experiment's.
+        command: that is run.
+        mark: what stands for all that they depend on; see ``Settings.mark``.
+    """
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    about = {"mark": mark, "anchor": settings.anchor.id, **origin(command)}
+    with replacing_folder(folder) as fresh:
+        save_file(tensors, fresh / LORA)
+        write_result(fresh / "origin.json", to_json(about, indent=2) + "\n")
+
+
+def open_lora(folder: Path, pair: Pair, method: Method, seed: int) -> Any:
+    """m_B with the matrices that were kept in a folder.
+
+    Raises:
+        ConfigError: they are of another shape, or there are none.
+    """
+    model = _lora(pair, method, seed)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        found = load_file(folder / LORA)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"Expected in {folder} the trained matrices of {method.title}, but they cannot be read "
+            f"({first_line(error)}): name another folder with --keep."
+        ) from error
+    if {name: tensor.shape for name, tensor in found.items()} != {name: p.shape for name, p in wanted.items()}:
+        raise ConfigError(
+            f"Expected in {folder} the trained matrices of {method.title}, but they are of other sizes: name another "
+            f"folder with --keep."
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+    return model
 
 
 def fine_tuned(pair: Pair, method: Method, world: World) -> Trained:

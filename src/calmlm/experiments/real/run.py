@@ -25,8 +25,10 @@ from calmlm.experiments.real.joined import (
     composed,
     fine_tuned,
     fresh_for,
+    open_lora,
     open_pair,
     open_trained,
+    save_lora,
     save_trained,
     train_composition,
     with_lora,
@@ -50,6 +52,8 @@ TRAININGS: dict[str, Callable[[Pair, Method, World], Trained]] = {
     "full": fine_tuned,
     "composed": train_composition,
 }
+KEPT: dict[str, Callable[..., None]] = {"lora": save_lora, "composed": save_trained}
+"""What saves a trained system with ``keep``."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARED = ("nats", "swapped_nats", "english_nats", "parameters", "training_seconds", "losses")
 """What a row that writes otherwise has of the row that it is."""
@@ -101,7 +105,7 @@ def run(
         threads: of torch; its own number by default.
         dtype: bfloat16 or float32, in which the base models compute; by default the faster one on this machine.
         stored_only: whether to report on what is stored and make nothing.
-        keep: folder for the trained compositions, one folder for each row and seed that is made.
+        keep: folder for the trained compositions and LoRA, one folder for each row and seed that is made.
         command: that the cells name as their origin.
         report: called with each line of progress.
 
@@ -201,7 +205,7 @@ def make_cell(
     command: str | None = None,
     read: Callable[[str], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one method; a composition is saved below ``kept`` before it is measured.
+    """Train and measure one method; a composition or LoRA is saved below ``kept`` before it is measured.
 
     ``read`` gives another row's cell: one that is written with guidance shares its figures.
     """
@@ -243,31 +247,33 @@ def opened(
     command: str | None,
     anew: bool = False,
 ) -> tuple[System, dict[str, Any]]:
-    """The system of a row, and what is to be said of it; a composition that was kept is not trained again.
+    """The system of a row, and what is to be said of it; what was kept is not trained again.
 
     Args:
-        kept: folder of the compositions that are kept, if there is one.
+        kept: folder of what is kept, if there is one.
         command: that is run.
         anew: whether to train what this row trains all the same.
 
     Raises:
-        ConfigError: what was kept is the composition of another seed.
+        ConfigError: what was kept is of another seed.
     """
     method = settings.methods[name]
     if method.of is not None:
         model = opened(settings, method.of, pair, world, report, kept, command)[0].model  # type: ignore[attr-defined]
         report(f"measures {method.of} of seed {world.seed} with examples of the variety that is asked")
         return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), _size_of(model)
-    place = None if kept is None or method.system != "composed" else kept / f"{name}-seed-{world.seed}"
+    place = None if kept is None or method.system not in KEPT else kept / f"{name}-seed-{world.seed}"
     if place is not None and not anew and (place / "origin.json").is_file():
         model = _kept(settings, name, pair, world, place)
+        if method.system == "lora":
+            return Alone(model, pair.tokenizer), {}
         return Composed(model, pair.tokenizer), _size_of(model)
     system, about = prepared(pair, method, world, report)
     if place is not None:
         try:
-            save_trained(system.model, place, settings, command, settings.mark(name))  # type: ignore[attr-defined]
+            KEPT[method.system](system.model, place, settings, command, settings.mark(name))  # type: ignore[attr-defined]
         except (OSError, SafetensorError) as error:
-            report(f"{name}, seed {world.seed}: its composition is not kept in {place} ({first_line(error)})")
+            report(f"{name}, seed {world.seed}: what it trained is not kept in {place} ({first_line(error)})")
     return system, about
 
 
@@ -300,7 +306,7 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
 
 
 def _kept(settings: Settings, name: str, pair: Pair, world: World, place: Path) -> Any:
-    """The composition of a row that was kept in this folder.
+    """What a row trained that was kept in this folder.
 
     Raises:
         ConfigError: it was trained with other settings, or another seed.
@@ -308,9 +314,11 @@ def _kept(settings: Settings, name: str, pair: Pair, world: World, place: Path) 
     method, mark = settings.methods[name], settings.mark(name)
     if json.loads((place / "origin.json").read_text(encoding="utf-8")).get("mark", mark) != mark:
         raise ConfigError(
-            f"Expected in {place} the composition of {name} with these settings, but it was trained with others: "
-            f"name another folder with --keep."
+            f"Expected in {place} what {name} trains with these settings, but it was trained with others: name another "
+            f"folder with --keep."
         )
+    if method.system == "lora":
+        return open_lora(place, pair, method, world.seed)
     small = copy.deepcopy(pair.augmenting) if method.augmenting == "real" else fresh_for(pair, world)
     model = open_trained(place, dataclasses.replace(pair, anchor=copy.deepcopy(pair.anchor), augmenting=small))
     prefix = prefix_ids(pair.augmenting_tokenizer, world.shown) if method.examples else []

@@ -115,6 +115,11 @@ def test_compiled(system: str, values: Callable[..., dict[str, Any]]) -> None:
     if system != "encoder":
         torch._dynamo.reset()
         assert losses(values(system, **compiled, padding_free=True)) == pytest.approx(expected, abs=TOLERANCE)
+    if system == "two tokenizers":
+        torch._dynamo.reset()
+        keeping = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"keep": "matmuls"}}
+        switched = values(system, **compiled, **keeping) | {"activation_cache": "memory"}
+        assert losses(switched) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def several(folder: Path, runs: dict[str, dict[str, Any]], **environment: str) -> None:

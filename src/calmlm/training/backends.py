@@ -369,7 +369,7 @@ def _sft_trainer(model: Any, arguments: Any, tokenizer: Any, train: Rows, evalua
 
 def lean_inputs(trainer: Any, inputs: Any, return_outputs: bool) -> Any:
     """A batch that asks for logits where there are labels; whoever wants to see them is given all."""
-    alone = not (return_outputs or trainer.label_smoother or trainer.compute_loss_func or trainer.args.torch_compile)
+    alone = not (return_outputs or trainer.label_smoother or trainer.compute_loss_func)
     return lean(inputs) if alone else inputs
 
 

@@ -130,6 +130,8 @@ RECIPES = {
     "m_B": "m_B alone",
     "m_A_examples": "m_A alone, with five examples",
     "lora": "LoRA on m_B",
+    "connections": "cross-attention at every fourth layer, from noise",
+    "connections_random": "the same with a *random* m_A",
     "words_map": "`words: map` alone",
     "words_pointer_examples": "`words: pointer` alone, five examples for m_A",
     "graft_adapters": "graft and adapters",

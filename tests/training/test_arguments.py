@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from torch._functorch import config as partitioning
+from transformers import AutoTokenizer, TrainingArguments
 
 from calmlm.errors import CalmError, ConfigError
 from calmlm.training.arguments import FORMER, IDLE, LIMITS, MEASURED, OPTIM_ARGS, argument_types
-from calmlm.training.backends import make_arguments
+from calmlm.training.backends import make_arguments, train_with
 from calmlm.training.pipeline import train
 from calmlm.training.run_folder import RunFolder
 from calmlm.training.schema import load_config, parse_config
@@ -370,3 +371,24 @@ class TestPadding:
         one, two = (load_file(go(each) / "model.safetensors") for each in (values, other))
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"torch_compile": True, "activation_checkpointing_kwargs": {"keep": "matmuls"}}, True),
+        ({"torch_compile": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}, False),
+        ({"torch_compile": True}, False),
+        ({"activation_checkpointing_kwargs": {"keep": "matmuls"}}, False),
+    ],
+    ids=str,
+)
+def test_a_compiled_run_keeps_what_it_is_told_to(given: dict[str, Any], kept: bool) -> None:
+    class Looking:
+        args = TrainingArguments(activation_checkpointing=True, use_cpu=True, **given)
+
+        def train(self, resume_from_checkpoint: str | None) -> bool:
+            return bool(partitioning.aggressive_recomputation)
+
+    assert train_with(Looking(), None) is kept
+    assert not partitioning.aggressive_recomputation

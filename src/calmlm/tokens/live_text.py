@@ -45,11 +45,12 @@ def encoder(backend: Tokenizer, *, begins: bool) -> Any:
         begins: whether the text is the beginning of one, before which some tokenizers put a space of their own.
     """
     data = parts_of(backend)
-    for part in flat(data["pre_tokenizer"], "pretokenizers"):
+    for place, part in enumerate(flat(data["pre_tokenizer"], "pretokenizers")):
         if part["type"] == "ByteLevel":
             part["trim_offsets"] = False
             part["add_prefix_space"] = bool(part["add_prefix_space"]) and begins
-        if part["type"] == "Metaspace" and not begins:
+        # What was cut into words before (T5) begins each of them so, and not the text alone.
+        if part["type"] == "Metaspace" and not begins and (place == 0 or part["prepend_scheme"] == "first"):
             part["prepend_scheme"] = "never"
     if not begins and data["normalizer"] is not None:
         left = [part for part in flat(data["normalizer"], "normalizers") if part["type"] != "Prepend"]

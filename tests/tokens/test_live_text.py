@@ -64,3 +64,11 @@ def test_long_texts(kind: str) -> None:
 
 def test_words_that_each_bring_a_space_go_on_behind_a_prompt() -> None:
     check_every_token(word_by_word(), "hello world, the quick brown fox", given=9)
+
+
+def test_a_word_is_unknown_as_a_whole() -> None:
+    """WordPiece knows one word, and not what it is when letters of another script follow."""
+    theirs = copy.deepcopy(tokenizer("wordpiece"))
+    model = json.loads(theirs.backend_tokenizer.to_str())["model"]
+    model["vocab"] |= {"पर": len(model["vocab"])}
+    check_every_token(changed(theirs, model=model), "hello पर पर" + "x" * LONG)

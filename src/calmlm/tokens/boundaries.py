@@ -23,6 +23,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "joiner": ("\u0301", "\u200d", "\ufe0f"),
 }
 
+SPACES = {"space", "tab", "line"}
 BEYOND_ASCII = tuple(name for name in CLASSES if name != "space")
 
 
@@ -67,6 +68,7 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
         crossed.update(itertools.pairwise(map(_classes_of, (piece or b"").decode(errors="replace"))))
     for left, right in crossed:
         pairs -= set(itertools.product(left, right))
+    by_words = type(tokenizer.backend_tokenizer.model).__name__ in ("WordPiece", "WordLevel")
     leads = ("", "a ", "12", "\n", "x.", "  ")
     tails = ("", "a", " b", "1", ".", "\n", "  ", "'s", "é")
 
@@ -74,6 +76,9 @@ def stable_pairs(tokenizer: PreTrainedTokenizerBase) -> set[tuple[str, str]]:
         for lead in leads:
             for end in CLASSES[left]:
                 alone = encode(lead + end)
+                # A word that is unknown stays so whatever follows, and tells nothing of one that is known.
+                if by_words and alone[-1:] == [tokenizer.unk_token_id] and not {left, right} & SPACES:
+                    return False
                 for start in CLASSES[right]:
                     if any(encode(lead + end + start + tail)[: len(alone)] != alone for tail in tails):
                         return False

@@ -26,7 +26,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm.bases.fingerprint import check_fingerprint
-from calmlm.bases.origins import expanded, warn_of_changes
+from calmlm.bases.origins import warn_of_changes
 from calmlm.bases.sharding import shape_of
 from calmlm.bases.structure import accepts
 from calmlm.config import CalmConfig, check_names
@@ -35,6 +35,7 @@ from calmlm.errors import ConfigError, WriteError, unwritten
 from calmlm.files import saving, storage
 from calmlm.files.loading import load_composition
 from calmlm.files.naming import CompositionProcessor, CompositionTokenizer, check_saved, name_of, rename
+from calmlm.files.paths import named
 from calmlm.files.publishing import Published
 from calmlm.modeling import CalmModel, CalmPreTrainedModel
 from calmlm.modeling.probabilities import needed_for, pointed_logits
@@ -449,7 +450,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             return
         if not str(save_directory):
             raise ConfigError("save_directory must be a folder, but it is empty: name one.")
-        folder = Path(expanded(save_directory))
+        folder = Path(named(save_directory))
         if folder.is_file():
             raise ConfigError(f"save_directory must be a folder, but {str(folder)!r} is a file: choose another name.")
         storage.check_free(folder)
@@ -485,7 +486,7 @@ class CalmForCausalLM(Published, CalmPreTrainedModel, CalmGenerationMixin):
             CheckpointError: when the folder holds no composition, a damaged one, or one made on other bases.
             ModelError: when a base model cannot be loaded.
         """
-        source, report = expanded(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        source, report = named(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
         check_saved(source)
         model = load_composition(cls, source, **kwargs)
         model._place = name_of(source, kwargs)

@@ -28,11 +28,6 @@ Origin = tuple[str, str | None]
 """An id and its revision, or an absolute folder and None; ``("", None)`` for a model that lies nowhere."""
 
 
-def expanded(source: str | Path) -> str:
-    """An id, or the path of a folder without ``~``."""
-    return os.path.expanduser(source)
-
-
 def check_whole(model: Any, role: str) -> None:
     """Raise where a model is more than one set of weights with one name: adapters, or a composition.
 
@@ -183,20 +178,20 @@ def origin_in_memory(model: PreTrainedModel, revision: str | None) -> tuple[Orig
     Returns:
         the origin, and whether it is certain: False for a name that is neither a folder nor in the hub's cache.
     """
-    name = expanded(model.name_or_path or "")
+    name = os.path.expanduser(model.name_or_path or "")
     if not name:
         return ("", None), True
     place, file = split_gguf(name)
     if file is not None:
-        found = Path(place, file).is_file()
+        found = os.path.isfile(os.path.join(place, file))
         return ((str(Path(place).resolve() / file), None) if found else (name, commit_of(place, revision))), True
-    if Path(name).is_dir() and _is_class_of(model, Path(name)) and difference(model, Path(name)) is None:
+    if os.path.isdir(name) and _is_class_of(model, Path(name)) and difference(model, Path(name)) is None:
         return (str(Path(name).resolve()), None), True
     snapshots = _snapshots(name, revision)
     for snapshot in snapshots:
         if _is_class_of(model, snapshot) and difference(model, snapshot) is None:
             return (name, snapshot.name), True
-    nowhere = snapshots or Path(name).is_dir() or not _has_name(model)
+    nowhere = snapshots or os.path.isdir(name) or not _has_name(model)
     return (("", None), True) if nowhere else ((name, revision), False)
 
 

@@ -10,9 +10,10 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from calmlm.bases.fingerprint import fingerprint
 from calmlm.bases.forms import Form, recorded
-from calmlm.bases.origins import Origin, check_whole, expanded, named_origin, origin_in_memory
+from calmlm.bases.origins import Origin, check_whole, named_origin, origin_in_memory
 from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, warn
+from calmlm.files.paths import named
 from calmlm.tokens.lookup import find_tokenizer
 
 NOT_RECORDED = frozenset(("subfolder", "variant", "config", "key_mapping", "ignore_mismatched_sizes", "adapter_kwargs"))
@@ -61,7 +62,7 @@ def opened_model(
                 f"pass its id or full path itself, or loading the composition may not find it."
             )
         return source, origin
-    name = form.name(expanded(source))
+    name = form.name(named(source))
     origin = named_origin(name, form.revision, **hub)
     model = load(name, role, revision=origin[1], **shared, **form.options(name))
     given = {key for key, value in shared.items() if value is not None}

@@ -17,11 +17,12 @@ from calmlm.bases.families import Backbone
 from calmlm.bases.fingerprint import check_fingerprint
 from calmlm.bases.forms import SAME, Form, forms, of_entry
 from calmlm.bases.opening import load_again
-from calmlm.bases.origins import check_whole, expanded, named_origin, origin_in_memory
+from calmlm.bases.origins import check_whole, named_origin, origin_in_memory
 from calmlm.config import READS, WORDS, CalmConfig, ConnectorConfig, opening_of, resolve_connections
 from calmlm.errors import CheckpointError, ConfigError, first_line, warn
 from calmlm.files import storage
 from calmlm.files.fetching import HUB_ARGUMENTS, PRIVATE, REACH, fetch, fetch_inside
+from calmlm.files.paths import named
 from calmlm.tokens.alignment import Alignment, is_of
 from calmlm.tokens.collecting import without_collector
 from calmlm.tokens.gguf_files import reading_once
@@ -171,7 +172,7 @@ def _base(
         again = of_entry(entry, name, {**settings, **form.options(name)})
         model: Any = load_again(name, role, made, revision=found[1], **again)
     elif isinstance(given, (str, Path)):
-        name = form.name(expanded(given))
+        name = form.name(named(given))
         found = named_origin(name, None, **{key: settings[key] for key in REACH if key in settings})
         again = of_entry(entry, name, {**settings, **form.options(name)})
         model = load_again(name, role, made, revision=found[1], **again)
@@ -182,7 +183,7 @@ def _base(
         model, name = given, f"{given.name_or_path or type(given).__name__} (in memory)"
         found = None
     check_fingerprint(model, entry.get("fingerprint"), role, wanted or "(in memory)", name)
-    if not wanted or (os.path.isabs(wanted) and not Path(wanted).exists()):
+    if not wanted or (os.path.isabs(wanted) and not os.path.exists(wanted)):
         entry["id"], entry["revision"] = found or origin_in_memory(model, None)[0]
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from calmlm.errors import ConfigError
 
@@ -36,6 +36,19 @@ def expanded(path: Written) -> Written:
             f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({reason}): write another."
         ) from None
     return type(path)(written)
+
+
+def named(source: Any) -> str:
+    """``expanded`` for what a caller has to name: a folder or an id.
+
+    Raises:
+        ConfigError: it is neither text nor a path, or as above.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"A folder or an id must be named by text or a path, but got {type(source).__name__}: write its name."
+        )
+    return expanded(str(source))
 
 
 def lies_in(path: Path, folder: Path) -> bool:

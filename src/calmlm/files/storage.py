@@ -228,7 +228,7 @@ def relative_source(source: str, folder: Path) -> str:
     A folder (or GGUF file) that stands beside ``folder`` or below it is named relative to it, so that both can move
     together; any other by its absolute path; a hub id as it is.
     """
-    if not os.path.isabs(source) or not Path(source).exists():
+    if not os.path.isabs(source) or not os.path.exists(source):
         return source
     base, folder = Path(source).resolve(), folder.resolve()
     if folder == base or folder.parent not in base.parents:

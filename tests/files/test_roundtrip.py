@@ -665,5 +665,10 @@ def test_what_cannot_be_written_leaves_what_was_there(
         model.save_pretrained(tmp_path / "c")
     assert isinstance(found.value, OSError) and is_full(found.value) == ("full" in reason)
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+    (tmp_path / "kept").mkdir()
+    for place in ("new/c", "kept", "kept/c"):
+        with pytest.raises(WriteError, match=reason):
+            model.save_pretrained(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["c", "kept"]
     with pytest.raises(calmlm.ConfigError, match="it is empty"):
         model.save_pretrained("")

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -36,10 +36,11 @@ Writer = Callable[[Path], object]
 
 
 def write_together(folder: Path, writers: dict[str, Writer]) -> None:
-    """Write files of ``folder``, by name: all to temporary files first, so that a failure leaves the old ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write files of ``folder``, by name: all to temporary files first, so that a failure leaves what was there."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     temporaries: dict[str, Path] = {}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
             descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.{WRITING}", dir=folder)
             os.close(descriptor)
@@ -51,6 +52,9 @@ def write_together(folder: Path, writers: dict[str, Writer]) -> None:
     except BaseException:
         for path in temporaries.values():
             path.unlink(missing_ok=True)
+        for place in made:
+            with suppress(OSError):  # it was not made, or another process has written into it
+                place.rmdir()
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from calmlm.errors import ConfigError, DataError
 from calmlm.evaluation.harness import TASKS, evaluate
 from calmlm.evaluation.lm_eval_model import ComposedLM
 from calmlm.evaluation.tasks import scoring
-from compositions import awaken
+from calmlm.evaluation.unfinished import read_stored, settings_of
+from compositions import assert_helpful, awaken
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers_tiny import tokenizer as tokenizer_of
 
@@ -178,6 +180,105 @@ def test_what_was_measured_outlives_an_interruption(
     arguments = ["--tasks", "calm_humaneval,calm_mbpp", "--data", str(SLICES), "--device", "cpu"]
     assert main(["evaluate", composition, *arguments, "--output", str(path)]) == 130
     assert json.loads(path.read_text(encoding="utf-8"))["results"] == {"calm_humaneval": {"a,none": 0.5}}
+    assert json.loads(path.read_text(encoding="utf-8"))["to_come"] == ["calm_mbpp"]
+
+
+def test_a_run_that_was_killed_says_what_is_to_come_and_goes_on(
+    composition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    worth = {"calm_code_to_text": 0.25, "calm_humaneval": 0.5, "calm_mbpp": 0.75}
+    broken = {"calm_humaneval": ZeroDivisionError, "calm_mbpp": KeyboardInterrupt}
+
+    def measured(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        asked.extend(tasks)
+        if tasks[0] in broken:
+            raise broken[tasks[0]]
+        return {"results": {tasks[0]: {"a,none": worth[tasks[0]]}}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", measured)
+    whole, path = tmp_path / "whole.json", tmp_path / "out.json"
+    command = ["evaluate", composition, "--tasks", ",".join(worth), "--data", str(SLICES), "--device", "cpu"]
+    assert main([*command, "--output", str(path), "--resume"]) == 130  # nothing is stored yet
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["results"] == {"calm_code_to_text": {"a,none": 0.25}}
+    assert found["to_come"] == ["calm_humaneval", "calm_mbpp"]
+    # Once more: one task works, another fails beside it, which is measured again as well.
+    broken = {"calm_mbpp": ZeroDivisionError}
+    asked.clear()
+    assert main([*command, "--output", str(path), "--resume"]) == 2
+    assert asked == ["calm_humaneval", "calm_mbpp"]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["to_come"] == []
+    assert list(found["results"]["calm_mbpp"]) == ["failed"]
+    broken = {}
+    asked.clear()
+    capsys.readouterr()
+    assert main([*command, "--output", str(path), "--resume"]) == 0
+    assert asked == ["calm_mbpp"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in worth)
+    # The file is that of a run that went through; asked for again, nothing is left to do.
+    assert main([*command, "--output", str(whole)]) == 0
+    found, expected = (json.loads(file.read_text(encoding="utf-8")) for file in (path, whole))
+    assert {key: found[key] for key in ("results", "to_come", "settings")} == {
+        key: expected[key] for key in ("results", "to_come", "settings")
+    }
+    assert found["results"] == {task: {"a,none": value} for task, value in worth.items()}
+    asked.clear()
+    assert main([*command, "--output", str(path), "--resume"]) == 0
+    assert asked == []
+    assert json.loads(path.read_text(encoding="utf-8"))["results"] == expected["results"]
+    # Without --resume all is measured anew.
+    assert main([*command, "--output", str(path)]) == 0
+    assert asked == list(worth)
+
+
+@pytest.mark.parametrize(
+    "change", [["--limit", "2"], ["--anchor-only"], ["--swapped"], ["--tasks", "calm_mbpp"]], ids=lambda each: each[0]
+)
+def test_results_of_other_settings_are_not_gone_on_with(
+    change: list[str], composition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda model, tasks, **_: {"results": {tasks[0]: {"a": 1.0}}})
+    path = tmp_path / "out.json"
+    command = ["evaluate", composition, "--tasks", "calm_humaneval", "--data", str(SLICES), "--device", "cpu"]
+    assert main([*command, "--output", str(path)]) == 0
+    before = path.read_text(encoding="utf-8")
+    name = change[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ConfigError) as caught:
+        read_stored(path, {**json.loads(before), "settings": {**json.loads(before)["settings"], name: "another"}})
+    assert_helpful(caught.value, f"another {name}", str(path))
+    assert main([*command, *change, "--output", str(path), "--resume"]) == 2
+    assert path.read_text(encoding="utf-8") == before
+
+
+def test_other_weights_are_not_gone_on_with(composition: str, tmp_path: Path) -> None:
+    shutil.copytree(Path(composition).parent, tmp_path / "copy")
+    place = tmp_path / "copy" / "composition"
+    one = settings_of(str(place), ["a"], limit=None)
+    model = calmlm.CalmForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        next(iter(model.composition_tensors().values())).mul_(1.5)
+    model.save_pretrained(place)
+    other = settings_of(str(place), ["a"], limit=None)
+    assert {key for key in one if one[key] != other[key]} == {"weights"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}', '{"results": {"a": 1}, "to_come": []}', "\x00"])
+def test_what_does_not_say_what_is_to_come_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_stored(path, {"settings": {}, "versions": {}, "commit": "x"})
+    assert_helpful(caught.value, "--resume", str(path))
+    assert read_stored(tmp_path / "none.json", {}) is None
+
+
+def test_going_on_needs_a_file(composition: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for output in ([], ["--output", "/dev/null"]):
+        assert main(["evaluate", composition, "--tasks", "calm_humaneval", "--resume", *output]) == 2
+        assert "Expected the file in which results lie" in capsys.readouterr().err
 
 
 def composed_lm(tokenizer: Any, anchor: Any = None, **options: Any) -> ComposedLM:

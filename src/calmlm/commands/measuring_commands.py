@@ -21,6 +21,9 @@ def evaluate(
         Path | None, typer.Option(help="A JSON file for the results.", show_default=False, callback=expanded)
     ] = None,
     anchor_only: Annotated[bool, typer.Option("--anchor-only", help="Switch the composition off.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what --output holds of these tasks; measure what is still to come.")
+    ] = False,
     swapped: Annotated[
         bool, typer.Option("--swapped", help="Augmenting models read another document's context: a control.")
     ] = False,
@@ -45,43 +48,44 @@ def evaluate(
     from contextlib import suppress
 
     from calmlm.evaluation.harness import evaluate
+    from calmlm.evaluation.unfinished import read_stored, settings_of, written
     from calmlm.experiments.record import origin
-    from calmlm.files.results import to_json, write_result
+    from calmlm.files.results import write_result
     from calmlm.files.storage import check_writable, is_stream, write_text
 
     names = [expanded(task.strip()) for task in tasks.split(",") if task.strip()]
     if output is not None:
         check_writable(output)
+    if resume and (output is None or is_stream(output)):
+        raise ConfigError("Expected the file in which results lie, for --resume, but got none: name it with --output.")
+    options: dict[str, Any] = {
+        "anchor_only": anchor_only, "swapped": swapped, "num_fewshot": num_fewshot, "limit": limit, "include": include,
+        "data": data, "tokenizer": tokenizer, "dtype": dtype, "apply_chat_template": apply_chat_template,
+    }  # fmt: skip
+    made = {} if output is None else {"settings": settings_of(folder, names, **options), **origin(None)}
+    stored = read_stored(output, made) if resume and output is not None else None
+    known, left = ({}, names) if stored is None else stored
 
-    def written(found: dict[str, dict[str, Any]]) -> str:
-        return to_json({"results": found, **origin(None)}, indent=1) + "\n"
-
-    def keep(found: dict[str, dict[str, Any]]) -> None:
+    def keep(found: dict[str, dict[str, Any]], to_come: list[str]) -> None:
         """What was measured outlives an interruption; where it cannot be written, the end says so."""
         if output is not None and not is_stream(output):
             with suppress(OSError):
-                write_text(output, written(found))
+                write_text(output, written(known | found, to_come, made))
 
-    found = evaluate(
-        folder,
-        names,
-        anchor_only=anchor_only,
-        swapped=swapped,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        include=include,
-        data=data,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        apply_chat_template=apply_chat_template,
-        trust_remote_code=trust_remote_code,
-        report=keep,
-    )
+    found = known
+    if left or stored is None:
+        found = known | evaluate(
+            folder,
+            left,
+            batch_size=batch_size,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            report=keep,
+            **options,
+        )
     try:  # the file comes first: who reads what is printed may go away
         if output is not None:
-            write_result(output, written(found))
+            write_result(output, written(found, [], made))
     finally:
         for task, metrics in found.items():
             for name, value in metrics.items():

@@ -40,7 +40,7 @@ def evaluate(
     dtype: str | None = None,
     apply_chat_template: bool = False,
     trust_remote_code: bool = False,
-    report: Callable[[dict[str, dict[str, Any]]], None] = lambda found: None,
+    report: Callable[[dict[str, dict[str, Any]], list[str]], None] = lambda found, to_come: None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness, those of ``TASKS`` among them.
 
@@ -60,7 +60,8 @@ def evaluate(
         dtype: of the base models, instead of their own.
         apply_chat_template: put each prompt into the tokenizer's chat template.
         trust_remote_code: whether code that comes with a model may run.
-        report: takes the metrics of all tasks so far, behind each of them.
+        report: takes the metrics of all tasks so far, and the names of those that are still to come, behind each of
+            them.
 
     Returns:
         the metrics, by task, as plain data, with ``augmenting_models_read`` where that is not the same; of a task
@@ -118,7 +119,7 @@ def evaluate(
                 manager.load([name])
             except Exception as error:  # whatever a task's files, its data and the network give rise to
                 raise error if isinstance(error, CalmError) else _failed(name, error, model) from error
-        for name in names:
+        for place, name in enumerate(names, start=1):
             try:
                 with _undescribed():
                     measured = simple_evaluate(
@@ -137,10 +138,15 @@ def evaluate(
             for task, metrics in measured["results"].items():
                 found[task] = {key: value for key, value in plain(metrics).items() if key not in UNSAID}
                 found[task] |= SWAPPED if swapped else {}
-            report(found)
+            report(found | _told(failures), names[place:])
     if not found:
         raise next(iter(failures.values()))
-    return found | {name: {"failed": str(failure)} for name, failure in failures.items()}
+    return found | _told(failures)
+
+
+def _told(failures: dict[str, CalmError]) -> dict[str, dict[str, Any]]:
+    """What is said of tasks that came to an error, in the place of their metrics."""
+    return {name: {"failed": str(failure)} for name, failure in failures.items()}
 
 
 @contextmanager

@@ -168,6 +168,24 @@ def test_static_caches_beside_encoders_and_models_that_share_ids() -> None:
     assert torch.equal(model.generate(ids, **static, **given), expected)
 
 
+@pytest.mark.parametrize("beside", ["own", "transcode", "encoder"])
+def test_static_caches_of_an_anchor_that_counts_its_keys_in_the_mask(beside: str) -> None:
+    """Bloom's biases are as many as the mask has columns."""
+    ours, theirs = tokenizer("bytes"), tokenizer("bytes-large")
+    anchor, given = tiny_model("bloom", seed=1, vocab_size=len(ours)), {}
+    rows = [ours(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in TEXTS]
+    ids, mask = pad(rows, "left")
+    if beside == "encoder":
+        model = calmlm.compose(anchor, {"eyes": ENCODERS["bert"][0]().eval()}, 2)
+        given = {"augmenting_inputs": {"eyes": {"input_ids": tiny_tokens(len(rows), 5) % 50}}}
+    else:
+        own = tiny_model("llama", seed=2, vocab_size=len(theirs))
+        model = calmlm.compose(anchor, own, 2, tokenizer=ours, augmenting_tokenizer=theirs, alignment=beside)
+    options = {**GREEDY, **given, "attention_mask": mask, "max_new_tokens": 8}
+    expected = awaken(model).generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alignment", ["own", "transcode"])
 def test_a_compiled_model_is_the_same(alignment: str) -> None:

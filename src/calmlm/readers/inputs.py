@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from calmlm.bases.families import Backbone
 from calmlm.errors import ConfigError, DataError
-from calmlm.state.cache import length_in
+from calmlm.state.cache import length_in, static_length
 from calmlm.state.frontier import NOBODY, Frontier
 from calmlm.state.past import Past
 
@@ -236,6 +236,10 @@ def base_arguments(
     arguments: dict[str, Any] = {"input_ids": input_ids}
     if backbone.cache_argument == STATE and isinstance(attention_mask, Tensor):
         attention_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask.ndim == 2 else None
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and cache is not None:
+        # Bloom counts its keys in the mask, so that it has to be as long as a static cache.
+        more = (static_length(cache) or 0) - attention_mask.shape[1]
+        attention_mask = nn.functional.pad(attention_mask, (0, more)) if more > 0 else attention_mask
     if attention_mask is not None:
         arguments["attention_mask"] = attention_mask
     if position_ids is None and cache is not None and not backbone.counts_on:

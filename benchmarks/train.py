@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -257,8 +258,10 @@ def flops_of(step: Callable[[], Any]) -> float:
     return meter.flops
 
 
-def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | None, batch: int) -> list[Work]:
-    """All ways to train one pair of models, the floor first."""
+def works_of(
+    name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | None, batch: int, *, compiles: bool
+) -> list[Work]:
+    """All ways to train one pair of models, the floor first; compiled ones where it compiles."""
     if tokenizers is None:
         torch.manual_seed(0)
         ids = torch.randint(3, VOCABULARY, (batch, TINY[1]), device=device())
@@ -283,6 +286,8 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
     placements = CONNECTIONS[name]
     for placement, connections in placements.items():
         for cache, kept, compiled in WAYS:
+            if compiled and not compiles:
+                continue
             pair = copy.deepcopy(anchor), copy.deepcopy(small)
             torch.manual_seed(0)
             model = calmlm.compose(*pair, connections, **known)
@@ -300,7 +305,9 @@ def works_of(name: str, anchor: Any, small: Any, tokenizers: tuple[Any, Any] | N
             learned = trainable(model)
             works.append(Work("calmlm", forward, (model,), learned, placement, cache, kept, limit, around, compiled))
     eager = f"{FULL}, eager attention"
-    for method, compiled in ((FULL, False), (FULL, True), *([(eager, False), (eager, True)] if tokenizers else [])):
+    for method, compiled in itertools.product([FULL, eager] if tokenizers else [FULL], [False, True]):
+        if compiled and not compiles:
+            continue
         full = copy.deepcopy(anchor).requires_grad_(True)
         if method != FULL:
             full.set_attn_implementation("eager")
@@ -394,6 +401,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, help="texts of a step: 8 of the tiny pair, 16 of the real one")
     parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="compiled steps, too")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / f"train_{device()}.json")
     options = parser.parse_args()
     if options.threads:
@@ -408,7 +416,7 @@ def main() -> None:
                     parser.error(f"{path} does not exist: run scripts/models, or leave --models real out")
             models, batch = (load(ANCHOR), load(AUGMENTING)), options.batch or 16
             tokenizers = find_tokenizer(ANCHOR), find_tokenizer(AUGMENTING)
-        cases += cases_of(name, works_of(name, *models, tokenizers, batch), options.rounds)
+        cases += cases_of(name, works_of(name, *models, tokenizers, batch, compiles=options.compiled), options.rounds)
         torch._dynamo.reset()  # what is compiled holds its models
     result = {
         "benchmark": "train",

@@ -116,6 +116,12 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
+def _weights(models: Sequence[Any]) -> dict[int, int]:
+    """The bytes of all storages of these models, by address."""
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    return {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
 def kept_bytes(work: Callable[[], Any], *models: Any) -> int:
     """The memory of tensors that are there once it has run and its result is held, the models' weights left out."""
     if torch.cuda.is_available():
@@ -124,8 +130,7 @@ def kept_bytes(work: Callable[[], Any], *models: Any) -> int:
         kept = work()
         synchronise()
         return torch.cuda.memory_allocated() - before
-    storages = (t.untyped_storage() for model in models for t in (*model.parameters(), *model.buffers()))
-    with _Live({storage._cdata for storage in storages}) as live:
+    with _Live(set(_weights(models))) as live:
         kept = work()
         now = live.now
     del kept
@@ -133,11 +138,12 @@ def kept_bytes(work: Callable[[], Any], *models: Any) -> int:
 
 
 def saved_bytes(work: Callable[[], Any], *models: Any) -> int:
-    """The memory of tensors that are saved for backward, the models' weights left out.
+    """The memory of tensors that are saved for backward, the models' weights left out: ``kept_bytes`` of compiled work.
 
-    The same figure as ``kept_bytes``, but for what is compiled too, whose tensors nothing can follow.
+    Nothing can follow a compiled step's tensors. What checkpointing keeps by itself is not among those that are saved,
+    so that only work without any has the same figure in both.
     """
-    known = {t.untyped_storage()._cdata for model in models for t in (*model.parameters(), *model.buffers())}
+    known = _weights(models)
     saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,8 +159,7 @@ def saved_bytes(work: Callable[[], Any], *models: Any) -> int:
 
 def peak_bytes(work: Callable[[], Any], *models: Any) -> int:
     """The most memory that tensors take at a time while it runs, the models' weights included."""
-    storages = [t.untyped_storage() for model in models for t in (*model.parameters(), *model.buffers())]
-    weights = {storage._cdata: storage.nbytes() for storage in storages}
+    weights = _weights(models)
     if torch.cuda.is_available():
         synchronise()
         before = torch.cuda.memory_allocated()

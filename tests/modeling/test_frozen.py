@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +25,21 @@ def gradients(model: calmlm.CalmForCausalLM, ids: Tensor, **kwargs: Any) -> tupl
     loss = model(input_ids=ids, labels=ids, **kwargs).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def saving(model: calmlm.CalmForCausalLM) -> Iterator[dict[int, int]]:
+    """The bytes of what is saved for backward meanwhile, by address, the weights left out."""
+    kept: dict[int, int] = {}
+    weights = {tensor.data_ptr() for tensor in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 @pytest.mark.parametrize("anchor", ["llama", "gpt2", "mixtral"])
@@ -116,21 +132,13 @@ def test_kept_matrix_products_where_torch_compiles(anchor: str) -> None:
     model = tiny_composition(anchor, "qwen2", CONNECTIONS, null_key=True).train()
     ids = tiny_tokens(2, 24)
     loss, expected = gradients(model, ids)
-    weights = {tensor.data_ptr() for tensor in model.parameters()}
 
     def saved(around: Any) -> int:
         torch._dynamo.reset()
         # Without code for a processor, which takes a minute to make; what is kept is decided before.
         called = torch.compile(model, backend="aot_eager_decomp_partition")
-        kept: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         model.zero_grad()
-        with around, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with around, saving(model) as kept:
             found = called(input_ids=ids, labels=ids, use_cache=False).loss
         found.backward()
         assert_close(found, loss, 1e-5)
@@ -139,10 +147,12 @@ def test_kept_matrix_products_where_torch_compiles(anchor: str) -> None:
                 assert_close(parameter.grad, expected[name], 1e-5)
         return sum(kept.values())
 
-    plain = saved(nullcontext())
+    plain, less = saved(nullcontext()), saved(keeping_compiled())
     model.activation_checkpointing_enable({"keep": "matmuls"})
     model.train()
     assert saved(keeping_compiled()) < plain
+    # The compiler's work alone: what checkpointing keeps by itself would not be counted.
+    assert saved(keeping_compiled()) == less
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
@@ -151,15 +161,7 @@ def test_kept_matrix_products_are_not_made_again(family: str) -> None:
     ids = tiny_tokens(4, 40)
 
     def measured() -> tuple[int, int]:
-        kept: dict[int, int] = {}
-        weights = {tensor.data_ptr() for tensor in model.parameters()}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with FlopCounterMode(display=False) as counter, saving(model) as kept:
             gradients(model, ids)
         return counter.get_total_flops(), sum(kept.values())
 

@@ -247,7 +247,7 @@ def opened(
     command: str | None,
     anew: bool = False,
 ) -> tuple[System, dict[str, Any]]:
-    """The system of a row, and what is to be said of it; what was kept is not trained again.
+    """The system of a row, and what is to be said of it; what was kept is not trained again, and its row has said it.
 
     Args:
         kept: folder of what is kept, if there is one.
@@ -261,13 +261,11 @@ def opened(
     if method.of is not None:
         model = opened(settings, method.of, pair, world, report, kept, command)[0].model  # type: ignore[attr-defined]
         report(f"measures {method.of} of seed {world.seed} with examples of the variety that is asked")
-        return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), _size_of(model)
+        about = {"parameters": model.get_nb_trainable_parameters()[0]}
+        return Shown(model, pair.tokenizer, pair.augmenting_tokenizer, world.before), about
     place = None if kept is None or method.system not in KEPT else kept / f"{name}-seed-{world.seed}"
     if place is not None and not anew and (place / "origin.json").is_file():
-        model = _kept(settings, name, pair, world, place)
-        if method.system == "lora":
-            return Alone(model, pair.tokenizer), {}
-        return Composed(model, pair.tokenizer), _size_of(model)
+        return _writing(pair, method, _kept(settings, name, pair, world, place)), {}
     system, about = prepared(pair, method, world, report)
     if place is not None:
         try:
@@ -300,9 +298,12 @@ def prepared(pair: Pair, method: Method, world: World, report: Callable[[str], N
         "training_seconds": trained.seconds,
         "losses": trained.losses,
     }
-    if method.system == "composed":
-        return Composed(trained.model, pair.tokenizer), about
-    return Alone(trained.model, pair.tokenizer), about
+    return _writing(pair, method, trained.model), about
+
+
+def _writing(pair: Pair, method: Method, model: Any) -> Alone:
+    """The system of a method that trains, with what it trained."""
+    return Composed(model, pair.tokenizer) if method.system == "composed" else Alone(model, pair.tokenizer)
 
 
 def _kept(settings: Settings, name: str, pair: Pair, world: World, place: Path) -> Any:
@@ -328,11 +329,6 @@ def _kept(settings: Settings, name: str, pair: Pair, world: World, place: Path) 
             f"another folder with --keep."
         )
     return model
-
-
-def _size_of(model: Any) -> dict[str, Any]:
-    """What is to be said of a composition that is not trained now."""
-    return {"parameters": model.get_nb_trainable_parameters()[0]}
 
 
 def cascade(pair: Pair, method: Method, world: World) -> Cascade:

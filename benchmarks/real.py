@@ -12,7 +12,8 @@ models, one with ``alignment="own"``, one with ``"transcode"``. Two kinds of tex
 in Devanagari, and the other way round. Regime: one process, all works in turn, medians of the ratios round by round.
 The floor is what both models take by themselves: their forward passes for a training step and for a prompt; decoding
 token by token, m_A without its head, for a generated token. ``merged``: adapters inside the anchor's weights
-(``merge_adapters``). ``compiled``: that, and ``compile(dynamic=True)`` of both models, alone and in the compositions.
+(``merge_adapters``). ``compiled``: that, and torch.compile of the steps of both models, alone and in the compositions,
+with static caches; m_A's in a composition grows.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from typing import Any
 
 import torch
 from measuring import keep, peak_bytes, ratio, take_turns
-from transformers import GgufConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedModel, StaticCache
 
 import calmlm
+from calmlm.bases.families import text_config
 from calmlm.bases.forms import Form
 from calmlm.bases.opening import load_base
 from calmlm.experiments.real.joined import Pair, open_trained
@@ -115,41 +117,35 @@ def training_step(model: calmlm.CalmForCausalLM, rows: dict[str, torch.Tensor]) 
     return step
 
 
-def forced(model: calmlm.CalmForCausalLM, prompt: torch.Tensor, answer: list[int]) -> Callable[[], Any]:
-    """Decoding, token by token, of a given answer."""
+def forced(
+    model: Any, prompt: torch.Tensor, answer: list[int], config: Any = None, **options: Any
+) -> Callable[[], Any]:
+    """Decoding, token by token, of a given answer.
+
+    With the configuration of the anchor, or of a model alone, its cache is static, and what is compiled is its steps.
+    """
 
     @torch.no_grad()
     def write() -> None:
         model.eval()
-        told = torch.ones_like(prompt, dtype=torch.bool)
-        output = model(prompt, prompt_mask=told, use_cache=True)
+        given = options | {"use_cache": True, "past_key_values": None}
+        if config is not None:
+            given["past_key_values"] = StaticCache(config=config, max_cache_len=prompt.shape[1] + len(answer))
+        with torch.compiler.set_stance("force_eager"):
+            output = model(prompt, **given)
         for index in answer:
             step = torch.tensor([[index]], device=prompt.device)
-            output = model(step, prompt_mask=told, past_key_values=output.past_key_values, use_cache=True)
-
-    return write
-
-
-def alone(decoder: Any, prompt: torch.Tensor, answer: list[int]) -> Callable[[], Any]:
-    """The same by a model itself."""
-
-    @torch.no_grad()
-    def write() -> None:
-        output = decoder(prompt, use_cache=True)
-        for index in answer:
-            output = decoder(
-                torch.tensor([[index]]).to(prompt.device), past_key_values=output.past_key_values, use_cache=True
-            )
+            output = model(step, **given | {"past_key_values": output.past_key_values})
 
     return write
 
 
 def compile_models(pair: Pair, made: dict[str, calmlm.CalmForCausalLM]) -> None:
-    """Compile both models, alone and in each composition, for texts of any length."""
-    augmenting = [model.model.augmenting["augmenting"] for model in made.values()]
-    decoders = [model.get_decoder() for model in (pair.augmenting, *augmenting)]
-    for module in (pair.anchor, *made.values(), *decoders):
-        module.compile(dynamic=True)
+    """Compile both models, alone and in each composition. There m_A's cache grows."""
+    for module in (pair.anchor, pair.augmenting.get_decoder(), *made.values()):
+        module.compile()
+    for model in made.values():
+        model.model.augmenting["augmenting"].get_decoder().compile(dynamic=True)
 
 
 def made_of(pair: Pair, alignments: list[str], trained: dict[str, Path]) -> dict[str, calmlm.CalmForCausalLM]:
@@ -163,7 +159,7 @@ def made_of(pair: Pair, alignments: list[str], trained: dict[str, Path]) -> dict
 
 
 def works_of(
-    pair: Pair, made: dict[str, calmlm.CalmForCausalLM], language: str, batch: int, new: int
+    pair: Pair, made: dict[str, calmlm.CalmForCausalLM], language: str, batch: int, new: int, static: bool = False
 ) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, Any]]:
     """What is timed, the compositions first and the floor last, and what it reads."""
     ours, theirs, anchor, small = pair.tokenizer, pair.augmenting_tokenizer, pair.anchor, pair.augmenting
@@ -186,18 +182,21 @@ def works_of(
     @torch.no_grad()
     def read(model: Any) -> None:
         model.eval()
-        model(ids, prompt_mask=torch.ones_like(ids, dtype=torch.bool), use_cache=True, logits_to_keep=1)
+        model(ids, **asked, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def read_alone() -> None:
         anchor(ids, use_cache=True, logits_to_keep=1)
         small.get_decoder()(own_prompt, use_cache=True)
 
-    by_both = [alone(anchor, ids, told), alone(small.get_decoder(), own_prompt, own[start : start + len(told)])]
+    asked = {"prompt_mask": torch.ones_like(ids, dtype=torch.bool)}
+    configs = [text_config(model) if static else None for model in (anchor, small)]
+    own_answer = own[start : start + len(told)]
+    by_both = [forced(anchor, ids, told, configs[0]), forced(small.get_decoder(), own_prompt, own_answer, configs[1])]
     works: dict[str, list[Callable[[], Any]]] = {
         "training step": [*(training_step(model, rows) for model in made.values()), floor],
         "prefill": [*(partial(read, model) for model in made.values()), read_alone],
-        "decoding": [*(forced(model, ids, told) for model in made.values()), lambda: [work() for work in by_both]],
+        "decoding": [*(forced(model, ids, told, configs[0], **asked) for model in made.values()), lambda: [work() for work in by_both]],
     }
     return works, {"rows": rows, "prompt": ids, "answer": told}
 
@@ -219,7 +218,7 @@ def cases_of(
         if mode == "compiled":
             compile_models(pair, made)
         for language in TEXTS:
-            works, texts = works_of(pair, made, language, batch, new)
+            works, texts = works_of(pair, made, language, batch, new, mode == "compiled")
             for kind in what if mode == "eager" else ["decoding"]:
                 cases += timed_cases(kind, works[kind], made, texts, rounds, {"completion": language, "mode": mode})
     return cases
@@ -275,7 +274,8 @@ def per_step(model: calmlm.CalmForCausalLM, prompt: torch.Tensor, answer: list[i
 
     reader.run = count
     try:
-        forced(model, prompt, answer)()
+        with torch.compiler.set_stance("force_eager"):
+            forced(model, prompt, answer, prompt_mask=torch.ones_like(prompt, dtype=torch.bool))()
     finally:
         del reader.run
     return round(sum(seen[1:]) / max(1, len(answer)), 2)

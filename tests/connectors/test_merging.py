@@ -21,7 +21,9 @@ from calmlm.connectors.adapters import Adapters
 from calmlm.errors import ModelError
 from calmlm.state.merged_weights import MergedForward
 from compositions import assert_close, logits_of, tiny_composition
+from readers.test_own_text import PAIRS, composed
 from tiny import tiny_tokens
+from tokenizers_tiny import tokenizer
 
 FAMILIES = ["llama", "gpt2", "gemma3_text", "opt", "qwen2", "gpt_neox", "falcon"]
 IDS = tiny_tokens(3, 7)
@@ -387,6 +389,32 @@ TUNERS = {
     "ia3": IA3Config(target_modules=ON_THE_ANCHOR, feedforward_modules=[]),
     "oft": OFTConfig(target_modules=ON_THE_ANCHOR, oft_block_size=4, r=0),
 }
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_a_model_with_own_tokens_take_merged_weights() -> None:
+    """They cannot be one graph, and what is between graphs is asked whether weights are up to date."""
+    model = composed(PAIRS[0], adapters=2)
+    ids = tokenizer(PAIRS[0][0])("hello world", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    torch._dynamo.reset()
+    torch._dynamo.utils.clear_compilation_metrics()
+    model.merge_adapters()
+    model.forward = torch.compile(model.forward, backend="eager")
+    for factor in (1.0, -0.5):
+        with torch.no_grad():
+            for name, parameter in model.model.connectors.named_parameters():
+                if name.endswith("up.weight"):
+                    parameter.normal_(generator=torch.Generator().manual_seed(2)).mul_(factor)
+        calls = count_adapters(model)
+        found = model.generate(ids, disable_compile=True, **options)
+        assert calls == [0]
+        with torch.compiler.set_stance("force_eager"):
+            assert torch.equal(found, model.generate(ids, **options))
+            assert torch.equal(found, model.generate(ids, use_cache=False, **options))
+    files = {str(found.co_filename) for found in torch._dynamo.utils.get_compilation_metrics()}
+    assert any("calm_model" in file for file in files)
+    assert not any("merged_weights" in file for file in files)
 
 
 @pytest.mark.parametrize("kind", TUNERS)

@@ -101,7 +101,9 @@ class CalmModel(Assembly):
             if isinstance(self._readers[name], EncoderReader) and name in rows and not past.frontier.length:
                 given = without_items(inputs, name, rows[name]), past
             streams[name] = self._readers[name].read(*given)
-        return Call(streams, rows, scale=self.scale, merged=merged_in(self.merges, streams, rows, self.scale))
+        whole = torch.compiler.is_compiling() and all(self._readers[name].in_graphs for name in pasts)
+        merged = frozenset() if whole else merged_in(self.merges, streams, rows, self.scale)
+        return Call(streams, rows, scale=self.scale, merged=merged)
 
     def _speaking(self, rows: Tensor | None) -> dict[str, Tensor]:
         """The rows in which each augmenting model speaks, (B, 1, 1) bool by name, from a ``composition_mask``."""

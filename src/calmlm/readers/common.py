@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from calmlm.state.past import Past
 class Reader(Protocol):
     """Runs one augmenting model for one call."""
 
+    in_graphs: ClassVar[bool]
+
     def read(self, inputs: Inputs, past: Past) -> Stream:
         """Return the stream, its hidden states filled in."""
         ...
@@ -41,7 +43,10 @@ class Common:
     """What every reader holds: its name and model, the connected layers, the first connector, the configuration.
 
     ``ingest`` makes vectors of logits (B, S, V_A), where connectors that read a distribution take vectors instead.
+    ``in_graphs`` tells whether torch can compile what it does.
     """
+
+    in_graphs: ClassVar[bool] = True
 
     name: str
     model: nn.Module

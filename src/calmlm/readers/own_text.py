@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -57,9 +58,10 @@ class OwnReader(Common):
     and they are taken back from the cache afterwards.
     """
 
+    in_graphs: ClassVar[bool] = False  # every step works on text: it has other shapes and other branches each time
     transcoder: OwnWriter | None = None
 
-    @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
+    @torch.compiler.disable
     def read(self, inputs: Inputs, past: Past) -> Stream:
         if inputs.texts is not None:
             return read_apart(self, inputs, inputs.texts)

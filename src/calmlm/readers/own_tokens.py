@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from calmlm.tokens.transcoding import Block, Transcoder
 class AlignedReader(Common):
     """The same text in the augmenting model's own tokens."""
 
+    in_graphs: ClassVar[bool] = False  # every step works on text: it has other shapes and other branches each time
     transcoder: Transcoder | Rewriter | None = None
 
-    @torch.compiler.disable  # every step works on text: it has other shapes and other branches each time
+    @torch.compiler.disable
     def read(self, inputs: Inputs, past: Past) -> Stream:
         assert self.transcoder is not None
         if inputs.texts is not None:

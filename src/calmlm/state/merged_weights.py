@@ -152,6 +152,7 @@ def unmerge(merges: Iterable[Merge]) -> None:
             del one.module.forward
 
 
+@torch.compiler.disable  # whether weights are up to date cannot be asked within a graph
 def merged_in(merges: Sequence[Merge], streams: Iterable[str], rows: Mapping[str, Any], scale: float) -> frozenset[str]:
     """The augmenting models whose adapters a call takes from merged weights, which are up to date then.
 
@@ -161,8 +162,7 @@ def merged_in(merges: Sequence[Merge], streams: Iterable[str], rows: Mapping[str
         rows: those of them that do so in some rows alone.
         scale: of all that the composition adds.
     """
-    # Whether weights are up to date cannot be asked within a graph.
-    if not merges or scale != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not merges or scale != 1 or torch.is_grad_enabled():
         return frozenset()
     for one in merges:
         one.update()

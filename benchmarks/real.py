@@ -193,10 +193,11 @@ def works_of(
     configs = [text_config(model) if static else None for model in (anchor, small)]
     own_answer = own[start : start + len(told)]
     by_both = [forced(anchor, ids, told, configs[0]), forced(small.get_decoder(), own_prompt, own_answer, configs[1])]
+    written = [forced(model, ids, told, configs[0], **asked) for model in made.values()]
     works: dict[str, list[Callable[[], Any]]] = {
         "training step": [*(training_step(model, rows) for model in made.values()), floor],
         "prefill": [*(partial(read, model) for model in made.values()), read_alone],
-        "decoding": [*(forced(model, ids, told, configs[0], **asked) for model in made.values()), lambda: [work() for work in by_both]],
+        "decoding": [*written, lambda: [work() for work in by_both]],
     }
     return works, {"rows": rows, "prompt": ids, "answer": told}
 

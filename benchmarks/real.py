@@ -142,10 +142,13 @@ def forced(
 
 def compile_models(pair: Pair, made: dict[str, calmlm.CalmForCausalLM]) -> None:
     """Compile both models, alone and in each composition. There m_A's cache grows."""
-    for module in (pair.anchor, pair.augmenting.get_decoder(), *made.values()):
+    torch._dynamo.config.recompile_limit = 64  # compositions share code, each with shapes of its own
+    modules: list[Any] = [pair.anchor, pair.augmenting.get_decoder(), *made.values()]
+    for module in modules:
         module.compile()
     for model in made.values():
-        model.model.augmenting["augmenting"].get_decoder().compile(dynamic=True)
+        augmenting: Any = model.model.augmenting["augmenting"]
+        augmenting.get_decoder().compile(dynamic=True)
 
 
 def made_of(pair: Pair, alignments: list[str], trained: dict[str, Path]) -> dict[str, calmlm.CalmForCausalLM]:

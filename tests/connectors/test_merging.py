@@ -143,6 +143,43 @@ def test_what_changes_is_merged_again(tmp_path: Path) -> None:
     assert_close(merged, logits_of(model, IDS), 1e-5)
 
 
+def _new_values(adapter: Any) -> None:
+    adapter.up.weight.data = 2 * adapter.up.weight.data
+
+
+def _new_parameter(adapter: Any) -> None:
+    adapter.down.weight = nn.Parameter(-adapter.down.weight.detach())
+
+
+def _new_map(adapter: Any) -> None:
+    adapter.up = nn.Linear(adapter.up.in_features, adapter.up.out_features, bias=False)
+
+
+def _in_place(adapter: Any) -> None:
+    adapter.down.weight.mul_(3)
+
+
+def _scaled(adapter: Any) -> None:
+    adapter.scaling = 5.0
+
+
+CHANGES = [_new_values, _new_parameter, _new_map, _in_place, _scaled]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@torch.no_grad()
+def test_each_kind_of_change_is_seen(change: Any) -> None:
+    model = adapted()
+    model.merge_adapters()
+    first = logits_of(model, IDS)
+    adapters: Any = model.model.connectors["augmenting"][-1]
+    change(next(iter(adapters.maps.values())))
+    changed = logits_of(model, IDS)
+    model.unmerge_adapters()
+    assert not torch.allclose(changed, first, atol=1e-3)
+    assert_close(changed, logits_of(model, IDS), 1e-5)
+
+
 def test_text_is_the_same_with_every_way_of_writing() -> None:
     model = adapted()
     ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"drafting": True}]

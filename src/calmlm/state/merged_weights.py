@@ -5,7 +5,7 @@ The anchor's own weights stay as they are, so that the composition can still be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,35 +47,39 @@ class Merge:
         self.adapters: list[Any] = [found.of(target) for found in self.found.values()]
         self.forward: MergedForward | None = None
         self.weight: Tensor | None = None
-        self._made_of: list[tuple[Any, ...]] = []
+        self._made_of: Snapshot | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "weight": None, "_made_of": []}  # made anew by the copy
+        return {**vars(self), "weight": None, "_made_of": None}  # made anew by the copy
 
     def update(self) -> None:
         """Make ``weight`` (outputs, inputs), the map's and its adapters' in one, anew where one of them has changed.
 
         It is None where the adapters are not what they were: in training, or with something of PEFT's around them.
         """
+        if self._made_of is not None and self._made_of.holds():
+            return
+        self.weight = self._made_of = None
         if not all(self.adapted[name][-1] is found and not found.training for name, found in self.found.items()):
-            self.weight = None  # PEFT's copy trains in its place
-        elif not all(map(_own, self.adapters)):
-            self.weight = None
-        else:
-            made_of = [self._outside(), *(_mark(tensor) for tensor in self._tensors())]
-            if self.weight is None or made_of != self._made_of:
-                self.weight, self._made_of = self._sum(), made_of
+            return  # PEFT's copy trains in its place
+        if all(map(_own, self.adapters)):
+            made_of = self._snapshot()
+            self.weight, self._made_of = self._sum(), made_of
 
-    def _outside(self) -> tuple[Any, ...]:
-        """What PEFT has put around the map, and merged into it: it writes where no tensor notices."""
-        outer = self.parent._modules.get(self.leaf)
-        return id(outer), *getattr(outer, "merged_adapters", ())
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield self.module.weight  # type: ignore[misc]
+    def _snapshot(self) -> Snapshot:
+        """All that the sum depends on. PEFT writes where no tensor notices, and tells so in a list."""
+        outer = self.parent._modules[self.leaf]
+        merged = vars(outer).get("merged_adapters")
+        places = [(self.parent._modules, self.leaf), (vars(outer), "merged_adapters")]
+        for name, found in self.found.items():
+            kept = self.adapted[name]._modules
+            places += [(vars(found), "training"), *((kept, str(index)) for index in (len(kept) - 1, len(kept)))]
+        linear_maps = [self.module]
         for adapter in self.adapters:
-            yield adapter.down.weight
-            yield adapter.up.weight
+            places += [(vars(adapter), "scaling"), (adapter._modules, "down"), (adapter._modules, "up")]
+            linear_maps += [adapter.down, adapter.up]
+        places += [(each._parameters, "weight") for each in linear_maps]
+        return Snapshot(places, [each.weight for each in linear_maps], merged)  # type: ignore[misc]
 
     @torch.no_grad()
     def _sum(self) -> Tensor:
@@ -85,6 +89,33 @@ class Merge:
         for adapter in self.adapters:
             whole = whole + adapter.scaling * (adapter.up.weight.to(dtype) @ adapter.down.weight.to(dtype))
         return whole.to(weight.dtype).contiguous()
+
+
+class Snapshot:
+    """What something was made of. It tells without a look at values whether all is as it was: each token asks.
+
+    Args:
+        places: names in dictionaries of modules, under which the same things have to be.
+        tensors: that have to hold the same values. Their memory is kept, so that no other takes it.
+        names: a list that has to hold the same, if there is one.
+    """
+
+    def __init__(
+        self, places: Iterable[tuple[Mapping[str, Any], str]], tensors: Iterable[Any], names: list[str] | None
+    ) -> None:
+        self.places = [(place, name, place.get(name)) for place, name in places]
+        self.tensors = [(each, each._version, each.data_ptr(), each.untyped_storage()) for each in tensors]
+        self.names = (names, None if names is None else list(names))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        for place, name, found in self.places:
+            if place.get(name) is not found:
+                return False
+        for tensor, version, address, _ in self.tensors:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return self.names[0] == self.names[1]
 
 
 class MergedForward:
@@ -220,20 +251,3 @@ def _own(adapter: Any) -> bool:
 def _plain(tensor: Any) -> bool:
     """Whether a tensor is one of torch's own, with values, that tells when they change."""
     return type(tensor.data) is Tensor and tensor.is_floating_point() and not (tensor.is_meta or tensor.is_inference())
-
-
-def _mark(tensor: Tensor) -> tuple[Any, ...]:
-    """What changes with a tensor's values, without a look at them; its memory is kept, so that no other takes it."""
-    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, _Kept(tensor.untyped_storage())
-
-
-class _Kept:
-    """Something that is kept and equal to all of its kind."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kept)
-
-    __hash__ = None  # type: ignore[assignment]

@@ -127,7 +127,8 @@ def forced(
 
     @torch.no_grad()
     def write() -> None:
-        model.eval()
+        if model.training:
+            model.eval()
         given = options | {"use_cache": True, "past_key_values": None}
         if config is not None:
             given["past_key_values"] = StaticCache(config=config, max_cache_len=prompt.shape[1] + len(answer))
@@ -184,7 +185,8 @@ def works_of(
 
     @torch.no_grad()
     def read(model: Any) -> None:
-        model.eval()
+        if model.training:
+            model.eval()  # which takes as long as a part of a token
         model(ids, **asked, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()

@@ -180,6 +180,16 @@ def test_each_kind_of_change_is_seen(change: Any) -> None:
     assert_close(changed, logits_of(model, IDS), 1e-5)
 
 
+def test_training_that_changes_nothing_leaves_a_merged_model() -> None:
+    model = adapted()
+    model.merge_adapters()
+    first, calls = logits_of(model, IDS), count_adapters(model)
+    for _ in range(2):
+        model.train()
+        model.eval()
+        assert torch.equal(logits_of(model, IDS), first) and calls == [0]
+
+
 def test_text_is_the_same_with_every_way_of_writing() -> None:
     model = adapted()
     ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"drafting": True}]

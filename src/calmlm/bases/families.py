@@ -502,9 +502,3 @@ def _alike(differences: Tensor, half: bool) -> bool:
     # Rounding lets a model with experts choose others for a token; what is wrong shows in the first layer, and in
     # most tokens.
     return bool(differences[0].median() <= PADDING_TOLERANCE_HALF)
-
-
-def freeze(model: nn.Module) -> None:
-    """No gradients, no dropout."""
-    model.requires_grad_(False)
-    model.eval()

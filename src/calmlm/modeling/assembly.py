@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calmlm.bases.embeddings import embed_with, embedding_size
-from calmlm.bases.families import Backbone, freeze
+from calmlm.bases.families import Backbone
+from calmlm.bases.freezing import freeze
 from calmlm.bases.heads import head_logits
 from calmlm.bases.peft_parts import scaling_tuners, train_added
 from calmlm.bases.placement import device_map_of, execution_device

@@ -57,7 +57,7 @@ class Merge:
 
         It is None where the adapters are not what they were: in training, or with something of PEFT's around them.
         """
-        if self._made_of is not None and self._made_of.holds():
+        if self.weight is not None and self._made_of is not None and self._made_of.holds():
             return
         self.weight = self._made_of = None
         if not all(self.adapted[name][-1] is found and not found.training for name, found in self.found.items()):

@@ -15,6 +15,8 @@ import torch
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 import calmlm
 from calmlm.connectors.adapters import Adapters
@@ -50,7 +52,7 @@ def count_adapters(model: calmlm.CalmForCausalLM) -> list[int]:
     for module in model.modules():
         if isinstance(module, Adapters):
             for adapter in module.maps.values():
-                adapter.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+                adapter.dropout.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     return calls
 
 
@@ -143,41 +145,65 @@ def test_what_changes_is_merged_again(tmp_path: Path) -> None:
     assert_close(merged, logits_of(model, IDS), 1e-5)
 
 
-def _new_values(adapter: Any) -> None:
-    adapter.up.weight.data = 2 * adapter.up.weight.data
+def _halved(module: Any, args: Any, output: Any) -> Any:
+    return 0.5 * output
 
 
-def _new_parameter(adapter: Any) -> None:
-    adapter.down.weight = nn.Parameter(-adapter.down.weight.detach())
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
 
 
-def _new_map(adapter: Any) -> None:
-    adapter.up = nn.Linear(adapter.up.in_features, adapter.up.out_features, bias=False)
+TARGET = "layers.0.mlp.up_proj"
+CHANGES: dict[str, Any] = {
+    "values": lambda maps, one, of: setattr(one.up.weight, "data", 2 * one.up.weight.data),
+    "parameter": lambda maps, one, of: setattr(one.down, "weight", nn.Parameter(-one.down.weight.detach())),
+    "map": lambda maps, one, of: setattr(one, "up", nn.Linear(one.up.in_features, one.up.out_features, bias=False)),
+    "in place": lambda maps, one, of: one.down.weight.mul_(3),
+    "scaling": lambda maps, one, of: setattr(one, "scaling", 5.0),
+    "adapter": lambda maps, one, of: maps.maps.__setitem__(maps.key(TARGET), nn.Sequential(one, nn.ReLU())),
+    "all adapters": lambda maps, one, of: setattr(maps, "maps", nn.ModuleDict({**maps.maps, maps.key(TARGET): Off()})),
+    "hook": lambda maps, one, of: one.up.register_forward_hook(_halved),
+    "forward": lambda maps, one, of: setattr(one, "forward", lambda x: 0.0),
+    "pruned": lambda maps, one, of: prune.l1_unstructured(one.up, "weight", 0.5),
+    "parametrised": lambda maps, one, of: register_parametrization(one.up, "weight", Doubled()),
+    "anchor pruned": lambda maps, one, of: prune.l1_unstructured(of, "weight", 0.5),
+    "anchor parametrised": lambda maps, one, of: register_parametrization(of, "weight", Doubled()),
+    "anchor hooked": lambda maps, one, of: of.register_forward_hook(_halved),
+}
 
 
-def _in_place(adapter: Any) -> None:
-    adapter.down.weight.mul_(3)
+class Off(nn.Module):
+    def forward(self, x: torch.Tensor) -> float:
+        return 0.0
 
 
-def _scaled(adapter: Any) -> None:
-    adapter.scaling = 5.0
-
-
-CHANGES = [_new_values, _new_parameter, _new_map, _in_place, _scaled]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_each_kind_of_change_is_seen(change: Any) -> None:
-    model = adapted()
-    model.merge_adapters()
-    first = logits_of(model, IDS)
-    adapters: Any = model.model.connectors["augmenting"][-1]
-    change(next(iter(adapters.maps.values())))
-    changed = logits_of(model, IDS)
-    model.unmerge_adapters()
-    assert not torch.allclose(changed, first, atol=1e-3)
-    assert_close(changed, logits_of(model, IDS), 1e-5)
+def test_each_kind_of_change_is_seen(change: str) -> None:
+    model, same = adapted(), adapted()
+    for each in (model, same):
+        if each is model:
+            each.merge_adapters()
+        first = logits_of(each, IDS)
+        torch.manual_seed(3)
+        adapters: Any = each.model.connectors["augmenting"][-1]
+        CHANGES[change](adapters, adapters.of(TARGET), each.anchor.get_decoder().get_submodule(TARGET))
+    found, expected = logits_of(model, IDS), logits_of(same, IDS)
+    assert not torch.allclose(expected, first, atol=1e-3)
+    assert_close(found, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_what_is_made_of_other_parameters_is_not_merged() -> None:
+    """Nobody would notice that these change."""
+    for place in ("adapter", "anchor"):
+        model = adapted()
+        adapters: Any = model.model.connectors["augmenting"][-1]
+        of = model.anchor.get_decoder().get_submodule(TARGET)
+        prune.l1_unstructured(adapters.of(TARGET).up if place == "adapter" else of, "weight", 0.5)
+        with pytest.raises(ModelError, match="up_proj"):
+            model.merge_adapters()
 
 
 def test_training_that_changes_nothing_leaves_a_merged_model() -> None:
@@ -374,7 +400,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     model = adapted()
     target = model.anchor.get_decoder().layers[1].mlp.up_proj
     target.weight = nn.Parameter(target.weight.to("meta"), requires_grad=False)
-    with pytest.raises(ModelError, match=r"'layers.1.mlp.up_proj' of the anchor has quantised weights"):
+    with pytest.raises(ModelError, match=r"'layers.1.mlp.up_proj' of the anchor has weights that are quantised"):
         model.merge_adapters()
     assert not maps_of(model), "half of them are merged"
     model = adapted()

@@ -67,7 +67,7 @@ class Adapters(nn.Module):
         super().__init__()
         self.maps = nn.ModuleDict(
             {
-                name.replace(".", JOINT): Adapter(inputs, outputs, rank, scaling, dropout)
+                self.key(name): Adapter(inputs, outputs, rank, scaling, dropout)
                 for name, (inputs, outputs) in targets.items()
             }
         )
@@ -79,4 +79,9 @@ class Adapters(nn.Module):
 
     def of(self, name: str) -> nn.Module:
         """The adapter of the map with this name."""
-        return self.maps[name.replace(".", JOINT)]
+        return self.maps[self.key(name)]
+
+    @staticmethod
+    def key(name: str) -> str:
+        """What the adapter of the map with this name is called."""
+        return name.replace(".", JOINT)

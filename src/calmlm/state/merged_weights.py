@@ -43,8 +43,8 @@ class Merge:
         self.parent = decoder.get_submodule(above)
         self.module, self.slot, self.adapted = module, slot, dict(adapted)
         self.names = frozenset(adapted)
+        self.target = target
         self.found: dict[str, Any] = {name: connectors[-1] for name, connectors in adapted.items()}
-        self.adapters: list[Any] = [found.of(target) for found in self.found.values()]
         self.forward: MergedForward | None = None
         self.weight: Tensor | None = None
         self._made_of: Snapshot | None = None
@@ -62,31 +62,35 @@ class Merge:
         self.weight = self._made_of = None
         if not all(self.adapted[name][-1] is found and not found.training for name, found in self.found.items()):
             return  # PEFT's copy trains in its place
-        if all(map(_own, self.adapters)):
-            made_of = self._snapshot()
-            self.weight, self._made_of = self._sum(), made_of
+        adapters = [found.of(self.target) for found in self.found.values()]
+        if _against(self.target, self.module) is None and all(map(_own, adapters)):
+            made_of = self._snapshot(adapters)
+            self.weight, self._made_of = self._sum(adapters), made_of
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, adapters: list[Any]) -> Snapshot:
         """All that the sum depends on. PEFT writes where no tensor notices, and tells so in a list."""
         outer = self.parent._modules[self.leaf]
         merged = vars(outer).get("merged_adapters")
-        places = [(self.parent._modules, self.leaf), (vars(outer), "merged_adapters")]
+        places = [(self.parent._modules, self.leaf), (vars(outer), "merged_adapters"), (vars(self.module), "_hf_hook")]
         for name, found in self.found.items():
             kept = self.adapted[name]._modules
             places += [(vars(found), "training"), *((kept, str(index)) for index in (len(kept) - 1, len(kept)))]
+            places += [(found._modules, "maps"), (found.maps._modules, found.key(self.target))]
         linear_maps = [self.module]
-        for adapter in self.adapters:
+        for adapter in adapters:
             places += [(vars(adapter), "scaling"), (adapter._modules, "down"), (adapter._modules, "up")]
             linear_maps += [adapter.down, adapter.up]
         places += [(each._parameters, "weight") for each in linear_maps]
-        return Snapshot(places, [each.weight for each in linear_maps], merged)  # type: ignore[misc]
+        places += [(vars(each), "forward") for each in (*adapters, *linear_maps[1:])]
+        hooks = [each for one in (*adapters, *linear_maps[1:]) for each in (one._forward_hooks, one._forward_pre_hooks)]
+        return Snapshot(places, [each.weight for each in linear_maps], merged, hooks)  # type: ignore[misc]
 
     @torch.no_grad()
-    def _sum(self) -> Tensor:
+    def _sum(self, adapters: list[Any]) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         whole = (weight.T if isinstance(self.module, Conv1D) else weight).to(dtype)
-        for adapter in self.adapters:
+        for adapter in adapters:
             whole = whole + adapter.scaling * (adapter.up.weight.to(dtype) @ adapter.down.weight.to(dtype))
         return whole.to(weight.dtype).contiguous()
 
@@ -98,14 +102,20 @@ class Snapshot:
         places: names in dictionaries of modules, under which the same things have to be.
         tensors: that have to hold the same values. Their memory is kept, so that no other takes it.
         names: a list that has to hold the same, if there is one.
+        empty: what has to stay without anything in it.
     """
 
     def __init__(
-        self, places: Iterable[tuple[Mapping[str, Any], str]], tensors: Iterable[Any], names: list[str] | None
+        self,
+        places: Iterable[tuple[Mapping[str, Any], str]],
+        tensors: Iterable[Any],
+        names: list[str] | None,
+        empty: list[Mapping[Any, Any]],
     ) -> None:
         self.places = [(place, name, place.get(name)) for place, name in places]
         self.tensors = [(each, each._version, each.data_ptr(), each.untyped_storage()) for each in tensors]
         self.names = (names, None if names is None else list(names))
+        self.empty = empty
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -115,7 +125,7 @@ class Snapshot:
         for tensor, version, address, _ in self.tensors:
             if tensor._version != version or tensor.data_ptr() != address:
                 return False
-        return self.names[0] == self.names[1]
+        return self.names[0] == self.names[1] and not any(self.empty)
 
 
 class MergedForward:
@@ -216,19 +226,24 @@ def check_map(target: str, module: nn.Module) -> None:
     Raises:
         ModelError: saying why.
     """
+    reason = _against(target, module)
+    if reason:
+        raise _refused(reason)
+
+
+def _against(target: str, module: nn.Module) -> str | None:
+    """Why no adapters can be merged into a map; None where they can."""
     forward, kind = vars(module).get("forward"), type(module).__name__
     own = getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
     if isinstance(module, tuner_layers()):
-        reason = f"PEFT has put something around {target!r} of the anchor before they were made"
-    elif kind not in MAPS:
-        reason = f"{target!r} of the anchor is a {kind}, whose weights are quantised, or which may do more"
-    elif not _plain(module.weight) or "_hf_hook" in vars(module):
-        reason = f"{target!r} of the anchor has quantised weights, or weights that lie elsewhere"
-    elif not (forward is None or own or isinstance(forward, MergedForward)):
-        reason = f"another tool has put something in the place of {target!r} of the anchor"
-    else:
-        return
-    raise _refused(reason)
+        return f"PEFT has put something around {target!r} of the anchor before they were made"
+    if kind not in MAPS:
+        return f"{target!r} of the anchor is a {kind}, whose weights are quantised, or which may do more"
+    if not _plain(module) or "_hf_hook" in vars(module):
+        return f"{target!r} of the anchor has weights that are quantised, lie elsewhere, or are made of others"
+    if not (forward is None or own or isinstance(forward, MergedForward)):
+        return f"another tool has put something in the place of {target!r} of the anchor"
+    return None
 
 
 def _check_adapters(target: str, adapters: Sequence[Any]) -> None:
@@ -245,9 +260,19 @@ def _refused(reason: str) -> ModelError:
 def _own(adapter: Any) -> bool:
     """Whether an adapter is as it was made, and whole."""
     parts = (adapter.down, adapter.up) if type(adapter) is Adapter else ()
-    return bool(parts) and all(type(part) is nn.Linear and _plain(part.weight) for part in parts)
+    if not parts or any(type(part) is not nn.Linear or not _plain(part) for part in parts):
+        return False
+    return not any(_changed(part) for part in (adapter, *parts))
 
 
-def _plain(tensor: Any) -> bool:
-    """Whether a tensor is one of torch's own, with values, that tells when they change."""
-    return type(tensor.data) is Tensor and tensor.is_floating_point() and not (tensor.is_meta or tensor.is_inference())
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody has put something around what a module computes."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module's weight is a parameter of torch's own, with values, that tells when they change."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight is not module.weight:
+        return False  # as where others are pruned or parametrised
+    return type(weight.data) is Tensor and weight.is_floating_point() and not (weight.is_meta or weight.is_inference())

@@ -143,7 +143,7 @@ class TextStream:
         self.speaker: str | None = None  # of the latest message, in the augmenting model's template
 
     def __copy__(self) -> TextStream:
-        new = object.__new__(TextStream)
+        new = object.__new__(type(self))
         vars(new).update(vars(self), reading=copy.copy(self.reading), run=copy.copy(self.run))
         return new
 

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.causal_lm import CalmForCausalLM
 from calmlm.config import CalmConfig, check_names, split_gguf
 from calmlm.errors import CalmError, CheckpointError, ConfigError, ModelError, first_line
@@ -264,7 +265,7 @@ def _fetch(place: str, revision: str | None, patterns: list[str], file: str | No
     """
     try:
         return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the cache may hold what is needed, and not all that was asked for
+    except UNREACHED as error:  # the cache may hold what is needed, and not all that was asked for
         try:
             known = cached_file(place, file or "config.json", revision=revision, local_files_only=True)
         except (OSError, ValueError):

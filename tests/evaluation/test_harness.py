@@ -265,7 +265,30 @@ def test_other_weights_are_not_gone_on_with(composition: str, tmp_path: Path) ->
     assert {key for key in one if one[key] != other[key]} == {"weights"}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}', '{"results": {"a": 1}, "to_come": []}', "\x00"])
+def test_another_prefix_is_not_gone_on_with(composition: str, tmp_path: Path) -> None:
+    """All that decides about figures counts, not weights alone."""
+    shutil.copytree(Path(composition).parent, tmp_path / "copy")
+    place = tmp_path / "copy" / "composition"
+    one = settings_of(str(place), ["a"])
+    config = json.loads((place / "config.json").read_text())
+    next(iter(config["augmenting"].values()))["prefix"] = [1, 2]
+    (place / "config.json").write_text(json.dumps(config))
+    assert settings_of(str(place), ["a"]) != one
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"results": {}, "to_come": null}',
+        '{"results": {}, "to_come": "abc"}',
+        '{"results": {}}',
+        '{"results": {"a": 1}, "to_come": []}',
+        "\x00",
+    ],
+)
 def test_what_does_not_say_what_is_to_come_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     path.write_text(text)

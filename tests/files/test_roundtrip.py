@@ -16,14 +16,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import calmlm
 from calmlm import CalmForCausalLM, CheckpointError, ConfigError
-from calmlm.errors import WriteError, is_full
+from calmlm.errors import CalmError, WriteError, is_full
+from calmlm.exporting import export
 from calmlm.files import publishing, storage
+from calmlm.files.naming import CompositionTokenizer
+from calmlm.modeling.calm_model import CalmModel
 from compositions import assert_helpful, awaken, logits_of, tiny_composition
 from tiny import tiny_model, tiny_tokens
 
@@ -274,12 +279,60 @@ def test_a_changed_anchor_is_warned_of(models: Path) -> None:
         model.save_pretrained(models / "composition")
 
 
-def test_a_damaged_file_leaves_an_anchor_that_was_passed_as_it_was(saved: Path) -> None:
+def test_a_connection_that_is_cut_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The HTTP library's own errors, which are no OSError, come through huggingface_hub."""
+    (cut,) = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise cut("Server disconnected")
+
+    for place in ("files.fetching", "files.naming", "files.loading", "exporting"):
+        monkeypatch.setattr(f"calmlm.{place}.cached_file", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    model = tiny_composition()
+    model.config.anchor["id"] = model.config.augmenting["augmenting"]["id"] = "them/model"
+    for what in (
+        lambda: model.push_to_hub("me/model"),
+        lambda: CalmForCausalLM.from_pretrained("me/model"),
+        lambda: calmlm.compose("them/model", "them/model", 2),
+        lambda: CompositionTokenizer.from_pretrained("me/model"),
+        lambda: export("me/model", saved.parent / "export"),
+    ):
+        with pytest.raises(CalmError) as caught:
+            what()
+        assert_helpful(caught.value, "Server disconnected")
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "generation_config.json"])
+def test_a_damaged_file_leaves_an_anchor_that_was_passed_as_it_was(damaged: str, saved: Path) -> None:
     anchor = tiny_model("llama", seed=1)
-    save_file({}, saved / "model.safetensors")
+    if damaged == "model.safetensors":
+        save_file({}, saved / damaged)
+    else:
+        (saved / damaged).write_text("{")
     with pytest.raises(CheckpointError):
         CalmForCausalLM.from_pretrained(saved, anchor=anchor)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in anchor.modules())
+    assert not hooks_of(anchor)
+
+
+def test_a_composition_that_cannot_be_made_leaves_its_anchor_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor = tiny_model("llama", seed=1)
+
+    def fail(self: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(CalmModel, "_make_readers", fail)
+    with pytest.raises(MemoryError):
+        calmlm.compose(anchor, tiny_model("gpt2", seed=2), 2)
+    assert not hooks_of(anchor)
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """Hooks that belong to a composition."""
+    hooks = [each for module in model.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
+    return [hook for found in hooks for hook in found.values() if hasattr(hook, "slot")]
 
 
 def test_nothing_of_this_machine_is_written(saved: Path) -> None:

@@ -216,3 +216,16 @@ def test_a_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         model.generate(ids.expand(3, -1), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     opening = len(model.model.opening("augmenting"))
     assert [shape[1] for shape in lengths].count(opening) == 1
+
+
+def test_a_step_goes_on_where_the_text_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text is not read again for each token."""
+    from calmlm.tokens.live_text import OwnStream
+
+    model, read = composed(PAIRS[0]), []
+    take = OwnStream.read
+    monkeypatch.setattr(OwnStream, "read", lambda *given: read.append(1) or take(*given))
+    ids = tokenizer("bytes")("hello world " * 9, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = ids.expand(2, -1)
+    model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert len(read) < 3 * ids.numel()

@@ -257,6 +257,20 @@ def test_an_alignment_that_does_not_fit_is_refused(kind: str, alignment: str, tm
     assert_helpful(caught.value, "alignment.augmenting.json")
 
 
+@pytest.mark.parametrize(
+    "change", [{"stable": [[[], "letter"]]}, {"unknown": {}}, {"tokenizer": {"model": 5}}], ids=str
+)
+def test_other_parts_that_are_damaged_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    model = composition(PAIRS[0], alignment="own")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "alignment.augmenting.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    anchor, augmenting = copy.deepcopy(model.anchor), copy.deepcopy(model.augmenting["augmenting"])
+    with pytest.raises(calmlm.CheckpointError) as caught:
+        calmlm.CalmForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenting=augmenting)
+    assert_helpful(caught.value, "alignment.augmenting.json")
+
+
 def test_a_mask_of_four_dimensions_is_refused() -> None:
     model = composition(PAIRS[0])
     with pytest.raises(calmlm.DataError) as caught:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calmlm.bases.origins import brings_code, check_folder, check_whole, class_named, describes
+from calmlm.bases.reaching import UNREACHED
 from calmlm.config import split_gguf
 from calmlm.errors import ConfigError, ModelError, first_line
 from calmlm.tokens.gguf_files import about_to_read, truthful
@@ -104,7 +105,12 @@ def saved_config(source: str, **hub: Any) -> PreTrainedConfig:
     """
     place, file = split_gguf(source)
     if file is None:
-        return AutoConfig.from_pretrained(source, **hub)
+        try:
+            return AutoConfig.from_pretrained(source, **hub)
+        except UNREACHED as error:
+            if isinstance(error, (OSError, ValueError)):
+                raise
+            raise OSError(first_line(error)) from error
     about_to_read()
     try:
         return AutoConfig.from_pretrained(place, gguf_file=file, **hub)
@@ -126,6 +132,9 @@ def check_dtype(dtype: Any) -> None:
         raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', but got {dtype!r}: use one.")
 
 
+UNLOADED: tuple[type[Exception], ...] = (*UNREACHED, KeyError, TypeError, ImportError, RuntimeError)
+
+
 def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any]) -> PreTrainedModel:
     check_dtype(options.get("dtype"))
     place, file = split_gguf(source)
@@ -143,7 +152,7 @@ def _load(auto: Any, kind: str, source: str, role: str, options: dict[str, Any])
 
     try:
         model, report = load() if file is None else truthful(load)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except UNLOADED as error:
         raise ModelError(
             f"The {role} must be the id or folder of a {kind}, but {source!r} could not be loaded "
             f"({first_line(error)}): check the name, the revision and your access to it."

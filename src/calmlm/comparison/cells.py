@@ -55,7 +55,8 @@ class Cell:
             found = json.loads(self.path(cache).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and "scores" in found else None
+        whole = isinstance(found, dict) and {"domain", "method", "seed", "scores"} <= set(found)
+        return found if whole and isinstance(found["scores"], dict) else None
 
     def fail(self, cache: Path, error: Exception) -> None:
         """Note why it could not be made; the note goes with the next attempt that can."""

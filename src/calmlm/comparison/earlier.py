@@ -23,7 +23,8 @@ def read_report(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or not {"rows", "answers", "cells", "commit"} <= set(found):
+    whole = isinstance(found, dict) and {"rows", "answers", "cells", "commit"} <= set(found)
+    if not whole or not isinstance(found["cells"], dict):
         raise CalmError(
             f"Expected the report of a comparison in {path}, but it is none: remove it, or go without --keep."
         )

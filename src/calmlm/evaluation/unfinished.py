@@ -11,8 +11,9 @@ from typing import Any
 
 from calmlm.errors import CheckpointError, ConfigError, DataError, first_line
 from calmlm.files.fetching import fetch
+from calmlm.files.loading import read_config
 from calmlm.files.results import to_json
-from calmlm.files.storage import WEIGHTS_NAME
+from calmlm.files.storage import WEIGHTS_NAME, alignment_name
 
 __all__ = ["read_stored", "settings_of", "written"]
 
@@ -31,15 +32,20 @@ def settings_of(source: str, tasks: Sequence[str], **options: Any) -> dict[str, 
     """
     try:
         with fetch(source, WEIGHTS_NAME, {}).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+            weights = hashlib.file_digest(file, "sha256")
+        augmenting = read_config(source, {}).augmenting
+        texts = [alignment_name(name) for name, entry in augmenting.items() if entry.get("reads") == "text"]
+        for beside in ("config.json", *sorted(texts)):
+            weights.update(fetch(source, beside, {}).read_bytes())
+        digest = weights.hexdigest()
     except (CheckpointError, OSError):  # measuring says what is wrong with it
-        weights = None
+        digest = None
     try:
         harness = version("lm_eval")
     except PackageNotFoundError:
         harness = None
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    return {"composition": source, "weights": weights, "tasks": list(tasks), **plain, "lm_eval": harness}
+    return {"composition": source, "weights": digest, "tasks": list(tasks), **plain, "lm_eval": harness}
 
 
 def written(results: Mapping[str, Any], to_come: Sequence[str], made: Mapping[str, Any]) -> str:
@@ -68,7 +74,9 @@ def read_stored(path: Path, made: Mapping[str, Any]) -> tuple[Results, list[str]
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        results, to_come = found["results"], found["to_come"]
+        results, to_come = dict(found["results"]), list(found["to_come"])
+        if not isinstance(found["to_come"], list) or not all(isinstance(task, str) for task in to_come):
+            raise ValueError("tasks that are no names")
         failed = [task for task, metrics in results.items() if "failed" in metrics]
         others = [key for key in SAME if found[key] != made[key]]
         others += [key for key in made["settings"] if found["settings"].get(key) != made["settings"][key]]

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.config import CalmConfig, split_gguf
 from calmlm.errors import CheckpointError, first_line
 
@@ -24,7 +25,7 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """
     try:
         path = cached_file(str(source), name, **{k: v for k, v in hub.items() if v is not None})
-    except (OSError, ValueError) as error:
+    except UNREACHED as error:
         raise CheckpointError(
             f"A saved composition must hold {name}, but none was found at {str(source)!r} ({first_line(error)}): "
             f"give a folder that save_pretrained wrote, or a hub id that you can reach."
@@ -64,7 +65,7 @@ def fetch_inside(source: str | Path, config: CalmConfig, folder: Path, hub: dict
             allow_patterns=[(Path(subfolder) / place / "*").as_posix() for place in places],
             **options,
         )
-    except (OSError, ValueError) as error:
+    except UNREACHED as error:
         raise CheckpointError(
             f"The composition {str(source)!r} must come with its base models, but {wanting[0]!r} could not be fetched "
             f"({first_line(error)}): check your access and the network."

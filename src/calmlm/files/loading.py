@@ -61,7 +61,7 @@ def load_composition(
         ModelError: when a base model cannot be loaded.
     """
     hub = {key: options[key] for key in HUB_ARGUMENTS if options.get(key) is not None}
-    hub |= {"revision": revision, "subfolder": subfolder}
+    hub |= {"revision": revision, "subfolder": subfolder.strip("/")}
     # A copy, as of every model: what is done to this composition is done to no other that was loaded by it.
     config = copy.deepcopy(config) if isinstance(config, CalmConfig) else read_config(source, hub)
     weights = fetch(source, storage.WEIGHTS_NAME, hub)
@@ -113,23 +113,23 @@ def load_composition(
     for name, alignment in alignments.items():
         _check_firsts(config.augmenting[name], alignment, name, source)
         _check_tokenizers(alignment, name, anchor_model, augmenting_models[name], config)
+    generation = copy.deepcopy(generation_config) or read_generation(source, hub)
     model = cls(config, anchor_model, augmenting_models, alignments)
-    expected = model.composition_tensors()
     try:
+        expected = model.composition_tensors()
         for name, entry in config.augmenting.items():
             _check_opening(entry, name, model.model.backbone(name).vocab_size, source)
         for name, alignment in alignments.items():
             _check_ids(alignment, name, model.model.backbone(name).vocab_size, source)
         tensors = storage.read_tensors(weights, expected.items(), str(source))
-    except CheckpointError:
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.data = parameter.data.to(tensors[name].dtype)
+        model.load_state_dict(tensors, strict=False)
+    except BaseException:
         for name in augmenting_models:  # an anchor that was passed stays as it was
             model.model.remove(name)
         raise
-    for name, parameter in model.named_parameters():
-        if name in tensors:
-            parameter.data = parameter.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors, strict=False)
-    generation = copy.deepcopy(generation_config) or read_generation(source, hub)
     if generation is not None:
         model.generation_config = generation
     return model.eval()
@@ -314,7 +314,9 @@ def read_alignment(source: str | Path, name: str, hub: dict[str, Any]) -> Alignm
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Rewriting.from_json(data) if "method" in data else Alignment.from_json(data)
-    except Exception as error:  # the tokenizers library raises bare exceptions for what it cannot read
+    except BaseException as error:  # the tokenizers library raises bare exceptions, and panics, for what it cannot read
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise CheckpointError(
             f"{str(source)!r} must hold a readable {path.name}, but it is damaged ({first_line(error)}): "
             f"save the composition again or fetch it anew."

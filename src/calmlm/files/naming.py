@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.config import split_gguf
 from calmlm.errors import CheckpointError, first_line
 from calmlm.files import storage
@@ -89,7 +90,16 @@ def _found(auto: Any, name: str, options: dict[str, Any]) -> Any:
     if str(name) == IN_MEMORY:
         anchor, folder = getattr(name, "anchor", {}), None
     else:
-        if any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in TOKENIZER_FILES):
+        try:
+            beside = [
+                cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in TOKENIZER_FILES
+            ]
+        except UNREACHED as error:
+            raise CheckpointError(
+                f"A composition must lie in a folder or on a hub that can be reached, but {str(name)!r} could not be "
+                f"looked into ({first_line(error)}): check the name, your access and the network."
+            ) from error
+        if any(beside):
             return AutoTokenizer.from_pretrained(name, config=PreTrainedConfig(), **hub, **options)
         anchor, folder = read_config(name, hub).anchor, fetch(name, "config.json", hub).parent
     source = storage.resolve_source(anchor.get("id") or "", folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResultEntry, HfApi, ModelCard
 from torch import Tensor
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.config import CalmConfig
 from calmlm.errors import ConfigError, first_line
 from calmlm.files.card import CARD_NAME, Learned, model_card
@@ -116,7 +117,7 @@ class Published:
                     revision=revision,
                     create_pr=create_pr,
                 )
-            except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+            except UNREACHED as error:
                 raise ConfigError(
                     f"The hub must be reached and take the repository {repo_id!r}, but it did not "
                     f"({first_line(error)}): check the name, the token and the network."

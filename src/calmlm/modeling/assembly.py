@@ -74,9 +74,14 @@ class Assembly(CalmPreTrainedModel):
         self._warned: set[str] = set()  # of what others have put into the bases
         self.transcoders = nn.ModuleDict({name: writer_of(found) for name, found in (alignments or {}).items()})
         self._find_parts()
-        for name in augmenting:
-            self._connect(name)
-        self._make_readers()
+        try:
+            for name in augmenting:
+                self._connect(name)
+            self._make_readers()
+        except BaseException:  # the bases may be somebody's, who goes on with them
+            for name, model in augmenting.items():
+                detach(self.slot, name, anchor, model)
+            raise
         for base in self.bases():
             freeze(base)
         self.post_init()

@@ -186,14 +186,24 @@ class Rewriting:
             view=data["view"],
             pieces=[None if piece is None else bytes.fromhex(piece) for piece in data["pieces"]],
             tokenizer=saved,
-            unknown=data["unknown"],
-            stable=[(left, right) for left, right in data["stable"]],
+            unknown=_text_or_none(data["unknown"]),
+            stable=[(_text(left), _text(right)) for left, right in data["stable"]],
             anchor_template=_template(data["anchor_template"]),
             own_template=_template(data["own_template"]),
             begin=None if data["begin"] is None else checked_ids([data["begin"]])[0],
             dummy=(bool(data["dummy"][0]), bool(data["dummy"][1])),
             beginning=checked_ids(data.get("beginning", [])),
         )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
 
 
 def _template(data: dict[str, dict[str, Any]] | None) -> Template | None:

@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, get_scheduler
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.bases.sharding import is_spread
 from calmlm.errors import CalmError, ConfigError
 from calmlm.files.publishing import check_published
@@ -214,7 +215,7 @@ def upload(trainer: Any, composition: Path) -> None:
     """
     try:
         trainer.push_to_hub(commit_message="End of training", revision=trainer.args.hub_revision)
-    except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+    except UNREACHED as error:
         raise ConfigError(
             f"trainer.push_to_hub: expected the hub to take the repository {trainer.args.hub_model_id!r}, but it did "
             f"not ({reason_of(error)}); the composition lies in {composition}, from where push_to_hub can upload it."

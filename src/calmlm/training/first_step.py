@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from calmlm.bases.reaching import UNREACHED
 from calmlm.errors import ConfigError
 from calmlm.files.card import CARD_NAME, Learned, model_card
 from calmlm.files.storage import alignment_name, portable_config, write_text
@@ -58,7 +59,7 @@ class ComposedTrainer(Trainer):
     def _make_repository(self) -> None:
         try:
             super().init_hf_repo()
-        except (OSError, ValueError) as error:  # of huggingface_hub: no network, no right to it, no such name
+        except UNREACHED as error:
             raise ConfigError(
                 f"trainer.push_to_hub: expected the hub to take the repository {self.args.hub_model_id!r}, but it did "
                 f"not ({reason_of(error)}); check the name, the token and the network."

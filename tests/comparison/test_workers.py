@@ -108,7 +108,8 @@ def test_files_that_are_no_cells_are_made_anew(tmp_path: Path) -> None:
     config = comparison(tmp_path, code=Part([0], ["m_B"]))
     path = config.cells()[0].path(tmp_path / "cells")
     path.parent.mkdir(parents=True)
-    for text in ("", "{}", "[1]", "{"):
+    others = ('{"scores": {}}', '{"domain": "code", "method": "m_B", "seed": 0, "scores": 5}')
+    for text in ("", "{}", "[1]", "{", *others):
         path.write_text(text, encoding="utf-8")
         assert config.cells()[0].stored(tmp_path / "cells") is None
     assert run(config, report=lambda line: None)["cells"]["finished"] == 1
@@ -142,16 +143,6 @@ def test_a_worker_that_is_killed_leaves_a_report_and_a_reason(tmp_path: Path, mo
     assert json.loads((Path(config.output) / "tiny.json").read_text(encoding="utf-8"))["cells"]["finished"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"scores": {}}', '{"domain": "a", "method": "b", "seed": 0, "scores": 5}'])
-def test_a_file_that_is_no_cell_counts_as_missing(text: str, tmp_path: Path) -> None:
-    config = comparison(tmp_path, code=Part([0], ["m_B"]))
-    (cell,) = config.cells()
-    path = cell.path(Path(config.cache))
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert cell.stored(Path(config.cache)) is None
-
-
 def test_what_another_machine_has_made_is_put_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster whose machines share no folder: cells and reasons come back as text."""
     there = tmp_path / "there"
@@ -164,7 +155,7 @@ def test_what_another_machine_has_made_is_put_in_its_place(tmp_path: Path, monke
                 path = made.path(Path(config.cache))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 whole = {"domain": made.domain, "method": made.method, "seed": made.seed, "scores": {}}
-                    path.write_text(json.dumps(whole))
+                path.write_text(json.dumps(whole))
 
     def on_ray(function: Any, calls: Any, address: Any) -> Any:
         assert address == "auto"

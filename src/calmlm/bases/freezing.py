@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-__all__ = ["freeze"]
+__all__ = ["apart", "freeze"]
 
 GAP = 8  # numbers between two states: enough for all dtypes to begin where a processor likes it
 
@@ -17,17 +17,15 @@ def freeze(model: nn.Module) -> None:
     """No gradients, no dropout."""
     model.requires_grad_(False)
     model.eval()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(head, nn.Module) and _apart not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_apart)
 
 
-def _apart(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """States (B, T, D) that are cut out of longer texts, as tensors of their own.
+def apart(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments of a frozen head, with states (B, T, D) that are cut out of longer texts as tensors of their own.
 
-    ``logits_to_keep`` cuts them out. torch then multiplies row by row, with a copy of all weights for each row, where
-    the weights have no gradient: bfloat16 on a CPU takes 20 times as long for one row, and 150 times for eight. What
-    comes back has gaps where they have some, so that torch rounds as it does for a model that learns.
+    ``logits_to_keep`` cuts them out; None for others. torch multiplies such states row by row, with a copy of all
+    weights for each row, where the weights have no gradient: bfloat16 on a CPU takes 20 times as long for one row, and
+    150 times for eight. What comes back has gaps where they have some, so that torch rounds as it does for a model that
+    learns.
     """
     states = args[0] if args else None
     if not isinstance(states, Tensor) or states.ndim != 3 or states.stride(0) == states.stride(1) * states.shape[1]:

@@ -31,7 +31,7 @@ from calmlm.modeling.parent import CalmPreTrainedModel
 from calmlm.modeling.probabilities import Head
 from calmlm.readers import Opening, OwnReader, Reader, check_opening, make_reader
 from calmlm.state.call import Slot
-from calmlm.state.hooks import AdaptHook, attach, attach_adapters, attach_words, checkpoint_frozen, detach
+from calmlm.state.hooks import AdaptHook, attach, attach_adapters, attach_heads, attach_words, checkpoint_frozen, detach
 from calmlm.state.merged_weights import Merge, check_map, map_of, merge, unmerge
 from calmlm.tokens.alignment import Alignment
 from calmlm.tokens.live_text import writer_of
@@ -168,6 +168,7 @@ class Assembly(CalmPreTrainedModel):
             connector = build_connector(kind, size, anchor.size, options)
             connector.to(execution_device(anchor.layers[j]))
             connectors.append(connector)
+        attach_heads(self.slot, name, self.anchor, self.augmenting[name])  # type: ignore[arg-type]
         attach(self.slot, name, entry["connections"], connectors, anchor.layers, augmenting.layers)
         if entry.get("words"):
             words = self._words(name).to(execution_device(self.anchor))

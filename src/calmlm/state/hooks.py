@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from calmlm.bases.freezing import apart
 from calmlm.bases.structure import last_state, state_of, with_last_state, with_state
 from calmlm.connectors.adapters import Adapters
 from calmlm.connectors.gate import ConvexGate
@@ -235,6 +237,24 @@ def attach(
         augmenting_layers[i].register_forward_hook(CaptureHook(slot, name, i))
 
 
+class HeadHook:
+    """On the head of a base model, which is frozen: lets it multiply all rows at once."""
+
+    def __init__(self, slot: Slot, name: str) -> None:
+        self.slot, self.name = slot, name
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return apart(args)
+
+
+def attach_heads(slot: Slot, name: str, *models: PreTrainedModel) -> None:
+    """Put the hooks of one augmenting model on the heads of both models, where they have one."""
+    for model in models:
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Module):
+            head.register_forward_pre_hook(HeadHook(slot, name))
+
+
 def attach_words(
     slot: Slot, name: str, words: ConvexGate, connectors: nn.ModuleDict, anchor: nn.Module, augmenting: nn.Module
 ) -> None:
@@ -265,7 +285,7 @@ def detach(slot: Slot, name: str, *models: nn.Module) -> None:
 
 
 def _belongs(hook: Any, slot: Slot, name: str) -> bool:
-    return isinstance(hook, (AdaptHook, CaptureHook, InjectHook)) and hook.slot is slot and hook.name == name
+    return isinstance(hook, (AdaptHook, CaptureHook, HeadHook, InjectHook)) and hook.slot is slot and hook.name == name
 
 
 def _all(parts: Sequence[Tensor]) -> Tensor | None:
